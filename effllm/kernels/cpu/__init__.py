@@ -1,0 +1,1 @@
+"""C++ kernels against PyTorch's stable ABI, built at first use."""

@@ -1,0 +1,109 @@
+"""Ops of bipolar-INT weights: linear with 16-bit or 8-bit activations, the activation quantizer, and the embedding gather.
+
+All take the weight as codes + scale (+ minimum) in the layout of the named kernel, and mean
+
+    y = x @ W^T + bias,   W = 2 * scale * (u - zero)   or   2 * scale * u + minimum   (see runtime/formats/bipolar.py)
+
+`kernel` names a provider; "reference" (layout planes) is the oracle and runs everywhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from effllm.errors import KernelError, nearest
+from effllm.lowering.op import OPS, YES, Op, Provider, define
+from effllm.runtime import layouts
+from effllm.runtime.formats import bipolar
+
+
+def quantize_activation(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Dynamic symmetric int8 per token: x (..., K) to codes (..., K) int8 and scales (..., 1) fp32 with x ~ codes * scale.
+
+    Plain torch on purpose: Inductor fuses it into the norm or activation function that made x.
+    """
+    xf = x.float()
+    scale = xf.abs().amax(-1, keepdim=True).clamp_min(1e-30) * (1.0 / 127.0)
+    return torch.round(xf * (1.0 / scale)).clamp(-127, 127).to(torch.int8), scale
+
+
+def weight(codes: Tensor, scale: Tensor, minimum: Tensor | None, *, k: int, n: int, bits: int, group: int, zero: float, layout: str) -> Tensor:
+    """The dense fp32 (N, K) weight behind packed tensors of a layout."""
+    u, s, low = layouts.get(layout).rows(codes, scale, minimum, None, n=n, bits=bits, group=group)
+    return bipolar.dequantize(u, s, low, zero, group)[:, :k]
+
+
+def linear_reference(
+    x: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None, n: int, bits: int, group: int, zero: float
+) -> Tensor:
+    """x (..., K) times the packed weight (layout planes), in x's dtype with fp32 weights rounded once."""
+    w = weight(codes, scale, minimum, k=x.shape[-1], n=n, bits=bits, group=group, zero=zero, layout="planes")
+    return torch.nn.functional.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def linear_a8_reference(
+    xq: Tensor, xs: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None, n: int, bits: int, group: int, zero: float, dtype: torch.dtype
+) -> Tensor:
+    """int8 activations (..., K) with scales (..., 1) times the packed weight (layout planes)."""
+    w = weight(codes, scale, minimum, k=xq.shape[-1], n=n, bits=bits, group=group, zero=zero, layout="planes")
+    y = torch.nn.functional.linear(xq.float(), w) * xs
+    return (y if bias is None else y + bias.float()).to(dtype)
+
+
+def embedding(ids: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor | None, n: int, k: int, bits: int, group: int, zero: float, dtype: torch.dtype, kernel: str) -> Tensor:
+    """Rows `ids` (...) of the packed weight as (..., K) in `dtype`."""
+    flat = ids.reshape(-1)
+    u, s, low = layouts.get(layout_of("bipolar_embedding", kernel)).rows(codes, scale, minimum, flat, n=n, bits=bits, group=group)
+    return bipolar.dequantize(u, s, low, zero, group)[:, :k].to(dtype).reshape(*ids.shape, k)
+
+
+def provider(op: str, kernel: str) -> Provider:
+    """The registered provider called `kernel`."""
+    found = OPS[op].providers.get(kernel)
+    if found is None:
+        from effllm.lowering import providers
+
+        for device in ("cpu", "cuda"):
+            providers.load(device)
+        found = OPS[op].providers.get(kernel)
+    if found is None:
+        raise KernelError("E-KRN-NAME", f"unknown kernel {kernel!r} for {op}", nearest(kernel, OPS[op].providers))
+    return found
+
+
+def layout_of(op: str, kernel: str) -> str:
+    """The layout that a kernel reads; the embedding gather reads any linear kernel's layout."""
+    return provider("bipolar_linear" if op == "bipolar_embedding" else op, kernel).layout
+
+
+def _linear(x, codes, scale, minimum, bias, n, bits, group, zero, kernel):  # type: ignore[no-untyped-def]
+    return provider("bipolar_linear", kernel).call(x, codes, scale, minimum, bias, n, bits, group, zero)
+
+
+def _linear_a8(xq, xs, codes, scale, minimum, bias, n, bits, group, zero, dtype, kernel):  # type: ignore[no-untyped-def]
+    return provider("bipolar_linear_a8", kernel).call(xq, xs, codes, scale, minimum, bias, n, bits, group, zero, dtype)
+
+
+_FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+_WEIGHT = "Tensor codes, Tensor scale, Tensor? minimum"
+LINEAR: Op = define(
+    f"bipolar_linear(Tensor x, {_WEIGHT}, Tensor? bias, int n, int bits, int group, float zero, str kernel) -> Tensor",
+    linear_reference,
+    _linear,
+    tolerance=_FLOOR,
+)
+LINEAR_A8: Op = define(
+    f"bipolar_linear_a8(Tensor xq, Tensor xs, {_WEIGHT}, Tensor? bias, int n, int bits, int group, float zero, ScalarType dtype, str kernel) -> Tensor",
+    linear_a8_reference,
+    _linear_a8,
+    tolerance=_FLOOR,
+)
+QUANTIZE: Op = define("quantize_activation(Tensor x) -> (Tensor, Tensor)", quantize_activation, quantize_activation)
+EMBEDDING: Op = define(
+    f"bipolar_embedding(Tensor ids, {_WEIGHT}, int n, int k, int bits, int group, float zero, ScalarType dtype, str kernel) -> Tensor",
+    embedding,
+    embedding,
+)
+LINEAR.register(Provider("reference", "bipolar_linear", "any", "planes", lambda p: YES, linear_reference, rank=-1))
+LINEAR_A8.register(Provider("reference", "bipolar_linear_a8", "any", "planes", lambda p: YES, linear_a8_reference, rank=-1))

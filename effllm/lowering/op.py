@@ -1,0 +1,92 @@
+"""The op registry: a plain-torch reference per op, providers that run it, and verdicts that say why one does not.
+
+An op's reference is schema, fake and oracle at once. A provider is one way to run the op on one kind of device. The graph op
+itself is registered as composite: it decomposes into the chosen provider's own op (or into the reference's torch ops), so any
+backend can trace it and nothing of it costs Python time in a compiled graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+
+LIBRARY = torch.library.Library("effllm", "FRAGMENT")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a provider takes a problem, and why not."""
+
+    ok: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.ok
+
+
+YES = Verdict(True)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a provider must know about a call. `m` is None where the number of rows is dynamic."""
+
+    op: str
+    n: int
+    k: int
+    bits: int
+    group: int
+    affine: bool
+    act: str = "a16"
+    m: int | None = None
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+    scale_dtype: torch.dtype = torch.float16
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to run an op. `call` takes the op's arguments; `cost` gives seconds on a machine as a sympy expression."""
+
+    name: str
+    op: str
+    device: str
+    layout: str
+    supports: Callable[[Problem], Verdict]
+    call: Callable[..., Any]
+    cost: Callable[[Problem], sympy.Expr] | None = None
+    space: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    rank: int = 0  # among providers that support a problem and have no cost, the highest rank wins
+
+
+@dataclass
+class Op:
+    """A registered op with everything a generic contract test needs."""
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    cases: Callable[[], list[dict[str, Any]]] = list
+    tolerance: dict[torch.dtype, float] = field(default_factory=dict)  # floor of the relative error, by output dtype
+    providers: dict[str, Provider] = field(default_factory=dict)
+
+    def register(self, provider: Provider) -> Provider:
+        """Add a provider; the last one of a name stays."""
+        self.providers[provider.name] = provider
+        return provider
+
+
+OPS: dict[str, Op] = {}
+
+
+def define(schema: str, reference: Callable[..., Any], composite: Callable[..., Any], **kw: Any) -> Op:
+    """Register an op in the `effllm` namespace: its schema, its oracle, and the composite that picks a provider."""
+    name = schema.split("(")[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, composite, "CompositeImplicitAutograd")
+    OPS[name] = Op(name, schema, reference, **kw)
+    return OPS[name]

@@ -1,0 +1,55 @@
+"""Loads the providers of a device on first use, so that a CPU user never imports Triton and a GPU user never builds C++."""
+
+from __future__ import annotations
+
+import importlib
+
+from effllm.errors import KernelError, nearest
+from effllm.lowering.op import OPS, Problem, Provider, Verdict
+
+_MODULES: dict[str, tuple[str, ...]] = {"cpu": ("effllm.kernels.cpu",), "cuda": ("effllm.kernels.triton",)}
+_loaded: set[str] = set()
+_problems: dict[str, str] = {}  # device -> why its kernels are missing
+
+
+def load(device: str) -> str:
+    """Import the kernel package of a device type; returns why it is missing, or an empty string."""
+    if device not in _loaded:
+        _loaded.add(device)
+        for module in _MODULES.get(device, ()):
+            try:
+                importlib.import_module(module).register()
+            except (ImportError, KernelError) as error:
+                _problems[device] = str(error)
+    return _problems.get(device, "")
+
+
+def verdicts(problem: Problem) -> list[tuple[Provider, Verdict]]:
+    """Every provider of the problem's op with its verdict, best first."""
+    load(problem.device)
+    rated = []
+    for provider in OPS[problem.op].providers.values():
+        if provider.device not in ("any", problem.device):
+            verdict = Verdict(False, f"runs on {provider.device}, the weight is on {problem.device}")
+        else:
+            verdict = provider.supports(problem)
+        rated.append((provider, verdict))
+    return sorted(rated, key=lambda pv: (not pv[1].ok, -pv[0].rank))
+
+
+def select(problem: Problem, wanted: str | None = None) -> tuple[Provider, str]:
+    """The provider to use, and a line on why (with the reasons of the better ones that were refused)."""
+    rated = verdicts(problem)
+    if wanted is not None:
+        for provider, verdict in rated:
+            if provider.name == wanted:
+                if verdict:
+                    return provider, "as asked"
+                raise KernelError("E-KRN-SUPPORT", f"kernel {wanted!r} refuses: {verdict.reason}", "choose another kernel or none")
+        raise KernelError("E-KRN-NAME", f"unknown kernel {wanted!r}", nearest(wanted, [p.name for p, _ in rated]))
+    best = rated[0][0]
+    refused = [f"{p.name}: {v.reason}" for p, v in rated if not v and p.rank > best.rank and p.device == problem.device]
+    missing = _problems.get(problem.device)
+    if missing and best.device == "any":
+        refused.append(f"no compiled kernels: {missing.splitlines()[0]}")
+    return best, "; ".join(refused) or "best supported"
