@@ -11,7 +11,9 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 from effllm.errors import EffllmError
 from effllm.hf.gguf_tokenizer import build_tokenizer
-from effllm.runtime.gguf import GGUF, dense_tensors, open_gguf
+from effllm.runtime.formats.base import Packed
+from effllm.runtime.gguf import GGUF, dense, open_gguf, read
+from effllm.runtime.packed import PackedEmbedding, PackedLinear, PackedWeight
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 BLOCK = {
@@ -87,14 +89,64 @@ def load_gguf(path: str | Path, dtype: torch.dtype = torch.bfloat16) -> tuple[An
     file = open_gguf(path)
     config = read_config(file, dtype)
     state = {}
-    for name, w in dense_tensors(file):
-        order = rope_order(name, w.shape[0], config)
-        state[hf_name(name)] = (w if order is None else w[order]).to(dtype)
-    if config.tie_word_embeddings:
-        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    for record in file.records:
+        w = dense(record)
+        order = rope_order(record.name, w.shape[0], config)
+        state[hf_name(record.name)] = (w if order is None else w[order]).to(dtype)
+    return _fill(empty_llama(config), state, path), build_tokenizer(file.fields)
+
+
+def load_gguf_packed(
+    path: str | Path, dtype: torch.dtype = torch.bfloat16, *, act: str = "a16", device: str = "cpu", kernel: str | None = None
+) -> tuple[Any, Any]:
+    """A llama GGUF file as a (LlamaForCausalLM, tokenizer) that computes with the file's own codes: nothing is quantized again.
+
+    Q4_0, Q4_1 and Q8_0 tensors become packed modules; a tied head shares the embedding's. Other tensors are dense in `dtype`,
+    the dtype of the activations; `act` is "a16" or "a8", `kernel` a provider name. The embedding gathers in 16 bits either way.
+    Raises EffllmError (E-GGF-*).
+    """
+    file = open_gguf(path)
+    config = read_config(file, dtype)
     model = empty_llama(config)
-    missing, extra = model.load_state_dict(state, strict=False, assign=True)
+    state = {}
+    for record in file.records:
+        w = read(record)
+        order = rope_order(record.name, w.shape[0], config)
+        target = hf_name(record.name)
+        if isinstance(w, Packed):
+            own = (w if order is None else _take_rows(w, order)).to(device)
+            _install(model, target.removesuffix(".weight"), PackedWeight(own, act=act, dtype=dtype, kernel=kernel))
+        else:
+            state[target] = (w if order is None else w[order]).to(device, dtype)
+    return _fill(model, state, path).to(device), build_tokenizer(file.fields)
+
+
+def _take_rows(packed: Packed, order: Tensor) -> Packed:
+    """The same weight with its rows in another order; codes and scales move, none changes."""
+    moved = {k: t.index_select(1 if k == "planes" else 0, order) for k, t in packed.tensors.items()}
+    return Packed(packed.format, packed.version, packed.shape, moved, dict(packed.attrs))
+
+
+def _install(model: Any, name: str, weight: PackedWeight) -> None:
+    old = model.get_submodule(name)
+    if tuple(old.weight.shape) != weight.shape:
+        raise EffllmError("E-GGF-SHAPE", f"{name} is {weight.shape} in the file and {tuple(old.weight.shape)} by its metadata", "the file is damaged")
+    if isinstance(old, torch.nn.Embedding):
+        model.set_submodule(name, PackedEmbedding(weight, old.padding_idx))
+        if model.config.tie_word_embeddings:
+            model.set_submodule("lm_head", PackedLinear(weight))
+    else:
+        model.set_submodule(name, PackedLinear(weight))
+
+
+def _fill(model: Any, state: dict[str, Tensor], path: str | Path) -> Any:
+    """Put the dense tensors in place; whatever is neither dense nor packed is missing from the file."""
+    if model.config.tie_word_embeddings and "model.embed_tokens.weight" in state:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    _, extra = model.load_state_dict(state, strict=False, assign=True)
+    missing = [n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.is_meta]
     if missing or extra:
         raise EffllmError("E-GGF-TENSOR", f"{path}: missing tensors {missing}, unexpected {extra}", "give a complete GGUF file")
-    model.tie_weights()
-    return model.eval(), build_tokenizer(file.fields)
+    if isinstance(model.lm_head, torch.nn.Linear):
+        model.tie_weights()
+    return model.eval()

@@ -89,7 +89,7 @@ def _half(wheel_or_dir: str | Path | None, odd: int) -> Corpus:
         if wheel_or_dir is not None:
             raise
         return Corpus(f"networkx-source-{side}", "\n\n".join(t for _, t in _networkx()[odd::2]), "BSD-3-Clause")
-    return Corpus(f"wiki-{side}", "\n\n".join(t for _, t in pages[odd::2]), "CC BY-SA 3.0 / GFDL")
+    return Corpus(f"wiki-{side}", "\n\n".join(f"{title}\n{text}" for title, text in pages[odd::2]), "CC BY-SA 3.0 / GFDL")
 
 
 def _places(given: str | Path | None) -> list[Path]:
