@@ -9,9 +9,9 @@ from __future__ import annotations
 from types import ModuleType
 
 from effllm.errors import KernelError, nearest
-from effllm.runtime.layouts import planes, tile16
+from effllm.runtime.layouts import planes, tile16, words
 
-LAYOUTS: dict[str, ModuleType] = {"planes": planes, "tile16": tile16}
+LAYOUTS: dict[str, ModuleType] = {"planes": planes, "tile16": tile16, "words": words}
 
 
 def get(name: str) -> ModuleType:
