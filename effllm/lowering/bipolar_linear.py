@@ -85,6 +85,29 @@ def _linear_a8(xq, xs, codes, scale, minimum, bias, n, bits, group, zero, dtype,
     return provider("bipolar_linear_a8", kernel).call(xq, xs, codes, scale, minimum, bias, n, bits, group, zero, dtype)
 
 
+def _linear_many(x, codes, scale, minimum, bits, group, zero, kernel):  # type: ignore[no-untyped-def]
+    return provider("bipolar_linear_many", kernel).call(x, codes, scale, minimum, bits, group, zero)
+
+
+def _linear_a8_many(xq, xs, codes, scale, minimum, bits, group, zero, dtype, kernel):  # type: ignore[no-untyped-def]
+    return provider("bipolar_linear_a8_many", kernel).call(xq, xs, codes, scale, minimum, bits, group, zero, dtype)
+
+
+def linear_many_reference(x: Tensor, codes: list[Tensor], scale: list[Tensor], minimum: list[Tensor], bits: int, group: int, zero: float) -> Tensor:
+    """Several weights (layout planes) that share x (..., K): their outputs side by side, (..., sum of N)."""
+    low: list[Tensor | None] = list(minimum) or [None] * len(codes)
+    return torch.cat([linear_reference(x, c, s, m, None, c.shape[1], bits, group, zero) for c, s, m in zip(codes, scale, low, strict=True)], -1)
+
+
+def linear_a8_many_reference(
+    xq: Tensor, xs: Tensor, codes: list[Tensor], scale: list[Tensor], minimum: list[Tensor], bits: int, group: int, zero: float, dtype: torch.dtype
+) -> Tensor:
+    """Several weights (layout planes) that share int8 activations: their outputs side by side."""
+    low: list[Tensor | None] = list(minimum) or [None] * len(codes)
+    parts = [linear_a8_reference(xq, xs, c, s, m, None, c.shape[1], bits, group, zero, dtype) for c, s, m in zip(codes, scale, low, strict=True)]
+    return torch.cat(parts, -1)
+
+
 _FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 _WEIGHT = "Tensor codes, Tensor scale, Tensor? minimum"
 LINEAR: Op = define(
@@ -107,3 +130,18 @@ EMBEDDING: Op = define(
 )
 LINEAR.register(Provider("reference", "bipolar_linear", "any", "planes", lambda p: YES, linear_reference, rank=-1))
 LINEAR_A8.register(Provider("reference", "bipolar_linear_a8", "any", "planes", lambda p: YES, linear_a8_reference, rank=-1))
+
+# Merging needs a kernel that takes lists; the reference registers none, so that it keeps its ops apart.
+LINEAR_MANY: Op = define(
+    "bipolar_linear_many(Tensor x, Tensor[] codes, Tensor[] scale, Tensor[] minimum, int bits, int group, float zero, str kernel) -> Tensor",
+    linear_many_reference,
+    _linear_many,
+    tolerance=_FLOOR,
+)
+LINEAR_A8_MANY: Op = define(
+    "bipolar_linear_a8_many(Tensor xq, Tensor xs, Tensor[] codes, Tensor[] scale, Tensor[] minimum, int bits, int group, float zero, "
+    "ScalarType dtype, str kernel) -> Tensor",
+    linear_a8_many_reference,
+    _linear_a8_many,
+    tolerance=_FLOOR,
+)

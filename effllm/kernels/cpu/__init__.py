@@ -1,1 +1,73 @@
-"""C++ kernels against PyTorch's stable ABI, built at first use."""
+"""C++ kernels against PyTorch's stable ABI, built at first use: AVX-512 VNNI, AVX2, and portable C++."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from effllm.errors import KernelError
+from effllm.kernels.cpu import build
+from effllm.kernels.cpu.build import ISAS, Isa
+from effllm.kernels.cpu.cost import cost
+from effllm.lowering.op import OPS, Problem, Provider, Verdict
+
+_loaded: set[str] = set()
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def ensure(isa: Isa) -> None:
+    """Build and load one instruction set's ops, and give them fakes."""
+    if isa.name in _loaded:
+        return
+    lacking = build.missing(isa)
+    if lacking:
+        raise KernelError("E-KRN-ISA", f"this processor lacks {', '.join(lacking)}", "use another kernel")
+    torch.ops.load_library(str(build.build(isa)))
+
+    def linear(x: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None, n: int, bits: int, group: int, zero: float) -> Tensor:
+        return x.new_empty(*x.shape[:-1], n)
+
+    def linear_a8(xq, xs, codes, scale, minimum, bias, n, bits, group, zero, dtype):  # type: ignore[no-untyped-def]
+        return xq.new_empty(*xq.shape[:-1], n, dtype=dtype)
+
+    def linear_many(x, codes, scale, minimum, bits, group, zero):  # type: ignore[no-untyped-def]
+        return x.new_empty(*x.shape[:-1], sum(c.shape[0] * 16 for c in codes))
+
+    def linear_a8_many(xq, xs, codes, scale, minimum, bits, group, zero, dtype):  # type: ignore[no-untyped-def]
+        return xq.new_empty(*xq.shape[:-1], sum(c.shape[0] * 16 for c in codes), dtype=dtype)
+
+    for fake in (linear, linear_a8, linear_many, linear_a8_many):
+        torch.library.register_fake(f"{isa.namespace}::{fake.__name__}", fake)
+    _loaded.add(isa.name)
+
+
+def supports(problem: Problem, isa: Isa) -> Verdict:
+    """Whether this machine and this problem fit the build."""
+    lacking = build.missing(isa)
+    if lacking:
+        return Verdict(False, f"processor lacks {', '.join(lacking)}")
+    if problem.dtype not in _FLOATS:
+        return Verdict(False, f"activations are {problem.dtype}, not float32, bfloat16 or float16")
+    try:
+        ensure(isa)
+    except KernelError as error:
+        return Verdict(False, f"[{error.code}] {error.cause.splitlines()[0]}")
+    return Verdict(True)
+
+
+def _provider(op: str, isa: Isa, rank: int) -> Provider:
+    short = op.removeprefix("bipolar_")
+
+    def call(*args: object) -> Tensor:
+        ensure(isa)
+        y: Tensor = getattr(getattr(torch.ops, isa.namespace), short)(*args)
+        return y
+
+    return Provider(f"cpu-{isa.name}", op, "cpu", "tile16", lambda p: supports(p, isa), call, lambda p: cost(p, isa.name), rank=rank)
+
+
+def register() -> None:
+    """Add the CPU providers to the ops. Builds nothing yet."""
+    for rank, isa in enumerate(reversed(ISAS), start=1):
+        for op in ("bipolar_linear", "bipolar_linear_a8", "bipolar_linear_many", "bipolar_linear_a8_many"):
+            OPS[op].register(_provider(op, isa, rank))

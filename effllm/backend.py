@@ -1,0 +1,184 @@
+"""The torch.compile backend: copy the graph, rewrite it by the recipe, bind packed weights, hand the rest to Inductor.
+
+    torch.compile(model, backend="effllm", options={"recipe": "w4"})
+
+Options: recipe (any form that Recipe.parse takes; default "w8"), weights ("checked" or "frozen"), strict (raise where a rule
+applied to nothing), kernel (force a provider by name), mode (one of Inductor's modes), inductor (dict of Inductor's options).
+`mode=` may be one of Inductor's modes or a one-line recipe.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from effllm import compat
+from effllm.errors import EffllmError, OptionError, PassError, nearest
+from effllm.passes import manager, pipeline
+from effllm.passes.base import Context
+from effllm.recipe import Recipe
+from effllm.report import Report
+from effllm.runtime.binding import Binding, PackStore
+from effllm.solvers import solve
+
+store = PackStore(lambda w, params: solve(w, params))
+reports: deque[Report] = deque(maxlen=64)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Checked options of one torch.compile call."""
+
+    recipe: Recipe = field(default_factory=lambda: Recipe.parse("w8"))
+    weights: str = "checked"
+    strict: bool = False
+    kernel: str | None = None
+    mode: str | None = None
+    inductor: dict[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def parse(options: dict[str, Any] | None, mode: str | None) -> Options:
+        """Read `options=` or `mode=` of torch.compile; raises OptionError or RecipeError."""
+        given = dict(options or {})
+        for key in given:
+            if key not in Options.__dataclass_fields__:
+                raise OptionError("E-OPT-KEY", f"unknown option {key!r}", nearest(str(key), Options.__dataclass_fields__))
+        if mode is not None:
+            given["mode" if mode in compat.inductor_modes() else "recipe"] = mode
+        if "recipe" in given:
+            given["recipe"] = Recipe.parse(given["recipe"])
+        made = Options(**given)
+        if made.weights not in ("checked", "frozen"):
+            raise OptionError("E-OPT-VALUE", f"weights={made.weights!r}", 'weights is "checked" or "frozen"')
+        if made.mode is not None and made.mode not in compat.inductor_modes():
+            raise OptionError("E-OPT-VALUE", f"mode={made.mode!r}", nearest(str(made.mode), compat.inductor_modes()))
+        for key in made.inductor:
+            if key not in compat.inductor_option_names():
+                raise OptionError("E-OPT-INDUCTOR", f"Inductor has no option {key!r}", nearest(str(key), compat.inductor_option_names()))
+        return made
+
+
+@dataclass
+class Rewritten:
+    """A rewritten copy of a graph, with the report and what has to be bound at call time."""
+
+    gm: fx.GraphModule
+    report: Report
+    keep: list[int]
+    wants: list[tuple[int, Any, str, tuple[str, ...]]]
+
+
+def rewrite(gm: fx.GraphModule, options: Options) -> Rewritten:
+    """Run the passes on a copy of a Dynamo graph."""
+    copy, _ = compat.copy_graph(gm)
+    graph = copy.graph
+    inputs = [n for n in graph.nodes if n.op == "placeholder"]
+    context = Context(options.recipe, options.strict, options.kernel, store=store)
+    report = Report(options.recipe.name, manager.run(pipeline.default(), graph, context), notes=context.notes)
+    position = {n: i for i, n in enumerate(inputs)}
+    used = {b.source for b in context.bound}
+    # a weight that only packed ops read is no input of the compiled graph any more
+    dead = {n for n in inputs if n in used and not n.users}
+    keep = [i for i, n in enumerate(inputs) if n not in dead]
+    wants = [(position[b.source], b.params, b.layout, tuple(b.nodes)) for b in sorted(context.bound, key=lambda b: _order(graph, b.nodes["codes"]))]
+    for n in dead:
+        graph.erase_node(n)
+    graph.lint()
+    copy.recompile()
+    _note_inference(gm, report)
+    return Rewritten(copy, report, keep, wants)
+
+
+def _order(graph: fx.Graph, node: fx.Node) -> int:
+    return next(i for i, n in enumerate(graph.nodes) if n is node)
+
+
+def _note_inference(gm: fx.GraphModule, report: Report) -> None:
+    for n in gm.graph.nodes:
+        real = compat.real_tensor(n) if n.op == "placeholder" else None
+        if isinstance(real, nn.Parameter) and real.is_inference():
+            report.notes.append("some parameters were created under inference_mode and have no version: in-place changes to them go unnoticed")
+            return
+
+
+def effllm(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None, mode: str | None = None) -> Callable[..., Any]:
+    """Compile a Dynamo graph. The incoming graph is never changed."""
+    chosen = Options.parse(options, mode)
+    start = time.perf_counter()
+    done = rewrite(gm, chosen)
+    done.report.measured["rewrite_s"] = time.perf_counter() - start
+    reports.append(done.report)
+    _complain(done.report, chosen)
+    values = [compat.example_value(n) for n in done.gm.graph.nodes if n.op == "placeholder"]
+    compiled = compat.compile_inner(done.gm, values, chosen.mode, chosen.inductor)
+    done.report.measured["compile_s"] = time.perf_counter() - start
+    if not done.wants:
+        return compiled
+    binding, keep = Binding(store, done.wants, chosen.weights), done.keep
+    if keep == list(range(len(keep))) and len(keep) == len(example_inputs):
+        return lambda *args: compiled(*args, *binding(args))
+    return lambda *args: compiled(*[args[i] for i in keep], *binding(args))
+
+
+def _complain(report: Report, options: Options) -> None:
+    """strict: nothing applied or anything failed is an error. Otherwise one warning names what failed and where gradients stood in the way."""
+    failed = [d for d in report.decisions if d.action == "failed"]
+    sites = [d for d in report.decisions if d.action != "applied" and d.code not in ("alone", "not-mergeable", "no-rule", "dense")]
+    rewrites = [d for p in report.passes if p.name == "bipolar_linear" for d in p.decisions]
+    if options.strict and (failed or (rewrites and not any(d.action == "applied" for d in rewrites))):
+        worst = (failed or sites or rewrites)[0]
+        raise PassError("E-PAS-STRICT", f"strict: {worst.module or worst.site} was not rewritten [{worst.code}] {worst.reason}", "see effllm.explain(model, inputs, recipe)")
+    if failed:
+        warnings.warn(f"effllm: {len(failed)} weights could not be packed and stay dense, first {failed[0].module}: [{failed[0].code}] {failed[0].reason}", stacklevel=3)
+    elif any(d.code == "grad" for d in sites):
+        warnings.warn("effllm: nothing was rewritten because gradients are recorded; call the model under torch.no_grad() or torch.inference_mode()", stacklevel=3)
+    slow = [d for d in report.applied if d.kernel == "reference"]
+    if slow:
+        warnings.warn(f"effllm: no compiled kernel for {len(slow)} sites, the slow reference runs: {slow[0].reason}", stacklevel=3)
+
+
+def last_report() -> Report:
+    """The report of the newest compiled graph."""
+    if not reports:
+        raise OptionError("E-OPT-NOREPORT", "nothing was compiled by effllm in this process", "call the compiled model once")
+    return reports[-1]
+
+
+def explain(model: nn.Module, inputs: Any, recipe: Any = "w8", **options: Any) -> Report:
+    """What the backend would do to `model(*inputs)` (or `model(**inputs)` for a dict), without compiling or running a step.
+
+    Raises EffllmError where the model cannot be captured in one graph.
+    """
+    chosen = Options.parse({"recipe": recipe, **options}, None)
+    found: list[Report] = []
+
+    def look(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
+        found.append(rewrite(gm, chosen).report)
+        raise compat.StopTracing
+
+    args, kwargs = ((), inputs) if isinstance(inputs, dict) else ((inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs), {})
+    # a fresh function object: neither cached graphs of the model nor ours are touched
+    compiled = torch.compile(lambda *a, **k: model(*a, **k), backend=look, fullgraph=True)
+    try:
+        with torch.no_grad():
+            compiled(*args, **kwargs)
+    except Exception as error:
+        if not compat.is_stop(error):
+            if isinstance(error, EffllmError):
+                raise
+            raise PassError("E-PAS-CAPTURE", f"the model cannot be captured in one graph: {str(error).splitlines()[0]}", "compile parts of it, or remove the graph break") from error
+    if not found:
+        return Report(chosen.recipe.name, notes=["the model calls no tensor operation"])
+    return found[0]
+
+
+def refresh(model: nn.Module) -> int:
+    """Pack a model's parameters anew after writes through `.data`, which raise no version. Returns how many packs were dropped."""
+    return store.refresh(model)

@@ -1,0 +1,164 @@
+"""Every contact with private names of torch. One small function per name, tested in tests/test_compat.py.
+
+Tested with torch 2.11 to 2.13. Where a name is missing the function says so in its docstring; nothing else in effllm touches
+underscore names of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+LINEAR: tuple[Any, ...] = (torch._C._nn.linear, torch.nn.functional.linear)
+EMBEDDING: tuple[Any, ...] = (torch.nn.functional.embedding,)
+
+
+def inductor_compiler() -> str | None:
+    """The C++ compiler that Inductor would use, None if it finds none."""
+    try:
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        return str(get_cpp_compiler())
+    except ImportError:
+        import shutil
+
+        return shutil.which("g++") or shutil.which("clang++")
+    except Exception as error:  # noqa: BLE001 - InvalidCxxCompiler is private; anything else is a bug worth seeing
+        if type(error).__name__ == "InvalidCxxCompiler":
+            return None
+        raise
+
+
+def copy_graph(gm: fx.GraphModule) -> tuple[fx.GraphModule, dict[fx.Node, fx.Node]]:
+    """A copy that Dynamo does not know of, with what AOTAutograd needs to see static inputs; and the map from old to new nodes.
+
+    Dynamo reads its own placeholders again after the backend returns, so the incoming graph must stay as it is.
+    """
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, mapping)
+    graph.output(output)
+    old_output = next(n for n in reversed(gm.graph.nodes) if n.op == "output")
+    next(iter(reversed(graph.nodes))).meta = dict(old_output.meta)
+    new = fx.GraphModule(gm, graph)
+    new.meta.update(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        new._param_name_to_source = gm._param_name_to_source  # type: ignore[assignment]
+    for old, copied in mapping.items():
+        if old.op == "placeholder" and hasattr(old, "_dynamo_source"):
+            copied._dynamo_source = old._dynamo_source
+    return new, mapping
+
+
+def mark_static(node: fx.Node) -> None:
+    """Tag a new placeholder as a static input, so that CUDA graphs do not copy it at every call."""
+    node._dynamo_source = None  # type: ignore[attr-defined]
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+
+
+def real_tensor(placeholder: fx.Node) -> Tensor | None:
+    """The real tensor behind a Dynamo placeholder at compile time, None for activations that are fake or symbolic."""
+    arg = placeholder.meta.get("grapharg")
+    example = getattr(arg, "example", None) if arg is not None else None
+    return example if isinstance(example, Tensor) else None
+
+
+def source_name(placeholder: fx.Node) -> str:
+    """The Python expression that Dynamo read the input from, such as L['self']._modules['a']._parameters['weight']."""
+    arg = placeholder.meta.get("grapharg")
+    source = getattr(arg, "source", None) if arg is not None else None
+    if source is None:
+        source = getattr(placeholder, "_dynamo_source", None)
+    if source is None:
+        return placeholder.name
+    name = getattr(source, "name", None)
+    return str(name() if callable(name) else name)
+
+
+def module_of(node: fx.Node) -> tuple[str, type | None]:
+    """Dotted name and class of the innermost nn.Module that a node comes from; empty name outside of modules."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return "", None
+    path, cls = list(stack.values())[-1]
+    text = str(path).replace("_modules", "").replace("[", ".").replace("]", ".").replace("'", "").replace('"', "")
+    parts = [p for p in text.split(".") if p]
+    if parts[:1] == ["L"]:  # a local of the traced function: its name is not part of the module's
+        parts = parts[2:]
+    return ".".join(parts), cls if isinstance(cls, type) else None
+
+
+def example_value(node: fx.Node) -> Any:
+    """The fake value of a node in a Dynamo graph."""
+    return node.meta.get("example_value")
+
+
+def set_example_value(node: fx.Node, value: Any) -> None:
+    """Give a new node its fake value."""
+    node.meta["example_value"] = value
+
+
+def fake_mode(graph: fx.Graph) -> Any:
+    """The FakeTensorMode of a Dynamo graph, None without tensors."""
+    for node in graph.nodes:
+        value = node.meta.get("example_value")
+        if isinstance(value, Tensor) and hasattr(value, "fake_mode"):
+            return value.fake_mode
+    return None
+
+
+def version(t: Tensor) -> int:
+    """The in-place version counter; -1 for inference tensors, which have none."""
+    return -1 if t.is_inference() else int(t._version)
+
+
+def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str | None, options: dict[str, Any] | None) -> Callable[..., Any]:
+    """Hand a graph to Inductor, with one of its modes and config options."""
+    from torch._inductor.compile_fx import compile_fx
+
+    patches: dict[str, Any] = {}
+    if mode not in (None, "default"):
+        patches.update(torch._inductor.list_mode_options(mode))
+    patches.update(options or {})
+    compiled: Callable[..., Any] = compile_fx(gm, list(example_inputs), config_patches=patches or None)
+    return compiled
+
+
+def inductor_modes() -> dict[str, dict[str, Any]]:
+    """Inductor's modes and what they set."""
+    return dict(torch._inductor.list_mode_options())
+
+
+def inductor_option_names() -> list[str]:
+    """Names of Inductor's config options."""
+    return list(torch._inductor.list_options())
+
+
+def reset_dynamo() -> None:
+    """Forget all compiled graphs."""
+    torch._dynamo.reset()
+
+
+def register_backend(name: str, backend: Callable[..., Any]) -> None:
+    """Make `torch.compile(backend=name)` work without an installed entry point; keeps what is there."""
+    from torch._dynamo.backends import registry
+
+    if name not in registry._COMPILER_FNS:
+        registry.register_backend(name=name)(backend)
+
+
+class StopTracing(Exception):  # noqa: N818 - control flow, not an error
+    """Raised by the explaining backend once it has seen the graph, so that nothing is compiled or run."""
+
+
+def is_stop(error: BaseException) -> bool:
+    """Whether an exception that came out of Dynamo is, or wraps, StopTracing."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, StopTracing) or isinstance(getattr(seen, "inner_exception", None), StopTracing):
+            return True
+        seen = seen.__cause__ or seen.__context__
+    return False

@@ -1,0 +1,109 @@
+// Activations as integer digits, so that every kernel is one exact integer dot product per segment of columns.
+//
+// A8    one digit: the int8 codes that the caller quantized, one scale a token (applied at the very end).
+// A16   two digits for bf16 / fp16 input, three for fp32: per block of 32 columns x ~ step * (256 hi + lo), with step the
+//       block's largest magnitude over 127 * 256 (127 * 65536 for fp32). The rounding, 2^-16 (2^-24) of the block's maximum, is
+//       below that of bf16 (fp32) arithmetic on the same block.
+//
+// A segment is the run of columns that share one weight scale and one activation step: the group for A8, at most 32 for A16.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+namespace effllm {
+
+enum class Type { f32, bf16, f16 };
+
+inline float bf16_to_float(uint16_t h) { uint32_t u = static_cast<uint32_t>(h) << 16; float f; std::memcpy(&f, &u, 4); return f; }
+inline uint16_t float_to_bf16(float f) {
+  uint32_t u; std::memcpy(&u, &f, 4);
+  if ((u & 0x7FFFFFFF) > 0x7F800000) return static_cast<uint16_t>((u >> 16) | 0x40);
+  return static_cast<uint16_t>((u + 0x7FFF + ((u >> 16) & 1)) >> 16);
+}
+inline float load_as_float(const void* p, int64_t i, Type t) {
+  if (t == Type::f32) return static_cast<const float*>(p)[i];
+  const uint16_t h = static_cast<const uint16_t*>(p)[i];
+  if (t == Type::bf16) return bf16_to_float(h);
+  _Float16 v; std::memcpy(&v, &h, 2); return static_cast<float>(v);
+}
+inline void store_from_float(void* p, int64_t i, Type t, float f) {
+  if (t == Type::f32) { static_cast<float*>(p)[i] = f; return; }
+  uint16_t h;
+  if (t == Type::bf16) h = float_to_bf16(f);
+  else { const _Float16 v = static_cast<_Float16>(f); std::memcpy(&h, &v, 2); }
+  static_cast<uint16_t*>(p)[i] = h;
+}
+
+// Digits, steps and correction terms of M tokens.
+struct Activations {
+  int digits = 1;
+  int64_t m = 0, k = 0, kp = 0;  // tokens, columns, columns padded to blocks of 32
+  int64_t seg = 0, segs = 0;     // columns per segment, segments per token
+  std::vector<int8_t> x;         // [m][digit][kp], most significant digit first
+  std::vector<float> step;       // [m][segs], A16 only
+  std::vector<float> corr;       // [m][segs]: what multiplies scale (-2 zero) or minimum: sum of x in the segment, see Kernel notes
+  std::vector<uint8_t> tables;   // sums of four activations for the 1-bit lookup, see lookup.h
+  const uint8_t* aligned_tables() const { return tables.data() + (64 - reinterpret_cast<uintptr_t>(tables.data()) % 64) % 64; }
+  const int8_t* row(int64_t i, int d) const { return x.data() + (i * digits + d) * kp; }
+
+  void shape(int64_t m_, int64_t k_, int64_t kp_, int64_t seg_, int digits_) {
+    m = m_; k = k_; kp = kp_; seg = seg_; digits = digits_;
+    segs = (kp + seg - 1) / seg;
+    x.assign(static_cast<size_t>(m * digits * kp), 0);
+    corr.resize(static_cast<size_t>(m * segs));
+    if (digits > 1) step.resize(static_cast<size_t>(m * segs));
+  }
+
+  // One token of int8 codes. `factor` turns a sum of x into the correction term.
+  void take_int8(int64_t i, const int8_t* src, float factor) {
+    int8_t* dst = x.data() + i * kp;
+    std::memcpy(dst, src, static_cast<size_t>(k));
+    for (int64_t s = 0; s < segs; ++s) {
+      int32_t sum = 0;
+      const int64_t end = std::min(kp, (s + 1) * seg);
+      for (int64_t c = s * seg; c < end; ++c) sum += dst[c];
+      corr[static_cast<size_t>(i * segs + s)] = factor * static_cast<float>(sum);
+    }
+  }
+
+  // One token of floats.
+  void take_float(int64_t i, const void* src, Type type, float factor) {
+    const float top = digits == 2 ? 127.f * 256.f : 127.f * 65536.f;
+    float f[32];
+    int32_t q[32];
+    for (int64_t s = 0; s < segs; ++s) {
+      const int64_t from = s * seg, n = std::min(seg, k - from);
+      float big = 0;
+      bool finite = true;
+      for (int64_t c = 0; c < n; ++c) {
+        f[c] = load_as_float(src, i * k + from + c, type);
+        const float a = std::fabs(f[c]);
+        finite &= a <= 3.4e38f;
+        big = a > big ? a : big;
+      }
+      const size_t at = static_cast<size_t>(i * segs + s);
+      if (!finite) {  // the token's result is NaN, as the dense product's would be
+        step[at] = corr[at] = std::nanf("");
+        continue;
+      }
+      const float unit = big > 0 ? big / top : 0.f, inv = unit > 0 && std::isfinite(1.f / unit) ? 1.f / unit : 0.f;
+      int64_t sum = 0;
+      for (int64_t c = 0; c < n; ++c) q[c] = static_cast<int32_t>(std::nearbyint(f[c] * inv)), sum += q[c];
+      for (int d = digits - 1; d >= 0; --d) {
+        int8_t* dst = x.data() + (i * digits + d) * kp + from;
+        for (int64_t c = 0; c < n; ++c) {
+          const int32_t up = (q[c] + 128) >> 8;
+          dst[c] = static_cast<int8_t>(d == 0 ? q[c] : q[c] - up * 256);
+          q[c] = up;
+        }
+      }
+      step[at] = unit;
+      corr[at] = factor * unit * static_cast<float>(sum);
+    }
+  }
+};
+
+}  // namespace effllm

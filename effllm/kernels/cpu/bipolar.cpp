@@ -1,0 +1,176 @@
+// Registers the bipolar-INT linear ops of one instruction set against PyTorch's stable ABI. EFFLLM_NAMESPACE and EFFLLM_ISA come from
+// the builder (build.py). Threads are PyTorch's own.
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+
+#include "bipolar.h"
+#include "single.h"
+
+namespace {
+
+using effllm::Activations;
+using effllm::Type;
+using effllm::Weight;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using V = effllm::EFFLLM_ISA;
+
+Type type_of(ScalarType t) {
+  STD_TORCH_CHECK(t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half, "effllm: activations must be float32, bfloat16 or float16");
+  return t == ScalarType::Float ? Type::f32 : t == ScalarType::BFloat16 ? Type::bf16 : Type::f16;
+}
+
+Weight weight_of(const Tensor& codes, const Tensor& scale, const void* minimum, int64_t n, int64_t bits, int64_t group) {
+  STD_TORCH_CHECK(codes.dim() == 3 && codes.size(2) == 64 * bits && codes.is_contiguous(), "effllm: codes must be (tiles, blocks, 64 * bits), contiguous");
+  STD_TORCH_CHECK(scale.dim() == 3 && scale.size(0) == codes.size(0) && scale.size(2) == 16 && scale.is_contiguous(), "effllm: scale must be (tiles, groups, 16), contiguous");
+  STD_TORCH_CHECK(n > (codes.size(0) - 1) * 16 && n <= codes.size(0) * 16, "effllm: the number of rows does not fit the tiles");
+  STD_TORCH_CHECK(group == 0 || codes.size(1) * 32 <= scale.size(1) * group, "effllm: too few groups for the columns");
+  return {static_cast<const uint8_t*>(codes.const_data_ptr()), scale.const_data_ptr(), minimum, scale.scalar_type() == ScalarType::Half,
+          n, codes.size(0), codes.size(1), scale.size(1), group, n, 0};
+}
+
+template <int D> using Run = void (*)(const Weight&, const Activations&, int64_t, int64_t, const float*, const float*, void*, Type);
+template <int D> Run<D> pick(int64_t bits) {
+  static constexpr Run<D> table[8] = {effllm::multiply_tiles<V, 1, D>, effllm::multiply_tiles<V, 2, D>, effllm::multiply_tiles<V, 3, D>, effllm::multiply_tiles<V, 4, D>,
+                                      effllm::multiply_tiles<V, 5, D>, effllm::multiply_tiles<V, 6, D>, effllm::multiply_tiles<V, 7, D>, effllm::multiply_tiles<V, 8, D>};
+  STD_TORCH_CHECK(bits >= 1 && bits <= 8, "effllm: bits must be 1 to 8");
+  return table[bits - 1];
+}
+
+// A thread is worth waking for about 3 us of work; one code costs about bits / 8 bytes at some 10 bytes a nanosecond, and per token
+// and digit 1/64 of a dot product at one a cycle.
+int64_t grain(int64_t tiles, int64_t blocks, int64_t bits, int64_t m, int digits) {
+  const double tile_ns = static_cast<double>(blocks) * (64.0 * static_cast<double>(bits) / 10.0 + static_cast<double>(m) * digits * 8 / 3.0);
+  return std::max<int64_t>(1, std::min<int64_t>(tiles, static_cast<int64_t>(3000.0 / tile_ns)));
+}
+
+void run(const std::vector<Weight>& weights, int64_t bits, const Activations& x, const float* out_scale, const float* bias, void* y, Type type) {
+  int64_t pairs = 0;
+  for (const auto& w : weights) pairs += (w.tiles + 1) / 2;
+  const auto go = x.digits == 1 ? pick<1>(bits) : x.digits == 2 ? pick<2>(bits) : pick<3>(bits);
+  torch::stable::parallel_for(0, pairs, grain(pairs, 2 * weights[0].blocks, bits, x.m, x.digits), [&](int64_t from, int64_t to) {
+    int64_t first = 0;
+    for (const auto& w : weights) {
+      const int64_t count = (w.tiles + 1) / 2, a = std::max(from, first), b = std::min(to, first + count);
+      if (a < b) go(w, x, 2 * (a - first), std::min(w.tiles, 2 * (b - first)), out_scale, bias, y, type);
+      first += count;
+    }
+  });
+}
+
+bool wants_tables(int64_t bits) { return bits == 1 || bits == 3 || bits == 5 || bits == 7; }
+
+void prepare_int8(Activations& a, const Tensor& xq, int64_t m, int64_t k, const Weight& w, double zero, int64_t bits) {
+  const int64_t kp = w.blocks * 32;
+  a.shape(m, k, kp, w.group == 0 ? kp : w.group, 1);
+  const float factor = w.minimum ? 0.5f : -static_cast<float>(zero);
+  const auto* src = static_cast<const int8_t*>(xq.const_data_ptr());
+  torch::stable::parallel_for(0, m, 16, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) a.take_int8(i, src + i * k, factor);
+  });
+  a.tables.clear();
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
+  if (V::fast_single && m == 1 && wants_tables(bits)) {
+    a.tables.resize(static_cast<size_t>(w.blocks * 256 + 64));
+    effllm::build_tables(a.x.data(), w.blocks, const_cast<uint8_t*>(a.aligned_tables()));
+  }
+#endif
+  (void)bits;
+}
+
+void prepare_float(Activations& a, const Tensor& x, int64_t m, int64_t k, const Weight& w, double zero, Type type) {
+  const int64_t kp = w.blocks * 32;
+  a.shape(m, k, kp, w.group == 16 ? 16 : 32, type == Type::f32 ? 3 : 2);
+  const float factor = w.minimum ? 0.5f : -static_cast<float>(zero);
+  torch::stable::parallel_for(0, m, 8, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) a.take_float(i, x.const_data_ptr(), type, factor);
+  });
+}
+
+Tensor result(const Tensor& x, int64_t n, ScalarType dtype) {
+  std::vector<int64_t> shape(static_cast<size_t>(x.dim()));
+  for (int64_t i = 0; i < x.dim(); ++i) shape[static_cast<size_t>(i)] = x.size(i);
+  shape.back() = n;
+  return torch::stable::new_empty(x, shape, dtype);
+}
+
+// One or several weights that share x: y holds their outputs side by side.
+Tensor multiply(const Tensor& x_in, const float* xs, const std::vector<Tensor>& codes, const std::vector<Tensor>& scale, const std::vector<const void*>& minimum,
+                const std::optional<Tensor>& bias, const std::vector<int64_t>& n, int64_t bits, int64_t group, double zero, ScalarType dtype) {
+  const Tensor x = x_in.is_contiguous() ? x_in : torch::stable::contiguous(x_in);
+  const int64_t k = x.size(x.dim() - 1), m = k ? x.numel() / k : 0;
+  int64_t total = 0;
+  std::vector<Weight> weights;
+  for (size_t i = 0; i < codes.size(); ++i) {
+    weights.push_back(weight_of(codes[i], scale[i], minimum[i], n[i], bits, group));
+    STD_TORCH_CHECK(k <= weights.back().blocks * 32 && k > (weights.back().blocks - (group > 32 ? group / 32 : 1)) * 32 - 32, "effllm: the activation's last dimension does not fit the weight");
+    weights.back().col = total;
+    total += n[i];
+  }
+  for (auto& w : weights) w.ldy = total;
+  Tensor y = result(x, total, dtype);
+  if (m == 0 || total == 0) return y;
+  std::vector<float> b;
+  if (bias) {
+    const Tensor t = torch::stable::contiguous(*bias);
+    b.resize(static_cast<size_t>(t.numel()));
+    const Type bt = type_of(t.scalar_type());
+    for (int64_t i = 0; i < t.numel(); ++i) b[static_cast<size_t>(i)] = effllm::load_as_float(t.const_data_ptr(), i, bt);
+  }
+  static thread_local Activations a;  // keeps its buffers between calls
+  if (xs) prepare_int8(a, x, m, k, weights[0], zero, bits);
+  else prepare_float(a, x, m, k, weights[0], zero, type_of(x.scalar_type()));
+  run(weights, bits, a, xs, bias ? b.data() : nullptr, y.mutable_data_ptr(), type_of(dtype));
+  return y;
+}
+
+Tensor linear(const Tensor x, const Tensor codes, const Tensor scale, std::optional<Tensor> minimum, std::optional<Tensor> bias, int64_t n, int64_t bits, int64_t group, double zero) {
+  return multiply(x, nullptr, {codes}, {scale}, {minimum ? minimum->const_data_ptr() : nullptr}, bias, {n}, bits, group, zero, x.scalar_type());
+}
+
+Tensor linear_a8(const Tensor xq, const Tensor xs, const Tensor codes, const Tensor scale, std::optional<Tensor> minimum, std::optional<Tensor> bias, int64_t n, int64_t bits, int64_t group,
+                 double zero, ScalarType dtype) {
+  const Tensor s = xs.is_contiguous() ? xs : torch::stable::contiguous(xs);
+  return multiply(xq, static_cast<const float*>(s.const_data_ptr()), {codes}, {scale}, {minimum ? minimum->const_data_ptr() : nullptr}, bias, {n}, bits, group, zero, dtype);
+}
+
+std::vector<const void*> pointers(const std::vector<Tensor>& t, size_t count) {
+  std::vector<const void*> p(count, nullptr);
+  for (size_t i = 0; i < t.size(); ++i) p[i] = t[i].const_data_ptr();
+  return p;
+}
+std::vector<int64_t> rows_of(const std::vector<Tensor>& codes) {
+  std::vector<int64_t> n;
+  for (const auto& c : codes) n.push_back(c.size(0) * 16);
+  return n;
+}
+
+Tensor linear_many(const Tensor x, std::vector<Tensor> codes, std::vector<Tensor> scale, std::vector<Tensor> minimum, int64_t bits, int64_t group, double zero) {
+  return multiply(x, nullptr, codes, scale, pointers(minimum, codes.size()), std::nullopt, rows_of(codes), bits, group, zero, x.scalar_type());
+}
+
+Tensor linear_a8_many(const Tensor xq, const Tensor xs, std::vector<Tensor> codes, std::vector<Tensor> scale, std::vector<Tensor> minimum, int64_t bits, int64_t group, double zero, ScalarType dtype) {
+  const Tensor s = xs.is_contiguous() ? xs : torch::stable::contiguous(xs);
+  return multiply(xq, static_cast<const float*>(s.const_data_ptr()), codes, scale, pointers(minimum, codes.size()), std::nullopt, rows_of(codes), bits, group, zero, dtype);
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(EFFLLM_NAMESPACE, m) {
+  m.def("linear(Tensor x, Tensor codes, Tensor scale, Tensor? minimum, Tensor? bias, int n, int bits, int group, float zero) -> Tensor");
+  m.def("linear_a8(Tensor xq, Tensor xs, Tensor codes, Tensor scale, Tensor? minimum, Tensor? bias, int n, int bits, int group, float zero, ScalarType dtype) -> Tensor");
+  m.def("linear_many(Tensor x, Tensor[] codes, Tensor[] scale, Tensor[] minimum, int bits, int group, float zero) -> Tensor");
+  m.def("linear_a8_many(Tensor xq, Tensor xs, Tensor[] codes, Tensor[] scale, Tensor[] minimum, int bits, int group, float zero, ScalarType dtype) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) {
+  m.impl("linear", TORCH_BOX(&linear));
+  m.impl("linear_a8", TORCH_BOX(&linear_a8));
+  m.impl("linear_many", TORCH_BOX(&linear_many));
+  m.impl("linear_a8_many", TORCH_BOX(&linear_a8_many));
+}

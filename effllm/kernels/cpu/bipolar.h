@@ -1,0 +1,222 @@
+// y[m, n] = sum_k x[m, k] * W[n, k] over bipolar-INT weights in the tile16 layout (runtime/layouts/tile16.py).
+//
+// Maths     per segment of columns (one weight scale, one activation step) the dot product of unsigned codes u and integer
+//           activations is exact in int32; then
+//               symmetric, integer   y += scale * (acc * step - zero * step * sum_x) * 2
+//               affine               y += scale * (acc * step) * 2 + minimum * (step * sum_x)
+//           `corr` in Activations is the last factor, -zero * step * sum_x or step * sum_x / 2, and the factor 2 comes once at the end.
+// Bytes     N * K * bits / 8 + scales; the activations stay in cache.
+// Work      per 64 codes: extraction (mask, shift) once, one byte dot product per token and digit.
+// Paths     gemv: weights are unpacked in registers for up to 4 tokens. gemm: 32 rows are unpacked to bytes once and reused by
+//           all tokens. `prefer_gemm` compares their instruction counts.
+// Numerics  integer sums exact; fp32 across segments.
+#pragma once
+#include "activation.h"
+#include "vector.h"
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
+#include "lookup.h"
+#endif
+
+namespace effllm {
+
+struct Weight {
+  const uint8_t* codes;
+  const void* scale;
+  const void* minimum;  // null unless affine
+  bool half;            // scale and minimum are fp16, else fp32
+  int64_t n, tiles, blocks, groups, group;  // group 0: per channel
+  int64_t ldy, col;     // columns of y, and the first one that is this weight's
+};
+
+constexpr int part_width(int bits, int part) {  // 3 = 2+1, 5 = 4+1, 6 = 4+2, 7 = 4+2+1
+  return bits == 8 ? (part == 0 ? 8 : 0)
+       : part == 0 ? (bits >= 4 ? 4 : bits >= 2 ? 2 : 1)
+       : part == 1 ? (bits == 3 || bits == 5 ? 1 : bits >= 6 ? 2 : 0)
+                   : (bits == 7 ? 1 : 0);
+}
+constexpr int part_above(int bits, int part) {  // bits in parts before this one: also its offset in units of 64 bytes
+  int a = 0; for (int p = 0; p < part; ++p) a += part_width(bits, p); return a;
+}
+
+// The 16 x 4 codes of step 0..7 of a block, parts merged.
+template <class V, int BITS, int STEP> inline typename V::W codes_at(const uint8_t* block) {
+  typename V::W w{};
+  auto part = [&]<int P>() {
+    constexpr int width = part_width(BITS, P);
+    if constexpr (width > 0) {
+      constexpr int fields = 8 / width, above = part_above(BITS, P), below = BITS - above - width;
+      const auto unit = V::load(block + 64 * (above + STEP / fields));
+      if constexpr (width == 8) w = unit;
+      else {
+        const auto f = V::template field<(STEP % fields) * width - below, (((1 << width) - 1) << below)>(unit);
+        w = P == 0 ? f : V::either(w, f);
+      }
+    }
+  };
+  part.template operator()<0>(); part.template operator()<1>(); part.template operator()<2>();
+  return w;
+}
+
+template <class V> inline typename V::F load_scale(const void* p, int64_t i, bool half) {
+  return half ? V::load_h(static_cast<const uint16_t*>(p) + i) : V::load_f(static_cast<const float*>(p) + i);
+}
+
+// Fold one segment of one token into its 16 sums.
+template <class V, int D> inline typename V::F fold(const typename V::I* acc, typename V::F sum, typename V::F scale, typename V::F minimum, bool affine, float step, float corr) {
+  typename V::F a;
+  if constexpr (D == 1) a = V::to_float(acc[0]);
+  else if constexpr (D == 2) a = V::to_float(V::shift_add(acc[0], acc[1]));
+  else a = V::fma1(V::to_float(V::shift_add(acc[0], acc[1])), 256.f, V::to_float(acc[2]));
+  if (affine) {
+    if constexpr (D > 1) a = V::axpb(a, step, 0.f);
+    return V::fma1(minimum, corr, V::fma(scale, a, sum));
+  }
+  return V::fma(scale, V::axpb(a, D > 1 ? step : 1.f, corr), sum);
+}
+
+template <class V> inline void finish(typename V::F sum, float factor, const float* bias, void* y, int64_t at, int64_t count, Type type) {
+  float out[16];
+  V::store_f(out, sum);
+  for (int64_t r = 0; r < count; ++r) store_from_float(y, at + r, type, out[r] * factor + (bias ? bias[r] : 0.f));
+}
+
+// Where the scales of a segment are: groups of 16 give two segments per block.
+inline int64_t group_of(const Weight& w, const Activations& x, int64_t seg) {
+  return w.group == 0 ? 0 : seg * x.seg / w.group;
+}
+
+template <class V, int BITS, int D, int MR, int FROM, int TO>
+inline void dot_steps(const uint8_t* block, const int8_t* const* x, typename V::I (*acc)[D]) {
+  if constexpr (FROM < TO) {
+    const auto w = codes_at<V, BITS, FROM>(block);
+    for (int m = 0; m < MR; ++m)
+      for (int d = 0; d < D; ++d) acc[m][d] = V::template dp<(BITS == 8)>(acc[m][d], w, x[m * D + d] + 4 * FROM);
+    dot_steps<V, BITS, D, MR, FROM + 1, TO>(block, x, acc);
+  }
+}
+
+// Tokens m0 .. m0 + MR times the rows of one tile.
+template <class V, int BITS, int D, int MR>
+void gemv_tile(const Weight& w, const Activations& x, int64_t tile, int64_t m0, const float* out_scale, const float* bias, void* y, Type type) {
+  typename V::F sum[MR];
+  const int8_t* row[MR * D];
+  for (int m = 0; m < MR; ++m) {
+    sum[m] = V::zero_f();
+    for (int d = 0; d < D; ++d) row[m * D + d] = x.row(m0 + m, d);
+  }
+  const uint8_t* block = w.codes + tile * w.blocks * 64 * BITS;
+  const int64_t per = x.seg < 32 ? 0 : x.seg / 32;  // blocks per segment; 0: two segments per block
+  for (int64_t s = 0, b = 0; s < x.segs; ++s) {
+    typename V::I acc[MR][D];
+    for (int m = 0; m < MR; ++m) for (int d = 0; d < D; ++d) acc[m][d] = V::zero_i();
+    const int8_t* at[MR * D];
+    if (per == 0) {
+      for (int i = 0; i < MR * D; ++i) at[i] = row[i] + b * 32;
+      const uint8_t* here = block + b * 64 * BITS;
+      if (s % 2 == 0) dot_steps<V, BITS, D, MR, 0, 4>(here, at, acc);
+      else dot_steps<V, BITS, D, MR, 4, 8>(here, at, acc), ++b;
+    } else {
+      const int64_t end = std::min(w.blocks, b + per);
+      for (; b < end; ++b) {
+        for (int i = 0; i < MR * D; ++i) at[i] = row[i] + b * 32;
+        dot_steps<V, BITS, D, MR, 0, 8>(block + b * 64 * BITS, at, acc);
+      }
+    }
+    const int64_t g = (tile * w.groups + group_of(w, x, s)) * 16;
+    const auto scale = load_scale<V>(w.scale, g, w.half);
+    const auto low = w.minimum ? load_scale<V>(w.minimum, g, w.half) : V::zero_f();
+    for (int m = 0; m < MR; ++m) {
+      const size_t i = static_cast<size_t>((m0 + m) * x.segs + s);
+      sum[m] = fold<V, D>(acc[m], sum[m], scale, low, w.minimum != nullptr, D > 1 ? x.step[i] : 1.f, x.corr[i]);
+    }
+  }
+  const int64_t count = std::min<int64_t>(16, w.n - tile * 16);
+  for (int m = 0; m < MR; ++m)
+    finish<V>(sum[m], out_scale ? 2.f * out_scale[m0 + m] : 2.f, bias ? bias + tile * 16 : nullptr, y, (m0 + m) * w.ldy + w.col + tile * 16, count, type);
+}
+
+template <class V, int BITS, int STEP> inline void unpack_steps(const uint8_t* block, uint8_t* out) {
+  if constexpr (STEP < 8) {
+    V::store(out + STEP * 64, codes_at<V, BITS, STEP>(block));
+    unpack_steps<V, BITS, STEP + 1>(block, out);
+  }
+}
+
+// MR tokens times two tiles whose codes lie as bytes in `flat` ([2][blocks * 8][64]).
+template <class V, bool WIDE, int D, int MR>
+void gemm_block(const Weight& w, const Activations& x, const uint8_t* flat, int64_t tile, int tiles, int64_t m0, const float* out_scale, const float* bias, void* y, Type type) {
+  typename V::F sum[MR][2];
+  for (int m = 0; m < MR; ++m) sum[m][0] = sum[m][1] = V::zero_f();
+  const int64_t steps = w.blocks * 8, per = x.seg / 4;
+  const int8_t* row = x.row(m0, 0);
+  const int64_t stride = x.kp;
+  const int64_t second = tiles > 1 ? steps * 64 : 0;
+  for (int64_t s = 0; s < x.segs; ++s) {
+    typename V::I acc[MR][2][D];
+    for (int m = 0; m < MR; ++m) for (int t = 0; t < 2; ++t) for (int d = 0; d < D; ++d) acc[m][t][d] = V::zero_i();
+    const int64_t end = std::min(steps, (s + 1) * per);
+    for (int64_t c = s * per; c < end; ++c) {
+      const auto a = V::load(flat + c * 64), b = V::load(flat + second + c * 64);
+      for (int m = 0; m < MR; ++m)
+        for (int d = 0; d < D; ++d) {
+          const int8_t* p = row + (m * D + d) * stride + c * 4;
+          acc[m][0][d] = V::template dp<WIDE>(acc[m][0][d], a, p);
+          acc[m][1][d] = V::template dp<WIDE>(acc[m][1][d], b, p);
+        }
+    }
+    for (int t = 0; t < tiles; ++t) {
+      const int64_t g = ((tile + t) * w.groups + group_of(w, x, s)) * 16;
+      const auto scale = load_scale<V>(w.scale, g, w.half);
+      const auto low = w.minimum ? load_scale<V>(w.minimum, g, w.half) : V::zero_f();
+      for (int m = 0; m < MR; ++m) {
+        const size_t i = static_cast<size_t>((m0 + m) * x.segs + s);
+        sum[m][t] = fold<V, D>(acc[m][t], sum[m][t], scale, low, w.minimum != nullptr, D > 1 ? x.step[i] : 1.f, x.corr[i]);
+      }
+    }
+  }
+  for (int t = 0; t < tiles; ++t) {
+    const int64_t first = (tile + t) * 16, count = std::min<int64_t>(16, w.n - first);
+    for (int m = 0; m < MR; ++m)
+      finish<V>(sum[m][t], out_scale ? 2.f * out_scale[m0 + m] : 2.f, bias ? bias + first : nullptr, y, (m0 + m) * w.ldy + w.col + first, count, type);
+  }
+}
+
+// Whether unpacking to bytes beats unpacking in registers: instructions per 64 codes, an unpack being `extract` of them.
+template <class V, int BITS, int D> inline bool prefer_gemm(int64_t m) {
+  constexpr int parts = part_width(BITS, 2) ? 3 : part_width(BITS, 1) ? 2 : 1;
+  constexpr int extract = BITS == 8 ? 1 : 3 * parts;
+  const int64_t passes = (m + 3) / 4, gemv = passes * extract + m * D;
+  return extract + 2 + m * D < gemv;  // + 2: store and load again
+}
+
+template <class V, int BITS, int D>
+void multiply_tiles(const Weight& w, const Activations& x, int64_t from, int64_t to, const float* out_scale, const float* bias, void* y, Type type) {
+#if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
+  if constexpr (D == 1 && V::fast_single)
+    if (x.m == 1) { gemv_single<V, BITS>(w, x, from, to, out_scale, bias, y, type); return; }
+#endif
+  if (!prefer_gemm<V, BITS, D>(x.m)) {
+    for (int64_t t = from; t < to; ++t) {
+      int64_t m = 0;
+      for (; m + 4 <= x.m; m += 4) gemv_tile<V, BITS, D, 4>(w, x, t, m, out_scale, bias, y, type);
+      for (; m + 2 <= x.m; m += 2) gemv_tile<V, BITS, D, 2>(w, x, t, m, out_scale, bias, y, type);
+      for (; m < x.m; ++m) gemv_tile<V, BITS, D, 1>(w, x, t, m, out_scale, bias, y, type);
+    }
+    return;
+  }
+  constexpr int MR = V::gemm_rows / D > 0 ? V::gemm_rows / D : 1;
+  const int64_t steps = w.blocks * 8;
+  std::vector<uint8_t> flat(static_cast<size_t>(2 * steps * 64 + 64));
+  uint8_t* aligned = flat.data() + (64 - reinterpret_cast<uintptr_t>(flat.data()) % 64) % 64;
+  for (int64_t t = from; t < to; t += 2) {
+    const int tiles = static_cast<int>(std::min<int64_t>(2, to - t));
+    for (int i = 0; i < tiles; ++i)
+      for (int64_t b = 0; b < w.blocks; ++b)
+        unpack_steps<V, BITS, 0>(w.codes + ((t + i) * w.blocks + b) * 64 * BITS, aligned + (i * steps + b * 8) * 64);
+    int64_t m = 0;
+    for (; m + MR <= x.m; m += MR) gemm_block<V, BITS == 8, D, MR>(w, x, aligned, t, tiles, m, out_scale, bias, y, type);
+    for (; m < x.m; ++m) gemm_block<V, BITS == 8, D, 1>(w, x, aligned, t, tiles, m, out_scale, bias, y, type);
+  }
+}
+
+}  // namespace effllm

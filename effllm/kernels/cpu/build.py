@@ -1,0 +1,147 @@
+"""Builds the C++ kernels at first use with the compiler that Inductor uses, and keeps the result.
+
+The key covers sources, flags, compiler, processor and torch version, so a stale library is never loaded. Two processes that
+build the same kernel at once are kept apart by a file lock, and the finished library appears by rename.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from effllm.errors import KernelError
+
+HERE = Path(__file__).parent
+SOURCES = ("bipolar.cpp", "bipolar.h", "single.h", "lookup.h", "activation.h", "vector.h")
+_TARGET = "0x020b000000000000"  # stable ABI as of torch 2.11
+
+
+@dataclass(frozen=True)
+class Isa:
+    """One build of the kernels: its name, the C++ class it instantiates, compiler flags, and the processor flags it needs."""
+
+    name: str
+    cls: str
+    flags: tuple[str, ...]
+    needs: frozenset[str]
+
+    @property
+    def namespace(self) -> str:
+        """The torch.ops namespace of the build."""
+        return f"effllm_cpu_{self.name}"
+
+
+_AVX512 = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni"})
+ISAS: tuple[Isa, ...] = (
+    Isa("avx512", "Avx512", ("-march=native",), _AVX512),
+    Isa("avx2", "Avx2", ("-mavx2", "-mfma", "-mf16c"), frozenset({"avx2", "fma", "f16c"})),
+    Isa("portable", "Portable", (), frozenset()),
+)
+
+
+def cpu_flags() -> frozenset[str]:
+    """The processor's feature flags as Linux names them; empty where unknown."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return frozenset(line.split(":", 1)[1].split())
+    except OSError:
+        pass
+    return frozenset()
+
+
+def cpu_name() -> str:
+    """The processor's model name."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def missing(isa: Isa) -> list[str]:
+    """Processor flags that the build needs and this machine lacks."""
+    return sorted(isa.needs - cpu_flags())
+
+
+def cache_dir() -> Path:
+    """Where libraries are kept: the user's cache directory by the XDG convention."""
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
+    return Path(base) / "effllm" / "kernels"
+
+
+def compiler() -> str:
+    """The C++ compiler of Inductor; raises KernelError where there is none."""
+    from effllm.compat import inductor_compiler
+
+    found = inductor_compiler()
+    if found is None:
+        raise KernelError("E-KRN-COMPILER", "no C++ compiler found", "install g++ (Debian: apt-get install g++) or set CXX; until then the reference runs")
+    return found
+
+
+def _command(cxx: str, isa: Isa) -> list[str]:
+    root = Path(torch.__file__).parent
+    include = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
+    defines = [f"-DEFFLLM_NAMESPACE={isa.namespace}", f"-DEFFLLM_ISA={isa.cls}", f"-DTORCH_TARGET_VERSION={_TARGET}"]
+    flags = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-w", *isa.flags]
+    libs = [f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+    return [cxx, *flags, *defines, *include, str(HERE / "bipolar.cpp"), *libs]
+
+
+def key(cxx: str, isa: Isa) -> str:
+    """Hash over everything the library depends on."""
+    digest = hashlib.sha256()
+    for name in SOURCES:
+        digest.update((HERE / name).read_bytes())
+    try:
+        version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise KernelError("E-KRN-COMPILER", f"cannot run the compiler {cxx}: {error}", "install g++ or set CXX to a working compiler") from error
+    for part in (*_command("", isa), version, torch.__version__, cpu_name(), ",".join(sorted(cpu_flags()))):
+        digest.update(part.encode())
+    return digest.hexdigest()[:24]
+
+
+def build(isa: Isa, directory: Path | None = None) -> Path:
+    """The library of an instruction set, built if it is not there. Raises KernelError."""
+    cxx = compiler()
+    where = directory or cache_dir()
+    target = where / f"effllm-{isa.name}-{key(cxx, isa)}.so"
+    if target.exists():
+        return target
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        lock = open(where / f"{target.name}.lock", "w")  # noqa: SIM115 - held over the build
+    except OSError as error:
+        raise KernelError("E-KRN-CACHE", f"cannot write the kernel cache {where}: {error.strerror}", "make it writable, or set XDG_CACHE_HOME to a directory that is") from error
+    with lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists():  # another process was faster
+            return target
+        print(f"effllm: building the {isa.name} CPU kernels, once for this machine ...", file=sys.stderr, flush=True)
+        handle, temporary = tempfile.mkstemp(suffix=".so", dir=where)
+        os.close(handle)
+        try:
+            done = subprocess.run([*_command(cxx, isa), "-o", temporary], capture_output=True, text=True)
+            if done.returncode:
+                raise KernelError("E-KRN-BUILD", f"{cxx} failed on the {isa.name} kernels:\n{done.stderr[-2000:]}", "report this with the compiler's version")
+            os.chmod(temporary, 0o755)
+            os.replace(temporary, target)
+        except OSError as error:
+            raise KernelError("E-KRN-CACHE", f"cannot write the kernel cache {where}: {error.strerror}", "free some space there") from error
+        finally:
+            if os.path.exists(temporary):
+                os.unlink(temporary)
+    return target

@@ -1,0 +1,146 @@
+// Sixteen rows at a time: the few vector operations that the bipolar kernels need, for AVX-512 VNNI, AVX2 and plain C++.
+//
+// W  64 bytes: 16 rows x 4 columns of unsigned codes        I  16 int32 accumulators, one a row        F  16 floats, one a row
+//
+// dp<WIDE>(acc, w, x4) adds sum_i w[r][i] * x4[i] to row r; WIDE says that codes may exceed 127, which AVX2's saturating
+// 16-bit pair sums cannot take in one go.
+#pragma once
+#include <cstdint>
+#include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace effllm {
+
+template <int SHIFT>  // right for SHIFT > 0, left for SHIFT < 0, of bytes whose strays the mask removes
+inline uint8_t shift_byte(uint8_t u) { return SHIFT >= 0 ? u >> (SHIFT & 7) : static_cast<uint8_t>(u << ((-SHIFT) & 7)); }
+
+struct Portable {
+  static constexpr const char* name = "portable";
+  static constexpr int gemm_rows = 2;
+  static constexpr bool fast_single = false;
+  struct W { uint8_t v[64]; };
+  struct I { int32_t v[16]; };
+  struct F { float v[16]; };
+  static W load(const uint8_t* p) { W w; std::memcpy(w.v, p, 64); return w; }
+  static void store(uint8_t* p, const W& w) { std::memcpy(p, w.v, 64); }
+  static W zero_w() { return W{}; }
+  static I zero_i() { return I{}; }
+  static F zero_f() { return F{}; }
+  template <int SHIFT, int MASK> static W field(const W& u) {
+    W w; for (int i = 0; i < 64; ++i) w.v[i] = shift_byte<SHIFT>(u.v[i]) & MASK; return w;
+  }
+  static W either(const W& a, const W& b) { W w; for (int i = 0; i < 64; ++i) w.v[i] = a.v[i] | b.v[i]; return w; }
+  template <bool WIDE> static I dp(I acc, const W& w, const int8_t* x) {
+    for (int r = 0; r < 16; ++r)
+      acc.v[r] += w.v[4 * r] * x[0] + w.v[4 * r + 1] * x[1] + w.v[4 * r + 2] * x[2] + w.v[4 * r + 3] * x[3];
+    return acc;
+  }
+  static I shift_add(const I& hi, const I& lo) { I r; for (int i = 0; i < 16; ++i) r.v[i] = hi.v[i] * 256 + lo.v[i]; return r; }
+  static F to_float(const I& a) { F f; for (int i = 0; i < 16; ++i) f.v[i] = static_cast<float>(a.v[i]); return f; }
+  static F fma(const F& a, const F& b, const F& c) { F f; for (int i = 0; i < 16; ++i) f.v[i] = a.v[i] * b.v[i] + c.v[i]; return f; }
+  static F fma1(const F& a, float b, const F& c) { F f; for (int i = 0; i < 16; ++i) f.v[i] = a.v[i] * b + c.v[i]; return f; }
+  static F axpb(const F& a, float b, float c) { F f; for (int i = 0; i < 16; ++i) f.v[i] = a.v[i] * b + c; return f; }
+  static F load_f(const float* p) { F f; std::memcpy(f.v, p, 64); return f; }
+  static F load_h(const uint16_t* p) {
+    F f; for (int i = 0; i < 16; ++i) { _Float16 h; std::memcpy(&h, p + i, 2); f.v[i] = static_cast<float>(h); } return f;
+  }
+  static void store_f(float* p, const F& f) { std::memcpy(p, f.v, 64); }
+};
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+struct Avx2 {
+  static constexpr const char* name = "avx2";
+  static constexpr int gemm_rows = 2;
+  static constexpr bool fast_single = false;
+  struct W { __m256i a, b; };
+  struct I { __m256i a, b; };
+  struct F { __m256 a, b; };
+  static W load(const uint8_t* p) {
+    auto q = reinterpret_cast<const __m256i*>(p); return {_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)};
+  }
+  static void store(uint8_t* p, const W& w) {
+    auto q = reinterpret_cast<__m256i*>(p); _mm256_storeu_si256(q, w.a); _mm256_storeu_si256(q + 1, w.b);
+  }
+  static W zero_w() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static I zero_i() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  static F zero_f() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
+  template <int SHIFT> static __m256i shifted(__m256i v) {
+    if constexpr (SHIFT > 0) return _mm256_srli_epi16(v, SHIFT);
+    else if constexpr (SHIFT < 0) return _mm256_slli_epi16(v, -SHIFT);
+    else return v;
+  }
+  template <int SHIFT, int MASK> static W field(const W& u) {
+    const __m256i m = _mm256_set1_epi8(static_cast<char>(MASK));
+    return {_mm256_and_si256(shifted<SHIFT>(u.a), m), _mm256_and_si256(shifted<SHIFT>(u.b), m)};
+  }
+  static W either(const W& x, const W& y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+  static __m256i dot(__m256i acc, __m256i w, __m256i x) {
+    return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+  }
+  template <bool WIDE> static I dp(I acc, const W& w, const int8_t* p) {
+    int32_t four; std::memcpy(&four, p, 4);
+    const __m256i x = _mm256_set1_epi32(four);
+    if constexpr (!WIDE) return {dot(acc.a, w.a, x), dot(acc.b, w.b, x)};
+    const W lo = field<0, 0x7F>(w), hi = field<0, 0x80>(w);  // 128 * x fits only alone: pair sums of the top bit are taken at half weight
+    const W half = field<1, 0x40>(hi);
+    I r{dot(acc.a, lo.a, x), dot(acc.b, lo.b, x)};
+    r = {dot(r.a, half.a, x), dot(r.b, half.b, x)};
+    return {dot(r.a, half.a, x), dot(r.b, half.b, x)};
+  }
+  static I shift_add(const I& hi, const I& lo) {
+    return {_mm256_add_epi32(_mm256_slli_epi32(hi.a, 8), lo.a), _mm256_add_epi32(_mm256_slli_epi32(hi.b, 8), lo.b)};
+  }
+  static F to_float(const I& v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
+  static F fma(const F& x, const F& y, const F& z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+  static F fma1(const F& x, float y, const F& z) {
+    const __m256 b = _mm256_set1_ps(y); return {_mm256_fmadd_ps(x.a, b, z.a), _mm256_fmadd_ps(x.b, b, z.b)};
+  }
+  static F axpb(const F& x, float y, float z) {
+    const __m256 b = _mm256_set1_ps(y), c = _mm256_set1_ps(z); return {_mm256_fmadd_ps(x.a, b, c), _mm256_fmadd_ps(x.b, b, c)};
+  }
+  static F load_f(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static F load_h(const uint16_t* p) {
+    auto q = reinterpret_cast<const __m128i*>(p); return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
+  }
+  static void store_f(float* p, const F& f) { _mm256_storeu_ps(p, f.a); _mm256_storeu_ps(p + 8, f.b); }
+};
+#endif
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+struct Avx512 {
+  static constexpr const char* name = "avx512";
+  static constexpr int gemm_rows = 6;
+  static constexpr bool fast_single = true;
+  using W = __m512i;
+  using I = __m512i;
+  using F = __m512;
+  static W load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static void store(uint8_t* p, W w) { _mm512_storeu_si512(p, w); }
+  static W zero_w() { return _mm512_setzero_si512(); }
+  static I zero_i() { return _mm512_setzero_si512(); }
+  static F zero_f() { return _mm512_setzero_ps(); }
+  template <int SHIFT, int MASK> static W field(W u) {
+    const __m512i m = _mm512_set1_epi8(static_cast<char>(MASK));
+    if constexpr (SHIFT > 0) u = _mm512_srli_epi16(u, SHIFT);
+    if constexpr (SHIFT < 0) u = _mm512_slli_epi16(u, -SHIFT);
+    return _mm512_and_si512(u, m);
+  }
+  static W either(W a, W b) { return _mm512_or_si512(a, b); }
+  template <bool WIDE> static I dp(I acc, W w, const int8_t* p) {
+    int32_t four; std::memcpy(&four, p, 4);
+    return _mm512_dpbusd_epi32(acc, w, _mm512_set1_epi32(four));
+  }
+  static I shift_add(I hi, I lo) { return _mm512_add_epi32(_mm512_slli_epi32(hi, 8), lo); }
+  static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F fma1(F a, float b, F c) { return _mm512_fmadd_ps(a, _mm512_set1_ps(b), c); }
+  static F axpb(F a, float b, float c) { return _mm512_fmadd_ps(a, _mm512_set1_ps(b), _mm512_set1_ps(c)); }
+  static F load_f(const float* p) { return _mm512_loadu_ps(p); }
+  static F load_h(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+  static void store_f(float* p, F f) { _mm512_storeu_ps(p, f); }
+};
+#endif
+
+}  // namespace effllm

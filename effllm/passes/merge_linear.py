@@ -1,0 +1,81 @@
+"""Sibling linears (q, k, v; gate, up) in one kernel call: same activation, same format, outputs side by side.
+
+Nothing is copied: the op takes the packed weights as lists and writes one output that is then split by views. Fewer calls and
+fewer thread hand-overs per layer is what decode on a small model is short of.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from effllm import compat
+from effllm.lowering.op import OPS
+from effllm.passes.base import Context, call, is_op, replace
+from effllm.report import Decision, PassReport
+
+_ROWS = 16  # outputs of a weight must fill whole tiles
+
+
+class MergeLinear:
+    """Groups bipolar linears by their activation and merges each group of two or more."""
+
+    name = "merge_linear"
+    requires: tuple[str, ...] = ()
+    after: tuple[str, ...] = ("bipolar_linear", "share_activation")
+
+    def run(self, graph: fx.Graph, context: Context) -> PassReport:
+        """Merge where kernel, bits, group, grid and dtype agree."""
+        report = PassReport(self.name)
+        groups: dict[tuple[Any, ...], list[fx.Node]] = {}
+        order = {n: i for i, n in enumerate(graph.nodes)}
+        for node in graph.nodes:
+            a8 = is_op(node, "bipolar_linear_a8")
+            if a8 or is_op(node, "bipolar_linear"):
+                head = 2 if a8 else 1
+                minimum, bias, n = node.args[head + 2], node.args[head + 3], node.args[head + 4]
+                reason = _obstacle(bias, n, node.args[-1], a8)
+                if reason:
+                    report.decisions.append(Decision(node.name, compat.module_of(node)[0], "kept", "not-mergeable", reason))
+                    continue
+                key = (a8, node.args[:head], minimum is None, node.args[head + 5 :])
+                groups.setdefault(key, []).append(node)
+        for (a8, *_), nodes in groups.items():
+            if len(nodes) > 1:
+                report.decisions.append(_merge(graph, sorted(nodes, key=order.__getitem__), a8, context))
+            else:
+                report.decisions.append(Decision(nodes[0].name, compat.module_of(nodes[0])[0], "kept", "alone", "no other linear reads the same activation"))
+        return report
+
+
+def _obstacle(bias: Any, n: Any, kernel: Any, a8: bool) -> str:
+    if bias is not None:
+        return "it has a bias"
+    if n % _ROWS:
+        return f"{n} outputs do not fill tiles of {_ROWS}"
+    many = "bipolar_linear_a8_many" if a8 else "bipolar_linear_many"
+    return "" if kernel in OPS[many].providers else f"kernel {kernel!r} takes one weight at a time"
+
+
+def _merge(graph: fx.Graph, nodes: list[fx.Node], a8: bool, context: Context) -> Decision:
+    head = 2 if a8 else 1
+    first = nodes[0]
+    lists = [[n.args[head + i] for n in nodes] for i in range(3)]
+    if lists[2][0] is None:
+        lists[2] = []
+    sizes = [int(n.args[head + 4]) for n in nodes]  # type: ignore[arg-type]
+    op = torch.ops.effllm.bipolar_linear_a8_many.default if a8 else torch.ops.effllm.bipolar_linear_many.default
+    names = [compat.module_of(n)[0] for n in nodes]
+    with graph.inserting_before(first):
+        merged = call(graph, op, (*first.args[:head], *lists, *first.args[head + 5 :]), first)
+    at = 0
+    for node, size in zip(nodes, sizes, strict=True):
+        with graph.inserting_before(node):
+            view = call(graph, torch.narrow, (merged, -1, at, size), node)
+            part = call(graph, torch.Tensor.contiguous, (view,), node)  # a linear's output is contiguous; fuses into its consumers
+        at += size
+        replace(context, node, part)
+    context.changed.append(merged)
+    return Decision(merged.name, ", ".join(names), "applied", "merged", f"{len(nodes)} linears in one call", kernel=str(first.args[-1]))

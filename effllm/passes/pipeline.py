@@ -1,0 +1,13 @@
+"""The passes of the backend, in no particular order: the manager computes it."""
+
+from __future__ import annotations
+
+from effllm.passes.base import Pass
+from effllm.passes.bipolar_linear import BipolarLinear
+from effllm.passes.merge_linear import MergeLinear
+from effllm.passes.share_activation import ShareActivation
+
+
+def default() -> list[Pass]:
+    """A fresh list of every pass."""
+    return [BipolarLinear(), ShareActivation(), MergeLinear()]
