@@ -1,0 +1,110 @@
+"""What the machine is and how fast it reads memory: the roof next to which achieved bandwidth is printed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+BUFFER = 1 << 28  # bytes: beyond any last-level cache share of a small machine
+
+
+def measure_bandwidth(threads: int | None = None, *, device: str = "cpu", nbytes: int = BUFFER, repeats: int = 5) -> float:
+    """Read bandwidth in GB/s: the best of a few sums over a buffer of `nbytes`. Restores torch's thread count."""
+    before = torch.get_num_threads()
+    buffer = torch.ones(nbytes // 4, dtype=torch.float32, device=device)
+    try:
+        if threads is not None:
+            torch.set_num_threads(threads)
+        best = float("inf")
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            buffer.sum().item()  # item() waits for the device
+            best = min(best, time.perf_counter() - start)
+    finally:
+        torch.set_num_threads(before)
+    return nbytes / best / 1e9
+
+
+def describe() -> dict[str, Any]:
+    """CPU, threads, memory, versions and the present load of the machine."""
+    info: dict[str, Any] = {
+        "cpu": _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": isa(),
+        "memory_bytes": _kib("/proc/meminfo", "MemTotal"),
+        "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else [],
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "load_average": os.getloadavg(),
+    }
+    return info
+
+
+def isa() -> list[str]:
+    """The vector extensions that matter here, of those the CPU reports."""
+    flags = set((_field("/proc/cpuinfo", "flags") or "").split())
+    return [f for f in ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if f in flags]
+
+
+def peak_rss() -> int:
+    """Highest resident set of this process in bytes since its start or the last `reset_peak_rss` (0 where /proc is missing)."""
+    return _kib("/proc/self/status", "VmHWM")
+
+
+def reset_peak_rss() -> bool:
+    """Start a new peak at the present resident set; False where the kernel does not allow it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+class OtherLoad:
+    """Processor time that other processes, and other guests of the host, take between `start` and `cores`."""
+
+    def __init__(self) -> None:
+        self._wall, self._busy, self._own = time.monotonic(), _busy(), _own()
+
+    def cores(self) -> float | None:
+        """Mean number of cores that others kept busy since the object was made; None where /proc is missing."""
+        wall, busy, own = time.monotonic() - self._wall, _busy(), _own()
+        if busy is None or self._busy is None or wall <= 0:
+            return None
+        return max(0.0, (busy - self._busy) - (own - self._own)) / wall
+
+
+def _busy() -> float | None:
+    try:
+        fields = [int(f) for f in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+    except (OSError, ValueError):
+        return None
+    user, nice, system, _idle, _iowait, irq, softirq, steal = fields
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
+
+
+def _own() -> float:
+    t = os.times()
+    return t.user + t.system + t.children_user + t.children_system
+
+
+def _field(path: str, key: str) -> str | None:
+    try:
+        for line in Path(path).read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == key:
+                return value.strip()
+    except OSError:
+        return None
+    return None
+
+
+def _kib(path: str, key: str) -> int:
+    value = _field(path, key)
+    return int(value.split()[0]) * 1024 if value else 0
