@@ -112,10 +112,9 @@ def rows(codes: Tensor, scale: Tensor, minimum: Tensor | None, index: Tensor | N
     at, kb = 0, codes.shape[1]
     u = torch.zeros(index.shape[0], kb * BLOCK, dtype=torch.uint8, device=codes.device)
     for p in PARTS[bits]:
-        fields = 8 // p
         unit = codes.view(codes.shape[0], kb, bits, ROWS, 4)[tile, :, at : at + p, lane]  # (R, KB, unit, byte)
-        shift = (torch.arange(fields, device=codes.device) * p).to(torch.uint8)
-        part = (unit.unsqueeze(-2) >> shift.view(-1, 1)) & (2**p - 1)  # (R, KB, unit, field, byte)
+        # scalar shifts: a broadcast shift has no meta kernel for symbolic R
+        part = torch.stack([(unit >> f * p) & (2**p - 1) for f in range(8 // p)], -2)  # (R, KB, unit, field, byte)
         u = (u << p) | part.reshape(index.shape[0], kb * BLOCK)
         at += p
     return u, scale[tile, :, lane], None if minimum is None else minimum[tile, :, lane]
