@@ -1,0 +1,150 @@
+"""Data-free scale search: per group, the scale (and minimum) of least squared error.
+
+Clip ratios are tried first (a clipped outlier is often cheaper than a coarse grid for everybody else), then scale and codes are
+refined in turn: given codes, the best scale (and minimum) is a closed-form least-squares fit. Scales are rounded to their stored
+dtype before codes are chosen, so the codes fit what is stored. One bit: scale = mean |w| is the optimum of that fit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from effllm.recipe import Bipolar
+from effllm.runtime.formats import bipolar
+from effllm.runtime.formats.base import Packed
+
+_CHUNK = 1 << 18  # weights at a time: temporaries stay in cache
+_RATIOS = {1: (1.0,), 2: (1.0, 0.85, 0.7, 0.55), 3: (1.0, 0.9, 0.8, 0.7, 0.6), 4: (1.0, 0.93, 0.86, 0.78), 5: (1.0, 0.94, 0.88), 6: (1.0, 0.95), 7: (1.0,), 8: (1.0,)}
+_WIDE = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.52, 0.44, 0.36)
+_SWEEPS = {1: 1, 2: 4, 3: 3, 4: 2, 5: 2, 6: 1, 7: 1, 8: 0}
+_GRID = {"none": "symmetric", "integer": "integer", "affine": "affine"}
+
+
+@dataclass
+class Fit:
+    """Groups (R, g) on one grid: codes (R, g) uint8, scale and minimum (R,) in the stored dtype, squared error (R,) fp32."""
+
+    codes: Tensor
+    scale: Tensor
+    minimum: Tensor | None
+    error: Tensor
+
+
+def scale_dtype(w: Tensor, bits: int) -> torch.dtype:
+    """fp16, or fp32 where fp16 would overflow or lose its precision on more than a stray group."""
+    top = w.abs().amax(-1)
+    scale = top[top > 0] / (2**bits - 1)
+    if scale.numel() == 0:
+        return torch.float16
+    tiny = (scale < 2.0**-17).float().mean()
+    return torch.float32 if float(top.max()) > 3e4 or float(tiny) > 0.01 else torch.float16
+
+
+def fit(x: Tensor, bits: int, grid: str, dtype: torch.dtype) -> Fit:
+    """The best fit of groups x (R, g) fp32 on a grid."""
+    top = 2**bits - 1
+    lo, hi = x.amin(-1), x.amax(-1)
+    best: Fit | None = None
+    wide = x.shape[-1] >= 128  # long groups have outliers far out: clip further and refine longer
+    for ratio in _WIDE if wide and 1 < bits < 7 else _RATIOS[bits]:
+        if grid == "affine":
+            half = (hi - lo) * (ratio / 2)
+            mid = (hi + lo) / 2
+            start = (half / top, mid - half)
+        else:
+            reach = torch.maximum(hi, -lo)
+            start = (reach * ratio / (top if grid == "symmetric" else max(top - 1, 1)), None)
+        best = _better(best, _code(x, *start, bits, grid, dtype))
+    assert best is not None
+    for _ in range(_SWEEPS[bits] * (3 if wide else 1)):
+        best = _better(best, _code(x, *_least_squares(x, best.codes, bits, grid), bits, grid, dtype))
+    return best
+
+
+def _code(x: Tensor, scale: Tensor, minimum: Tensor | None, bits: int, grid: str, dtype: torch.dtype) -> Fit:
+    top = 2**bits - 1
+    s = scale.to(dtype)
+    sf = s.float()
+    step = 2 * sf.unsqueeze(-1)
+    inverse = torch.where(sf > 0, 0.5 / sf, torch.zeros_like(sf)).unsqueeze(-1)
+    if grid == "affine":
+        assert minimum is not None
+        low = minimum.to(dtype)
+        base = low.float().unsqueeze(-1)
+    else:
+        low = None
+        base = -step * bipolar.zero_point(bits, grid)
+    u = ((x - base) * inverse).round_().clamp_(0, top)
+    error = (u * step).add_(base).sub_(x).square_().sum(-1)
+    return Fit(u.to(torch.uint8), s, low, error)
+
+
+def _least_squares(x: Tensor, codes: Tensor, bits: int, grid: str) -> tuple[Tensor, Tensor | None]:
+    u = codes.float()
+    if grid != "affine":
+        v = u - bipolar.zero_point(bits, grid)
+        return ((x * v).sum(-1) / (v * v).sum(-1).clamp_min(1e-12) / 2).clamp_min(0), None
+    mean_u, mean_x = u.mean(-1, keepdim=True), x.mean(-1, keepdim=True)
+    du = u - mean_u
+    slope = ((x - mean_x) * du).sum(-1) / (du * du).sum(-1).clamp_min(1e-12)
+    slope = slope.clamp_min(0)
+    return slope / 2, mean_x.squeeze(-1) - slope * mean_u.squeeze(-1)
+
+
+def _better(a: Fit | None, b: Fit) -> Fit:
+    if a is None:
+        return b
+    take = b.error < a.error
+    minimum = None if a.minimum is None or b.minimum is None else torch.where(take, b.minimum, a.minimum)
+    codes = torch.where(take.unsqueeze(-1), b.codes, a.codes)
+    return Fit(codes, torch.where(take, b.scale, a.scale), minimum, torch.where(take, b.error, a.error))
+
+
+def grouped(w: Tensor, group: int) -> Tensor:
+    """(N, K) to fp32 groups (N, G, g). A partial last group is filled with its last weight, which leaves its range as it is."""
+    n, k = w.shape
+    kp = bipolar.padded(k, group)
+    x = w.float()
+    if kp > k:
+        x = torch.cat([x, x[:, -1:].expand(n, kp - k)], 1)
+    return x.view(n, -1, group or kp)
+
+
+def _solve_grid(w: Tensor, params: Bipolar, grid: str, dtype: torch.dtype) -> tuple[Fit, float]:
+    n, k = w.shape
+    g = params.group or bipolar.padded(k, 0)
+    rows = max(1, _CHUNK // max(1, k))
+    parts = [fit(grouped(w[i : i + rows], params.group).reshape(-1, g), params.bits, grid, dtype) for i in range(0, n, rows)]
+    low = None if parts[0].minimum is None else torch.cat([p.minimum for p in parts if p.minimum is not None])
+    joined = Fit(torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts]), low, torch.cat([p.error for p in parts]))
+    return joined, float(joined.error.double().sum())
+
+
+def pays(affine_error: float, other_error: float, group: int, k: int) -> bool:
+    """Whether an offset per group is worth its 16 bits: spread over the group's codes they would cut the error 4x per bit."""
+    return affine_error * 4.0 ** (16.0 / (group or k)) < other_error
+
+
+def search(w: Tensor, params: Bipolar) -> Packed:
+    """Pack w (N, K). offset="auto" takes the better of the symmetric and integer grids, or the affine one where it pays."""
+    (n, k), bits = w.shape, params.bits
+    dtype = scale_dtype(grouped(w, params.group), bits)
+    if params.offset == "auto":
+        grids = ["symmetric", "integer", "affine"] if bits > 1 else ["symmetric", "affine"]
+        # which grid suits a matrix shows on a sample of its rows
+        sample = w[:: max(1, n // 128)] if n > 256 else w
+        errors = {g: _solve_grid(sample, params, g, dtype)[1] for g in grids}
+        grid = min((g for g in grids if g != "affine"), key=errors.__getitem__)
+        if pays(errors["affine"], errors[grid], params.group, k):
+            grid = "affine"
+    else:
+        grid = _GRID[params.offset]
+    done, _ = _solve_grid(w, params, grid, dtype)
+    kp = bipolar.padded(k, params.group)
+    codes = done.codes.view(n, kp)
+    codes[:, k:] = 0
+    low = None if done.minimum is None else done.minimum.view(n, -1)
+    return bipolar.make(codes, done.scale.view(n, -1), low, k=k, bits=bits, group=params.group, grid=grid)
