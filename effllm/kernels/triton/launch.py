@@ -1,0 +1,69 @@
+"""Run the kernels: shapes and strides in, one or two launches, y out. No device query before the first call."""
+
+from __future__ import annotations
+
+import torch
+import triton
+from torch import Tensor
+
+from effllm.kernels.triton import machine
+from effllm.kernels.triton.choose import Config, Shape, choose
+from effllm.kernels.triton.gemm import gemm_kernel
+from effllm.kernels.triton.gemv import gemv_kernel
+from effllm.kernels.triton.splitk import reduce_kernel
+from effllm.kernels.triton.unpack import dense_kernel
+
+ONE = 0x3F800000  # fp32 1.0
+
+
+def dense(codes: Tensor, scale: Tensor, minimum: Tensor | None, *, n: int, k: int, bits: int, group: int, zero: float, dtype: torch.dtype) -> Tensor:
+    """The dense weight, transposed: (K, N) in `dtype`."""
+    w = torch.empty(k, n, dtype=dtype, device=codes.device)
+    blocks, width = codes.shape[0] // bits, codes.shape[1]
+    grid = (triton.cdiv(k, 64), triton.cdiv(n, 64))
+    dense_kernel[grid](codes, scale, minimum, w, n, k, width, blocks, zero, BITS=bits, GROUP=group, BK=64, BN=64, num_warps=4)
+    return w
+
+
+def linear(
+    x: Tensor, xs: Tensor | None, codes: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None,
+    *, n: int, bits: int, group: int, zero: float, dtype: torch.dtype, config: Config | None = None, out: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x (..., K), with row scales xs (..., 1) where it is int8, times the packed weight: (..., N) in `dtype`.
+
+    `config` overrides the choice; `out` (M, N) is written in place of a new tensor, so that tests can poison it.
+    """
+    k = x.shape[-1]
+    flat = x.reshape(-1, k)
+    if flat.stride(-1) != 1 and k > 1:
+        flat = flat.contiguous()
+    m = flat.shape[0]
+    y = torch.empty(m, n, dtype=dtype, device=x.device) if out is None else out
+    if y.numel() == 0:
+        return y.reshape(*x.shape[:-1], n)
+    if config is None:
+        shape = Shape(m, n, k, bits, group, minimum is not None, x.element_size(), y.element_size())
+        config = choose(shape, machine.of(x.device), machine.class_of(x.device.index or 0) if x.device.type == "cuda" else "")
+    rows = None if xs is None else xs.reshape(-1).contiguous()
+    bias = None if bias is None else bias.contiguous()
+    if config.kind == "dense":
+        w = dense(codes, scale, minimum, n=n, k=k, bits=bits, group=group, zero=zero, dtype=dtype)
+        torch.mm(flat.to(dtype), w, out=y)
+        if bias is not None:
+            y += bias
+        return y.reshape(*x.shape[:-1], n)
+    tiles = triton.cdiv(triton.cdiv(codes.shape[0] // bits * 32, config.bk), config.split)
+    target = y if config.split == 1 else torch.empty(config.split, m, n, dtype=torch.float32, device=x.device)
+    tensors = (flat, codes, scale, minimum, bias, rows, target)
+    sizes = (m, n, k, codes.shape[1], codes.shape[0] // bits, flat.stride(0), tiles, zero)
+    constants = {"BITS": bits, "GROUP": group, "BN": config.bn, "BK": config.bk, "SPLIT": config.split, "STAGES": config.stages}
+    if config.kind == "gemv":
+        grid = (triton.cdiv(n, config.bn), config.split, triton.cdiv(m, config.bm))
+        even = k % config.bk == 0 and codes.shape[0] // bits * 32 == k and codes.shape[1] % config.bn == 0
+        gemv_kernel[grid](*tensors, *sizes, ONE, **constants, WIDE=x.dtype == torch.float32, MB=config.bm, EVEN=even, num_warps=config.warps)
+    else:
+        grid = (triton.cdiv(m, config.bm) * triton.cdiv(n, config.bn), config.split)
+        gemm_kernel[grid](*tensors, *sizes, **constants, BM=config.bm, num_warps=config.warps)
+    if config.split > 1:
+        reduce_kernel[(triton.cdiv(n, 256), m)](target, bias, rows, y, m, n, SPLIT=config.split, BN=256, num_warps=2)
+    return y.reshape(*x.shape[:-1], n)

@@ -1,0 +1,38 @@
+"""The graph ops `effllm_triton::linear` and `linear_a8`: opaque to the compiler, so that the dispatch on M stays inside, with fakes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from effllm.kernels.triton import launch
+
+
+@torch.library.custom_op("effllm_triton::linear", mutates_args=(), device_types="cuda")
+def linear(
+    x: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None, n: int, bits: int, group: int, zero: float
+) -> Tensor:
+    """x (..., K) times the packed weight (layout words): (..., N) in x's dtype."""
+    return launch.linear(x, None, codes, scale, minimum, bias, n=n, bits=bits, group=group, zero=zero, dtype=x.dtype)
+
+
+@linear.register_fake
+def _(x: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None, n: int, bits: int, group: int, zero: float) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n)
+
+
+@torch.library.custom_op("effllm_triton::linear_a8", mutates_args=(), device_types="cuda")
+def linear_a8(
+    xq: Tensor, xs: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None,
+    n: int, bits: int, group: int, zero: float, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """int8 xq (..., K) with scales xs (..., 1) times the packed weight (layout words): (..., N) in `dtype`."""
+    return launch.linear(xq, xs, codes, scale, minimum, bias, n=n, bits=bits, group=group, zero=zero, dtype=dtype)
+
+
+@linear_a8.register_fake
+def _(
+    xq: Tensor, xs: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None,
+    n: int, bits: int, group: int, zero: float, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    return xq.new_empty(*xq.shape[:-1], n, dtype=dtype)
