@@ -41,7 +41,7 @@ def hf_name(name: str) -> str:
 
 def rope_order(name: str, rows: int, config: LlamaConfig) -> Tensor | None:
     """Row indices that undo llama.cpp's reordering of q and k for interleaved rope; None for tensors that were not reordered."""
-    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads}
+    heads = {"attn_q": config.num_attention_heads, "attn_k": config.num_key_value_heads or config.num_attention_heads}
     parts = name.split(".")
     if len(parts) != 4 or parts[2] not in heads:
         return None

@@ -162,6 +162,8 @@ def validate(packed: Packed) -> None:
         return CheckpointError("E-CKP-SHAPE", f"bipolar weight: {cause}", "the file is damaged or not from effllm; write it again")
 
     bits, group, grid = a.get("bits"), a.get("group"), a.get("grid")
+    if "planes" not in t or "scale" not in t:
+        raise bad(f"its tensors are {sorted(t)}")
     if not isinstance(bits, int) or not 1 <= bits <= 8:
         raise bad(f"bits is {bits!r}, not 1 to 8")
     if group != CHANNEL and group not in GROUPS:
