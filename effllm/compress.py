@@ -1,0 +1,212 @@
+"""`effllm.compress`: swap Linear and Embedding modules for packed ones, in place, and free the dense weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effllm.errors import EffllmError, OptionError, PassError
+from effllm.recipe import Bipolar, Recipe
+from effllm.report import Decision, PassReport, Report
+from effllm.runtime.formats.base import Packed
+from effllm.runtime.packed import PackedEmbedding, PackedLinear, PackedWeight
+from effllm.solvers import check, solve
+
+Progress = Callable[[int, int, str], None]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Packing works on cache-sized chunks, where waking a second thread costs more than it brings (7x on a busy machine)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@dataclass
+class Site:
+    """A module that a rule covers."""
+
+    name: str
+    module: nn.Linear | nn.Embedding
+    params: Bipolar
+
+    @property
+    def kind(self) -> str:
+        """linear or embedding."""
+        return "linear" if isinstance(self.module, nn.Linear) else "embedding"
+
+
+def plan(model: nn.Module, recipe: Recipe) -> tuple[list[Site], list[Decision]]:
+    """The modules to pack, and a Decision for every Linear or Embedding that is left alone."""
+    sites: list[Site] = []
+    kept: list[Decision] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            rule = recipe.rule_for(name, "linear" if isinstance(module, nn.Linear) else "embedding", (module.weight.shape[0], module.weight.shape[1]))
+            if rule is None or rule.method == "dense":
+                kept.append(_kept(name, "no-rule" if rule is None else "dense", "no rule covers it" if rule is None else "the recipe keeps it dense"))
+                continue
+            reason = _obstacle(module)
+            if reason:
+                kept.append(_kept(name, "not-plain", reason))
+                continue
+            sites.append(Site(name, module, rule.params))
+    return sites, kept
+
+
+def _kept(name: str, code: str, reason: str) -> Decision:
+    return Decision(name, name, "kept", code, reason)
+
+
+def _obstacle(module: nn.Linear | nn.Embedding) -> str:
+    """Why a module cannot be swapped, or an empty string."""
+    base = nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
+    if type(module).forward is not base.forward:
+        return f"{type(module).__name__} has a forward of its own"
+    if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return "its owner reads the weight directly (nn.MultiheadAttention)"
+    if nn.utils.parametrize.is_parametrized(module):
+        return "its weight is parametrized"
+    if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks:
+        return "it carries hooks, which a swap would lose"
+    if isinstance(module, nn.Embedding) and (module.max_norm or module.sparse or module.scale_grad_by_freq):
+        return "max_norm, sparse or scale_grad_by_freq is set"
+    return ""
+
+
+class Swap:
+    """Puts packed modules into a model and can take all of them out again."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self._undo: list[tuple[nn.Module, str, nn.Module]] = []
+        self._shared: dict[int, tuple[Bipolar, PackedWeight]] = {}
+
+    def shared(self, weight: Tensor, params: Bipolar) -> PackedWeight | None:
+        """The packed form of a tied weight that is already in the model with the same numbers."""
+        found = self._shared.get(id(weight))
+        return found[1] if found and replace(found[0], act="a16", solver="auto") == replace(params, act="a16", solver="auto") else None
+
+    def install(self, site: Site, packed: Packed | None) -> PackedWeight:
+        """Swap one module; `packed` None means that its tied weight is already packed."""
+        dense = site.module
+        weight = self.shared(dense.weight, site.params) if packed is None else None
+        if weight is None:
+            if packed is None:
+                raise OptionError("E-OPT-SWAP", f"{site.name} has no packed weight", "report this bug")
+            act = site.params.act if site.kind == "linear" else "a16"
+            weight = PackedWeight(packed, act=act, dtype=dense.weight.dtype)
+            self._shared.setdefault(id(dense.weight), (site.params, weight))
+        new: nn.Module
+        new = PackedLinear(weight, dense.bias) if isinstance(dense, nn.Linear) else PackedEmbedding(weight, dense.padding_idx)
+        new.train(dense.training)
+        # the dense module stays referenced until the whole model is done: then a failure can be undone
+        parent_name, _, leaf = site.name.rpartition(".")
+        parent = self.model.get_submodule(parent_name)
+        self._undo.append((parent, leaf, dense))
+        setattr(parent, leaf, new)
+        return weight
+
+    def rollback(self) -> None:
+        """Restore every dense module."""
+        while self._undo:
+            parent, leaf, dense = self._undo.pop()
+            setattr(parent, leaf, dense)
+
+    def commit(self) -> None:
+        """Let the dense weights go."""
+        self._undo.clear()
+
+
+def compress(model: Any, recipe: Any = "w8", calibration: Any = None, *, strict: bool = False, progress: Progress | None = None) -> Any:
+    """Pack a model's Linear and Embedding weights as `recipe` says.
+
+    model: an nn.Module (changed in place; returns the Report), or a local Hugging Face directory (read shard by shard with at most
+    the packed model plus two dense layers in memory, unless there is calibration; returns (model, Report)). Weights that are tied stay tied. Parameters that
+    require grad are packed too: the packed weight is constant.
+    calibration: token windows, a LongTensor (windows, length), or an iterable of model inputs; turns on the second-order solver.
+    progress: called with (done, total, name).
+
+    On any error the model is as it was: weights are checked before the first swap, and the dense modules are kept until the last
+    one is done (peak: dense plus packed; the directory form needs less).
+    Raises RecipeError, WeightError, CalibrationError; with strict=True PassError where the recipe applied to nothing.
+    """
+    parsed = Recipe.parse(recipe)
+    if isinstance(model, str | Path):
+        from effllm.hf.directory import compress_directory
+
+        return compress_directory(Path(model), parsed, calibration, strict=strict, progress=progress)
+    if not isinstance(model, nn.Module):
+        raise OptionError("E-OPT-MODEL", f"cannot compress a {type(model).__name__}", "pass an nn.Module or a local Hugging Face directory")
+    start = time.perf_counter()
+    sites, kept = plan(model, parsed)
+    require(sites, kept, strict)
+    for site in sites:
+        try:
+            check(site.module.weight, site.params)
+        except EffllmError as error:
+            raise type(error)(error.code, f"{site.name}: {error.cause}", error.next_step) from None
+    swap = Swap(model)
+    report = PassReport("compress", kept)
+    try:
+        with torch.no_grad():
+            _run(model, sites, swap, report, calibration, progress)
+    except BaseException:
+        swap.rollback()
+        raise
+    swap.commit()
+    report.seconds = time.perf_counter() - start
+    return Report(parsed.name, [report])
+
+
+def require(sites: list[Site], kept: list[Decision], strict: bool) -> None:
+    """strict: a recipe that applies to nothing is an error."""
+    if strict and not sites:
+        why = f": {kept[0].module} [{kept[0].code}] {kept[0].reason}" if kept else ": the model has no Linear or Embedding"
+        raise PassError("E-PAS-STRICT", f"strict: the recipe applied to nothing{why}", "see Recipe.preview(model)")
+
+
+def _run(model: nn.Module, sites: list[Site], swap: Swap, report: PassReport, calibration: Any, progress: Progress | None) -> None:
+    total, done = len(sites), 0
+
+    def finish(site: Site, packed: Packed | None) -> None:
+        nonlocal done
+        before = site.module.weight
+        weight = swap.install(site, packed)
+        report.decisions.append(decision(site, before.numel() * before.element_size(), weight, tied=packed is None))
+        done += 1
+        if progress is not None:
+            progress(done, total, site.name)
+
+    # heads before embeddings: a tied pair is packed once, with the head's kernel
+    direct = sorted(sites, key=lambda s: s.kind != "linear")
+    if calibration is not None:
+        from effllm.solvers.calibrate import calibrated
+
+        by_name = {s.name: s for s in sites if s.kind == "linear" and s.params.solver != "search"}
+        covered = {name: (s.module, s.params) for name, s in by_name.items()}
+        calibrated(model, calibration, covered, lambda name, packed: finish(by_name[name], packed))
+        direct = [s for s in direct if s.name not in by_name]
+    with one_thread():
+        for site in direct:
+            tied = swap.shared(site.module.weight, site.params) is not None
+            finish(site, None if tied else solve(site.module.weight, site.params))
+
+
+def decision(site: Site, dense_bytes: int, weight: PackedWeight, *, tied: bool) -> Decision:
+    """The Decision of a packed module; a tied weight's bytes count once."""
+    grid = weight.attrs["grid"]
+    config = {"bits": weight.bits, "group": weight.group, "grid": grid, "act": weight.act}
+    reason = "shares its tied weight" if tied else weight.why
+    return Decision(site.name, site.name, "applied", "tied" if tied else "applied", reason, 0 if tied else dense_bytes, 0 if tied else weight.nbytes, kernel=weight.kernel, config=config)

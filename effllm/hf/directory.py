@@ -1,0 +1,128 @@
+"""Compress a local Hugging Face directory shard by shard: the dense model never exists as a whole."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from effllm.compress import Progress, Site, Swap, decision, one_thread, plan, require
+from effllm.errors import CheckpointError, EffllmError
+from effllm.hf.skeleton import empty_model
+from effllm.recipe import Recipe
+from effllm.report import PassReport, Report
+from effllm.solvers import solve
+
+
+class DenseReader:
+    """Reads single tensors of a directory of safetensors shards."""
+
+    def __init__(self, directory: Path) -> None:
+        index = directory / "model.safetensors.index.json"
+        single = directory / "model.safetensors"
+        try:
+            if index.is_file():
+                names = json.loads(index.read_text())["weight_map"]
+                self._where = {k: directory / v for k, v in names.items()}
+            elif single.is_file():
+                with safe_open(single, "pt") as f:
+                    self._where = dict.fromkeys(f.keys(), single)
+            else:
+                raise CheckpointError("E-CKP-NONE", f"{directory} has no model.safetensors", "give a directory written by save_pretrained")
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise CheckpointError("E-CKP-TRUNCATED", f"{directory} cannot be read: {error}", "fetch the model again") from error
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._where
+
+    def read(self, name: str) -> Tensor:
+        """One tensor; raises CheckpointError where it is missing or damaged."""
+        if name not in self._where:
+            raise CheckpointError("E-CKP-MISSING", f"no tensor {name!r} in the directory", "the checkpoint's names differ from the model's; load it with transformers and pass the module")
+        try:
+            with safe_open(self._where[name], "pt") as f:
+                tensor: Tensor = f.get_tensor(name)
+                return tensor
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError("E-CKP-TRUNCATED", f"{name} cannot be read: {error}", "fetch the model again") from error
+
+
+def tied_names(model: nn.Module) -> dict[str, list[str]]:
+    """Parameter names by the first name of the same tensor."""
+    groups: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(p), []).append(name)
+    return {names[0]: names for names in groups.values()}
+
+
+def compress_directory(directory: Path, recipe: Recipe, calibration: Any, *, strict: bool, progress: Progress | None) -> tuple[nn.Module, Report]:
+    """See effllm.compress. Peak memory: the packed model plus two dense layers; with calibration the dense model."""
+    if not (directory / "config.json").is_file():
+        raise CheckpointError("E-CKP-NONE", f"{directory} is no Hugging Face directory (no config.json)", "give a directory written by save_pretrained")
+    start = time.perf_counter()
+    reader = DenseReader(directory)
+    model = empty_model(directory, tables=True)
+    sites, kept = plan(model, recipe)
+    require(sites, kept, strict)
+    aliases = tied_names(model)
+    dtype = getattr(model.config, "dtype", None) or torch.float32
+    source = {alias: next((n for n in names if n in reader), names[0]) for names in aliases.values() for alias in names}
+    if calibration is not None:
+        from effllm.compress import compress
+
+        # calibration runs the model, so here the dense weights are all loaded first
+        fill(model, reader, source, dtype)
+        return model, compress(model, recipe, calibration, strict=strict, progress=progress)
+    swap, report = Swap(model), PassReport("compress", kept)
+    for done, site in enumerate(sorted(sites, key=lambda s: s.kind != "linear"), start=1):
+        meta = site.module.weight
+        tied = swap.shared(meta, site.params) is not None
+        packed = None
+        if not tied:
+            dense = reader.read(source[f"{site.name}.weight"]).to(dtype)
+            try:
+                with one_thread():
+                    packed = solve(dense, site.params)
+            except EffllmError as error:
+                raise type(error)(error.code, f"{site.name}: {error.cause}", error.next_step) from None
+            del dense
+        if isinstance(site.module, nn.Linear) and site.module.bias is not None:
+            site.module.bias = nn.Parameter(reader.read(source[f"{site.name}.bias"]).to(dtype), requires_grad=False)
+        weight = swap.install(site, packed)
+        weight.dtype = dtype
+        report.decisions.append(decision(site, meta.numel() * dtype.itemsize, weight, tied=tied))
+        if progress is not None:
+            progress(done, len(sites), site.name)
+    swap.commit()
+    fill(model, reader, source, dtype)
+    report.seconds = time.perf_counter() - start
+    return model.eval(), Report(recipe.name, [report])
+
+
+def fill(model: nn.Module, reader: DenseReader, source: dict[str, str], dtype: torch.dtype) -> None:
+    """Load what was not packed. Persistent buffers come from the file where it has them."""
+    for name, p in list(model.named_parameters()):
+        if p.device.type == "meta" or source.get(name, name) in reader:
+            _set(model, name, nn.Parameter(reader.read(source.get(name, name)).to(dtype), requires_grad=False))
+    for name, b in list(model.named_buffers()):
+        if name in reader:
+            _set(model, name, reader.read(name))
+        elif b.device.type == "meta":
+            raise CheckpointError("E-CKP-MISSING", f"buffer {name!r} is not in the file and was not computed", "load the model with transformers and pass the module")
+
+
+def _set(model: nn.Module, name: str, value: Tensor) -> None:
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    if isinstance(value, nn.Parameter):
+        parent.register_parameter(leaf, value)
+    else:
+        parent.register_buffer(leaf, value, persistent=leaf not in parent._non_persistent_buffers_set)
+
+
+__all__ = ["DenseReader", "Site", "compress_directory"]
