@@ -78,7 +78,8 @@ def _splits(shape: Shape, bk: int) -> Iterator[int]:
 
 def candidates(shape: Shape) -> Iterator[Config]:
     """Every configuration that fits registers and shared memory on all supported chips."""
-    if shape.m <= _GEMV_ROWS:
+    # four rows of a part with 16 or 32 fields a word unroll into ten seconds of compilation
+    if shape.m <= (_GEMV_ROWS if parts(shape.bits)[-1] >= 4 else _GEMV_ROWS // 2):
         mb, widest = 1 << (shape.m - 1).bit_length(), parts(shape.bits)[0]
         for bn in (32, 64, 128, 256):
             for bk in (64, 128, 256, 512, 1024):
@@ -91,7 +92,8 @@ def candidates(shape: Shape) -> Iterator[Config]:
                             for stages in (1, 2, 3):
                                 yield Config("gemv", mb, bn, bk, split, warps, stages)
     if shape.act != 4:
-        bks = [32] if shape.group == 16 else [bk for bk in (32, 64, 128) if not shape.group or shape.group % bk == 0]
+        # at most two groups a tile: each has a product of its own over the whole tile
+        bks = [bk for bk in (32, 64, 128) if not shape.group or shape.group % bk == 0 or bk == 2 * shape.group]
         for bm in (16, 32, 64, 128):
             if bm == 16 or bm // 2 < shape.m:
                 for bn in (32, 64, 128):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 pytest.importorskip("triton")
-from triton_cases import cases
+from tests.kernels.triton.triton_cases import cases
 
 # The kernel may err twice as much as plain torch in the output's dtype, plus: fp32 sums of at most 256 terms; and for 16-bit
 # activations through the GEMV, whose chains give 8 of 24 bits to the lifted sums (kernels/triton/gemv.py), 2^-24 * 2^8.
@@ -44,3 +44,10 @@ def test_swapped_scales_are_noticed(results: dict[str, dict[str, Any]], kind: st
 
 def test_split_sums_repeat_bit_for_bit(results: dict[str, dict[str, Any]]) -> None:
     assert results["twice"]["equal"]
+
+
+def test_opcheck_passes(results: dict[str, dict[str, Any]]) -> None:
+    found = {key: value for key, value in results["opcheck"].items() if key != "name"}
+    assert len(found) == 6
+    for checks in found.values():
+        assert checks and set(checks.values()) == {"SUCCESS"}

@@ -129,6 +129,32 @@ def run(case: Case, *, swap: bool = False) -> dict[str, object]:
     }
 
 
+def opcheck() -> dict[str, object]:
+    """torch's own checks of both graph ops, with the launcher standing in for the CUDA kernel."""
+    import torch
+
+    from effllm.kernels.triton import launch, ops
+    from effllm.lowering.bipolar_linear import quantize_activation
+    from effllm.runtime.formats import bipolar
+    from effllm.runtime.layouts import words
+
+    ops.linear.register_kernel("cpu")(
+        lambda x, c, s, low, bias, n, bits, group, zero: launch.linear(x, None, c, s, low, bias, n=n, bits=bits, group=group, zero=zero, dtype=x.dtype)
+    )
+    ops.linear_a8.register_kernel("cpu")(
+        lambda x, xs, c, s, low, bias, n, bits, group, zero, dtype: launch.linear(x, xs, c, s, low, bias, n=n, bits=bits, group=group, zero=zero, dtype=dtype)
+    )
+    u = torch.randint(0, 16, (24, 64), dtype=torch.uint8)
+    t = words.repack(bipolar.make(u, torch.rand(24, 2), None, k=64, bits=4, group=32, grid="symmetric"))
+    found: dict[str, object] = {}
+    for lead in ((2, 3), (5,), (0,)):
+        x = torch.randn(*lead, 64)
+        weight = (t["codes"], t["scale"], None, None, 24, 4, 32, 7.5)
+        found[f"a16{lead}"] = torch.library.opcheck(torch.ops.effllm_triton.linear.default, (x, *weight))
+        found[f"a8{lead}"] = torch.library.opcheck(torch.ops.effllm_triton.linear_a8.default, (*quantize_activation(x), *weight, torch.float16))
+    return found
+
+
 def main() -> None:
     """Run all cases (or those named on the command line) in the interpreter."""
     os.environ["TRITON_INTERPRET"] = "1"
@@ -154,6 +180,7 @@ def main() -> None:
     for kind in ("gemv", "gemm", "dense"):
         case = Case(2, 32, 128, 4, 32, "symmetric", "float16", kind)
         print(json.dumps({"name": f"swapped-{kind}"} | run(case, swap=True)), flush=True)
+    print(json.dumps({"name": "opcheck"} | opcheck()), flush=True)
     split = Case(1, 16, 256, 4, 32, "symmetric", "float32", "gemv", split=4)
     print(json.dumps({"name": "twice", "equal": run(split) == run(split)}), flush=True)
 
