@@ -6,6 +6,7 @@ underscore names of torch.
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -143,7 +144,12 @@ def reset_dynamo() -> None:
 
 
 def register_backend(name: str, backend: Callable[..., Any]) -> None:
-    """Make `torch.compile(backend=name)` work without an installed entry point; keeps what is there."""
+    """Make `torch.compile(backend=name)` work without an installed entry point; keeps what is there.
+
+    With the entry point Dynamo finds the backend by itself: importing Dynamo here would import Triton and cost a second.
+    """
+    if name in importlib.metadata.entry_points(group="torch_dynamo_backends").names:
+        return
     from torch._dynamo.backends import registry
 
     if name not in registry._COMPILER_FNS:

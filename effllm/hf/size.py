@@ -32,11 +32,11 @@ def weight_size(model: nn.Module) -> Size:
     row: dict[int, tuple[int, int]] = {}
     held: dict[int, int] = {}
     for module in model.modules():
-        gathered = isinstance(module, nn.Embedding | PackedEmbedding)
         for key, size, count in _own(module):
             held[key] = size
-            if gathered:
-                row[key] = (size // module.num_embeddings, count // module.num_embeddings)  # type: ignore[operator]
+            if isinstance(module, nn.Embedding | PackedEmbedding):
+                rows = int(module.num_embeddings)
+                row[key] = (size // rows, count // rows)
             else:
                 read[key] = (size, count)
     parts = [*read.values(), *(r for key, r in row.items() if key not in read)]

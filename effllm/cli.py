@@ -1,0 +1,159 @@
+"""The command `effllm`: compress, eval, bench, explain, doctor, demo. Thin: every command calls one function and prints its result."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from effllm import commands, console
+from effllm.errors import EffllmError, OptionError, nearest
+
+# typer's own copy of click or the real one, depending on its version: reached through its public class
+_ClickError: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+
+
+class _Group(TyperGroup):
+    """Prints our errors, and turns the parser's into OptionError; both end with exit code 2."""
+
+    def main(self, *args: Any, **kwargs: Any) -> Any:
+        standalone = kwargs.get("standalone_mode", True)
+        kwargs["standalone_mode"] = False
+        try:
+            code = super().main(*args, **kwargs)
+        except EffllmError as error:
+            console.show_error(error)
+            raise SystemExit(2) from None
+        except _ClickError as error:
+            if type(error).__name__ != "NoArgsIsHelpError":  # the help is printed already
+                console.show_error(self._option_error(error))
+            raise SystemExit(2) from None
+        except typer.Abort:
+            raise SystemExit(130) from None
+        if standalone:
+            raise SystemExit(code if isinstance(code, int) else 0)
+        return code
+
+    def _option_error(self, error: Exception) -> OptionError:
+        tell = getattr(error, "format_message", None)
+        cause = str(tell() if tell is not None else error)
+        wrong = getattr(error, "option_name", None)
+        context = getattr(error, "ctx", None)
+        if wrong and context is not None:
+            names = [o for p in context.command.params for o in p.opts if o.startswith("--")]
+            return OptionError("E-OPT-KEY", f"unknown option {wrong!r}", nearest(str(wrong), names))
+        if "No such command" in cause:
+            word = cause.split("'")[1] if "'" in cause else ""
+            return OptionError("E-OPT-COMMAND", f"unknown command {word!r}", nearest(word, self.commands))
+        command = getattr(context, "command_path", "effllm") if context is not None else "effllm"
+        return OptionError("E-OPT-VALUE", cause.rstrip(".") or "no command was given", f"see `{command} --help`")
+
+
+app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Makes language models small and fast.")
+
+Model = Annotated[str, typer.Argument(help="a Hugging Face directory, an effllm checkpoint directory, or the word demo")]
+OneRecipe = Annotated[str, typer.Option("--recipe", help='for example w8, w4, w4a8, "bipolar(bits=3, group=64)", or a TOML or JSON file')]
+Json = Annotated[Path | None, typer.Option("--json", help="write the result to this file")]
+Png = Annotated[Path | None, typer.Option("--png", help="draw the result into this file")]
+Calibrate = Annotated[Path | None, typer.Option("--calibrate", help="text file for solvers that calibrate")]
+Text = Annotated[Path | None, typer.Option("--text", help="text file to score; for MODEL demo the default is Wikipedia prose")]
+Windows = Annotated[int | None, typer.Option("--windows", min=1, help="score at most this many windows of 512 tokens")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads")]
+Device = Annotated[str, typer.Option("--device", help="cpu or cuda")]
+
+
+@app.command()
+def compress(
+    model: Model,
+    out: Annotated[Path, typer.Argument(help="directory for the checkpoint")],
+    recipe: OneRecipe = "w8",
+    calibrate: Calibrate = None,
+    strict: Annotated[bool, typer.Option("--strict", help="fail where a module that a rule covers cannot be packed")] = False,
+    json: Json = None,
+) -> None:
+    """Pack MODEL by a recipe and write a checkpoint to OUT."""
+    console.writable(json)
+    result = commands.compress(model, out, recipe, calibrate, strict)
+    console.out().print(result.pop("text"), markup=False, highlight=False, soft_wrap=True)
+    console.write_json(result, json)
+
+
+@app.command("eval")
+def evaluate(
+    model: Model,
+    recipe: OneRecipe = "w8",
+    text: Text = None,
+    calibrate: Calibrate = None,
+    prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="length of the compressed prompt for recipes with a kv part")] = 1536,
+    windows: Windows = None,
+    threads: Threads = None,
+    json: Json = None,
+    png: Png = None,
+) -> None:
+    """Perplexity, KL and top-1 agreement to the dense model on a text."""
+    console.writable(json, png)
+    result = commands.evaluate(model, recipe, text, calibrate, prompt_tokens, windows, threads)
+    rows = [[k, f"{v:.6g}" if isinstance(v, float) else str(v)] for k, v in result.items()]
+    console.out().print(console.table(f"{model}, {recipe}", ["figure", "value"], rows))
+    console.write_json(result, json)
+    commands.draw("eval_png", result, png)
+
+
+@app.command()
+def bench(
+    model: Model,
+    recipe: Annotated[list[str] | None, typer.Option("--recipe", help="a recipe; may be given several times (default w8, w4, w4a8)")] = None,
+    baseline: Annotated[list[str] | None, typer.Option("--baseline", help="a baseline, or none; may be given several times (default all four)")] = None,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="interleaved rounds")] = 3,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="decoded tokens per round")] = 64,
+    prefill: Annotated[int, typer.Option("--prefill", min=1, help="prefill tokens")] = 512,
+    eager_prefill: Annotated[bool, typer.Option("--eager-prefill", help="do not compile the prefill graph: half the compile time")] = False,
+    text: Text = None,
+    windows: Windows = None,
+    calibrate: Calibrate = None,
+    threads: Threads = None,
+    device: Device = "cpu",
+    json: Json = None,
+    png: Png = None,
+) -> None:
+    """Decode and prefill speed of several recipes and baselines, interleaved in one run."""
+    console.writable(json, png)
+    result = commands.bench(model, recipe, baseline, rounds, tokens, prefill, not eager_prefill, text, windows, calibrate, threads, device)
+    console.out().print(console.bench_table(result))
+    console.write_json(result, json)
+    commands.draw("bench_png", result, png)
+
+
+@app.command()
+def explain(model: Model, recipe: OneRecipe = "w8", json: Json = None) -> None:
+    """What a recipe would do to each module and graph node, and why, without running a step."""
+    console.writable(json)
+    result = commands.explain(model, recipe)
+    console.out().print(result.pop("text"), markup=False, highlight=False, soft_wrap=True)
+    console.write_json(result, json)
+
+
+@app.command()
+def doctor(json: Json = None) -> None:
+    """What the machine has, which kernels will be used, and why not the others."""
+    console.writable(json)
+    result = commands.doctor()
+    console.doctor(result)
+    console.write_json(result, json)
+
+
+@app.command()
+def demo(json: Json = Path("demo-report.json"), png: Png = Path("demo-report.png"), threads: Threads = None) -> None:
+    """w8, w4, w4a8 and w3 against eager bf16 and the strongest Inductor setting, on a real 135M model."""
+    console.writable(json, png)
+    result = commands.demo(threads)
+    console.out().print(console.bench_table(result))
+    console.notes(result)
+    console.write_json(result, json)
+    commands.draw("bench_png", result, png)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,153 @@
+"""The bench: build and check every variant, time them interleaved, score them on text, and return one JSON-ready result."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effllm.autotune import machine
+from effllm.hf import evaluate, measure, texts, variants
+from effllm.hf.measure import Times, spread
+from effllm.hf.models import chat_ids
+from effllm.hf.size import weight_size
+from effllm.hf.variants import Shape, Variant
+
+PROMPT = "Explain in a few sentences why the sky is blue."
+Progress = Callable[[str, float], None]  # what is done now, and the share of the whole that is behind
+
+
+@dataclass
+class Plan:
+    """What to compare, and how long. `calibration` windows go to recipes named in `calibrated`; `windows` are scored."""
+
+    recipes: Sequence[str]
+    baselines: Sequence[str] = variants.BASELINES
+    shape: Shape = field(default_factory=Shape)
+    rounds: int = 3
+    windows: Tensor | None = None
+    calibration: Tensor | None = None
+    calibrated: Sequence[str] = ()
+    compile_prefill: bool = True
+    sample_tokens: int = 48
+
+
+def _silent(what: str, share: float) -> None:
+    del what, share
+
+
+def run(dense: Any, tokenizer: Any, plan: Plan, progress: Progress = _silent) -> dict[str, Any]:
+    """{"machine": ..., "rows": [...]} as in the design; extra keys hold spreads and settings.
+
+    Raises OptionError for unknown baselines, RecipeError for unknown recipes, before anything is built.
+    """
+    variants.check_baselines(list(plan.baselines))
+    for what in plan.recipes:
+        variants.Recipe.parse(what)
+    ids = _prompt_ids(dense, tokenizer, plan.shape)
+    # shares of the whole, from measured runs: building takes most of the time
+    count = len(plan.recipes) + len(plan.baselines)
+    built: list[Variant] = []
+    errors: dict[str, float] = {}
+    for i, name in enumerate([*plan.baselines, *plan.recipes]):
+        progress(f"building {name}", 0.7 * i / count)
+        variant = _build(name, dense, plan)
+        errors[variant.name] = measure.check(variant, ids, plan.shape)
+        built.append(variant)
+    progress("measuring bandwidth", 0.7)
+    roof = machine.measure_bandwidth(device=ids.device.type)
+    load = machine.OtherLoad()
+    turns = iter(range(plan.rounds * count))
+    times = measure.measure(built, ids, plan.shape, plan.rounds, lambda: progress("timing", 0.7 + 0.1 * next(turns) / (plan.rounds * count)))
+    others = load.cores()
+    quality = _quality(built, dense, plan, progress)
+    progress("generating", 0.98)
+    rows = [_row(v, times[v.name], errors[v.name], quality.get(v.name, {}), roof, tokenizer, plan) for v in built]
+    about = machine.describe() | {"read_bandwidth_gb_s": roof, "other_cores_busy": others}
+    progress("done", 1.0)
+    return {"machine": about, "rows": rows, "settings": _settings(plan)}
+
+
+def _build(name: str, dense: Any, plan: Plan) -> Variant:
+    if name in variants.BASELINES:
+        return variants.baseline(name, dense, plan.shape, compile_prefill=plan.compile_prefill)
+    calibration = plan.calibration if name in plan.calibrated else None
+    return variants.recipe(name, dense, plan.shape, calibration, compile_prefill=plan.compile_prefill)
+
+
+def _quality(built: list[Variant], dense: Any, plan: Plan, progress: Progress) -> dict[str, dict[str, float]]:
+    if plan.windows is None:
+        return {}
+    # baselines that share the dense weights share its figures too
+    windows = plan.windows
+    distinct = {v.name: v.model for v in built if v.model is not dense}
+    steps = iter(range(len(windows)))
+    found = evaluate.score({"": dense, **distinct}, dense, windows, lambda: progress("scoring text", 0.8 + 0.18 * next(steps) / len(windows)))
+    return {v.name: found[v.name if v.name in distinct else ""] for v in built}
+
+
+def _row(v: Variant, times: Times, error: float, quality: dict[str, float], roof: float, tokenizer: Any, plan: Plan) -> dict[str, Any]:
+    decode, prefill, size = spread(times.decode), spread(times.prefill), weight_size(v.model)
+    tokens = plan.shape.tokens
+    achieved = size.read * tokens / decode.median / 1e9
+    return {
+        "variant": v.name,
+        "recipe": v.recipe,
+        "decode_tok_s": tokens / decode.median,
+        "decode_tok_s_range": [tokens / decode.high, tokens / decode.low],
+        "decode_ms_per_token": 1e3 * decode.median / tokens,
+        "prefill_tok_s": plan.shape.prefill / prefill.median,
+        "prefill_tok_s_range": [plan.shape.prefill / prefill.high, plan.shape.prefill / prefill.low],
+        "ttft_s": prefill.median,
+        "weight_bytes": size.read,
+        "held_bytes": size.held,
+        "bits_per_weight": size.bits_per_weight,
+        "achieved_gb_s": achieved,
+        "share_of_bandwidth": achieved / roof,
+        "perplexity": quality.get("perplexity"),
+        "kl": quality.get("kl"),
+        "top1_agreement": quality.get("top1_agreement"),
+        "peak_rss_bytes": machine.peak_rss(),
+        "checked_error": error,
+        "notes": v.notes,
+        "sample": sample(v, tokenizer, plan.sample_tokens),
+    }
+
+
+def sample(v: Variant, tokenizer: Any, limit: int, prompt: str = PROMPT) -> str:
+    """What the variant answers to a chat prompt, greedily, cut after its last whole sentence; empty without a tokenizer."""
+    if tokenizer is None:
+        return ""
+    ids = chat_ids(tokenizer, prompt)[:, -(v.runner.length - 1) :].to(v.runner.device)
+    count = max(1, min(limit, v.runner.length - ids.shape[1]))
+    tokens, _ = v.runner.decode(v.runner.start(ids), ids.shape[1], count)
+    stop = next((i for i, t in enumerate(tokens) if t == tokenizer.eos_token_id), None)
+    text = " ".join(str(tokenizer.decode(tokens[:stop], skip_special_tokens=True)).split())
+    end = max(text.rfind(c) for c in ".!?") + 1
+    return text[:end] if end else text
+
+
+def _prompt_ids(dense: Any, tokenizer: Any, shape: Shape) -> Tensor:
+    """Ids (1, n) for timing: real text where the model can read it, since random ids would take the same time but say nothing in the check."""
+    need = max(shape.prefill, shape.prompt)
+    if tokenizer is not None:
+        ids = texts.windows(tokenizer, texts.evaluation_text().text, need, 1)
+    else:
+        vocabulary = dense.config.get_text_config(decoder=True).vocab_size
+        ids = torch.randint(0, vocabulary, (1, need), generator=torch.Generator().manual_seed(0))
+    return ids.to(next(dense.parameters()).device)
+
+
+def _settings(plan: Plan) -> dict[str, Any]:
+    s = plan.shape
+    return {
+        "decode": f"{s.tokens} greedy tokens after a {s.prompt}-token prompt, batch 1, static cache of {s.length}",
+        "prefill": f"{s.prefill} tokens, last logits only, {'compiled' if plan.compile_prefill else 'eager'}",
+        "ttft": f"the {s.prefill}-token prefill until its first token is chosen",
+        "rounds": plan.rounds,
+        "windows": 0 if plan.windows is None else len(plan.windows),
+        "peak_rss": "of the process that holds all variants, when the row was written",
+    }
