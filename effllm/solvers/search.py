@@ -17,7 +17,16 @@ from effllm.runtime.formats import bipolar
 from effllm.runtime.formats.base import Packed
 
 _CHUNK = 1 << 18  # weights at a time: temporaries stay in cache
-_RATIOS = {1: (1.0,), 2: (1.0, 0.85, 0.7, 0.55), 3: (1.0, 0.9, 0.8, 0.7, 0.6), 4: (1.0, 0.93, 0.86, 0.78), 5: (1.0, 0.94, 0.88), 6: (1.0, 0.95), 7: (1.0,), 8: (1.0,)}
+_RATIOS: dict[int, tuple[float, ...]] = {
+    1: (1.0,),
+    2: (1.0, 0.85, 0.7, 0.55),
+    3: (1.0, 0.9, 0.8, 0.7, 0.6),
+    4: (1.0, 0.93, 0.86, 0.78),
+    5: (1.0, 0.94, 0.88),
+    6: (1.0, 0.95),
+    7: (1.0,),
+    8: (1.0,),
+}
 _WIDE = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.52, 0.44, 0.36)
 _SWEEPS = {1: 1, 2: 4, 3: 3, 4: 2, 5: 2, 6: 1, 7: 1, 8: 0}
 _GRID = {"none": "symmetric", "integer": "integer", "affine": "affine"}
@@ -43,8 +52,8 @@ def scale_dtype(w: Tensor, bits: int) -> torch.dtype:
     return torch.float32 if float(top.max()) > 3e4 or float(tiny) > 0.01 else torch.float16
 
 
-def fit(x: Tensor, bits: int, grid: str, dtype: torch.dtype) -> Fit:
-    """The best fit of groups x (R, g) fp32 on a grid."""
+def fit(x: Tensor, bits: int, grid: str, dtype: torch.dtype, weight: Tensor | None = None) -> Fit:
+    """The best fit of groups x (R, g) fp32 on a grid; `weight` (R, g) >= 0 weighs the squared errors."""
     top = 2**bits - 1
     lo, hi = x.amin(-1), x.amax(-1)
     best: Fit | None = None
@@ -53,18 +62,18 @@ def fit(x: Tensor, bits: int, grid: str, dtype: torch.dtype) -> Fit:
         if grid == "affine":
             half = (hi - lo) * (ratio / 2)
             mid = (hi + lo) / 2
-            start = (half / top, mid - half)
+            start: tuple[Tensor, Tensor | None] = (half / top, mid - half)
         else:
             reach = torch.maximum(hi, -lo)
             start = (reach * ratio / (top if grid == "symmetric" else max(top - 1, 1)), None)
-        best = _better(best, _code(x, *start, bits, grid, dtype))
+        best = _better(best, _code(x, *start, bits, grid, dtype, weight))
     assert best is not None
     for _ in range(_SWEEPS[bits] * (3 if wide else 1)):
-        best = _better(best, _code(x, *_least_squares(x, best.codes, bits, grid), bits, grid, dtype))
+        best = _better(best, _code(x, *_least_squares(x, best.codes, bits, grid, weight), bits, grid, dtype, weight))
     return best
 
 
-def _code(x: Tensor, scale: Tensor, minimum: Tensor | None, bits: int, grid: str, dtype: torch.dtype) -> Fit:
+def _code(x: Tensor, scale: Tensor, minimum: Tensor | None, bits: int, grid: str, dtype: torch.dtype, weight: Tensor | None) -> Fit:
     top = 2**bits - 1
     s = scale.to(dtype)
     sf = s.float()
@@ -78,18 +87,25 @@ def _code(x: Tensor, scale: Tensor, minimum: Tensor | None, bits: int, grid: str
         low = None
         base = -step * bipolar.zero_point(bits, grid)
     u = ((x - base) * inverse).round_().clamp_(0, top)
-    error = (u * step).add_(base).sub_(x).square_().sum(-1)
+    error = (u * step).add_(base).sub_(x).square_()
+    error = error.sum(-1) if weight is None else (error * weight).sum(-1)
     return Fit(u.to(torch.uint8), s, low, error)
 
 
-def _least_squares(x: Tensor, codes: Tensor, bits: int, grid: str) -> tuple[Tensor, Tensor | None]:
+def _least_squares(x: Tensor, codes: Tensor, bits: int, grid: str, weight: Tensor | None) -> tuple[Tensor, Tensor | None]:
     u = codes.float()
     if grid != "affine":
         v = u - bipolar.zero_point(bits, grid)
-        return ((x * v).sum(-1) / (v * v).sum(-1).clamp_min(1e-12) / 2).clamp_min(0), None
-    mean_u, mean_x = u.mean(-1, keepdim=True), x.mean(-1, keepdim=True)
+        vw = v if weight is None else v * weight
+        return ((x * vw).sum(-1) / (v * vw).sum(-1).clamp_min(1e-12) / 2).clamp_min(0), None
+    if weight is None:
+        mean_u, mean_x = u.mean(-1, keepdim=True), x.mean(-1, keepdim=True)
+    else:
+        share = weight / weight.sum(-1, keepdim=True).clamp_min(1e-12)
+        mean_u, mean_x = (u * share).sum(-1, keepdim=True), (x * share).sum(-1, keepdim=True)
     du = u - mean_u
-    slope = ((x - mean_x) * du).sum(-1) / (du * du).sum(-1).clamp_min(1e-12)
+    dw = du if weight is None else du * weight
+    slope = ((x - mean_x) * dw).sum(-1) / (du * dw).sum(-1).clamp_min(1e-12)
     slope = slope.clamp_min(0)
     return slope / 2, mean_x.squeeze(-1) - slope * mean_u.squeeze(-1)
 
@@ -113,11 +129,26 @@ def grouped(w: Tensor, group: int) -> Tensor:
     return x.view(n, -1, group or kp)
 
 
-def _solve_grid(w: Tensor, params: Bipolar, grid: str, dtype: torch.dtype) -> tuple[Fit, float]:
+def column_groups(weight: Tensor, group: int) -> Tensor:
+    """Column weights (K,) as (G, g), normalized to mean 1; filled columns weigh nothing."""
+    k = weight.shape[0]
+    kp = bipolar.padded(k, group)
+    full = torch.zeros(kp, dtype=torch.float32, device=weight.device)
+    full[:k] = weight.float() / weight.float().mean().clamp_min(1e-38)
+    return full.view(-1, group or kp)
+
+
+def solve_grid(w: Tensor, params: Bipolar, grid: str, dtype: torch.dtype, weight: Tensor | None = None) -> tuple[Fit, float]:
+    """All groups of w (N, K) on one grid, and the sum of their errors; `weight` (K,) weighs the columns."""
     n, k = w.shape
     g = params.group or bipolar.padded(k, 0)
     rows = max(1, _CHUNK // max(1, k))
-    parts = [fit(grouped(w[i : i + rows], params.group).reshape(-1, g), params.bits, grid, dtype) for i in range(0, n, rows)]
+    columns = None if weight is None else column_groups(weight, params.group)
+    parts = []
+    for i in range(0, n, rows):
+        x = grouped(w[i : i + rows], params.group)
+        each = None if columns is None else columns.expand_as(x).reshape(-1, g)
+        parts.append(fit(x.reshape(-1, g), params.bits, grid, dtype, each))
     low = None if parts[0].minimum is None else torch.cat([p.minimum for p in parts if p.minimum is not None])
     joined = Fit(torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts]), low, torch.cat([p.error for p in parts]))
     return joined, float(joined.error.double().sum())
@@ -128,21 +159,25 @@ def pays(affine_error: float, other_error: float, group: int, k: int) -> bool:
     return affine_error * 4.0 ** (16.0 / (group or k)) < other_error
 
 
+def choose(w: Tensor, params: Bipolar, dtype: torch.dtype, weight: Tensor | None = None) -> str:
+    """The grid for w (N, K): what the recipe names, or for "auto" the best one that pays for its bytes."""
+    if params.offset != "auto":
+        return _GRID[params.offset]
+    n, k = w.shape
+    grids = ["symmetric", "integer", "affine"] if params.bits > 1 else ["symmetric", "affine"]
+    # which grid suits a matrix shows on a sample of its rows
+    sample = w[:: max(1, n // 128)] if n > 256 else w
+    errors = {g: solve_grid(sample, params, g, dtype, weight)[1] for g in grids}
+    grid = min((g for g in grids if g != "affine"), key=errors.__getitem__)
+    return "affine" if pays(errors["affine"], errors[grid], params.group, k) else grid
+
+
 def search(w: Tensor, params: Bipolar) -> Packed:
     """Pack w (N, K). offset="auto" takes the better of the symmetric and integer grids, or the affine one where it pays."""
     (n, k), bits = w.shape, params.bits
     dtype = scale_dtype(grouped(w, params.group), bits)
-    if params.offset == "auto":
-        grids = ["symmetric", "integer", "affine"] if bits > 1 else ["symmetric", "affine"]
-        # which grid suits a matrix shows on a sample of its rows
-        sample = w[:: max(1, n // 128)] if n > 256 else w
-        errors = {g: _solve_grid(sample, params, g, dtype)[1] for g in grids}
-        grid = min((g for g in grids if g != "affine"), key=errors.__getitem__)
-        if pays(errors["affine"], errors[grid], params.group, k):
-            grid = "affine"
-    else:
-        grid = _GRID[params.offset]
-    done, _ = _solve_grid(w, params, grid, dtype)
+    grid = choose(w, params, dtype)
+    done, _ = solve_grid(w, params, grid, dtype)
     kp = bipolar.padded(k, params.group)
     codes = done.codes.view(n, kp)
     codes[:, k:] = 0
