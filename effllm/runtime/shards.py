@@ -155,8 +155,9 @@ class Reader:
             if record["file"] not in self._open:
                 self._open[record["file"]] = safe_open(self.folder / record["file"], framework="pt")
             file = self._open[record["file"]]
-            # a copy: views of the mapped file would tie the model to it
-            t: Tensor = (file.get_tensor(name) if first is None else file.get_slice(name)[:first]).clone()
+            view: Tensor = file.get_tensor(name) if first is None else file.get_slice(name)[:first]
+            # a copy, because views of the mapped file would tie the model to it; of bytes, because copying bool mends damaged ones
+            t = view.contiguous().reshape(-1).view(torch.uint8).clone().view(view.dtype).reshape(view.shape)
         except (OSError, SafetensorError) as error:
             raise CheckpointError("E-CKP-HASH", f"{name} cannot be read from {record['file']}: {error}", DAMAGED) from error
         if self.verify:
