@@ -44,8 +44,9 @@ def _tool(name: str) -> str:
 
 
 def compile_for(
-    kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any], target: str, *, num_warps: int = 4, num_stages: int = 2, aligned: tuple[str, ...] = ()
-) -> tuple[Resources, Any]:
+    kernel: Any, signature: Mapping[str, str], constants: Mapping[str, Any], target: str,
+    *, num_warps: int = 4, num_stages: int = 2, aligned: tuple[str, ...] = (),
+) -> tuple[Resources, Any]:  # fmt: skip
     """Compile `kernel` for a name in TARGETS; returns its resources and the compiled object (its `asm` holds every stage).
 
     `signature` maps the run-time arguments to Triton types ("*fp16", "i32", "fp32"), `constants` the constexpr ones and those

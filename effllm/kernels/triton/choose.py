@@ -87,7 +87,7 @@ def candidates(shape: Shape) -> Iterator[Config]:
                 for warps in (1, 2, 4, 8):
                     words = rows * bn / (32 * warps)
                     # at least one 128-bit load per thread; about 4 registers a word and row (128 at most)
-                    if 4 <= words and words * mb <= 16:
+                    if words >= 4 and words * mb <= 16:
                         for split in _splits(shape, bk):
                             for stages in (1, 2, 3):
                                 yield Config("gemv", mb, bn, bk, split, warps, stages)

@@ -58,7 +58,7 @@ def tile(codes, tile_index, n, NP, KB, BITS: tl.constexpr, BK: tl.constexpr, BN:
     two = tl.zeros((BK // 2, BN), tl.int32)
     for i in tl.static_range(4):
         two = pairs(codes, two, tile_index, n, NP, KB, BITS, 8 >> i, BK)
-    if DTYPE == tl.int8:
+    if DTYPE.is_int():
         low = ((two & 0xFFFF) - CENTRE).to(tl.int8)
         high = ((two >> 16) - CENTRE).to(tl.int8)
     elif CENTRE < 0:

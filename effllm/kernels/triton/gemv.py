@@ -35,10 +35,7 @@ def multiply(xrow, words, start, K, one, P: tl.constexpr, DEPTH: tl.constexpr, S
             shifted = window(words, bit, DEPTH)
             for field in tl.static_range(DEPTH // P):
                 k = start + ((bit + field * P) % 16 // P * 2 + bit // 16)
-                if EVEN:
-                    xv = tl.load(xrow + k).to(tl.float32)
-                else:
-                    xv = tl.load(xrow + k, mask=k < K, other=0).to(tl.float32)
+                xv = (tl.load(xrow + k) if EVEN else tl.load(xrow + k, mask=k < K, other=0)).to(tl.float32)
                 xd = xv * (2.0 ** (DEPTH - field * P))
                 chain += scalar(shifted, one, P, DEPTH - field * P) * xd[:, None]
                 lifted += xd
@@ -48,7 +45,8 @@ def multiply(xrow, words, start, K, one, P: tl.constexpr, DEPTH: tl.constexpr, S
 
 @triton.jit
 def row_sum(  # type: ignore[no-untyped-def]
-    acc, xrow, words, s, low, start, K, zero, one, P: tl.constexpr, FIRST: tl.constexpr, DEPTH: tl.constexpr, SUB: tl.constexpr, PIECE: tl.constexpr, EVEN: tl.constexpr
+    acc, xrow, words, s, low, start, K, zero, one,
+    P: tl.constexpr, FIRST: tl.constexpr, DEPTH: tl.constexpr, SUB: tl.constexpr, PIECE: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     """acc (R, BN) plus one row's share of these words: scale times the codes' sum, and the zero point or minimum with the first part."""
     chain, lifted, plain = multiply(xrow, words, start, K, one, P, DEPTH, SUB, PIECE, EVEN)

@@ -25,6 +25,36 @@ def dense(codes: Tensor, scale: Tensor, minimum: Tensor | None, *, n: int, k: in
     return w
 
 
+def _run(
+    x: Tensor, xs: Tensor | None, codes: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None, y: Tensor,
+    config: Config, bits: int, group: int, zero: float,
+) -> None:  # fmt: skip
+    """Launch the kernels of `config`: x (M, K) with unit inner stride to y (M, N)."""
+    (m, k), n, dtype = x.shape, y.shape[1], y.dtype
+    if config.kind == "dense":
+        torch.mm(x.to(dtype), dense(codes, scale, minimum, n=n, k=k, bits=bits, group=group, zero=zero, dtype=dtype), out=y)
+        if bias is not None:
+            y += bias
+        return
+    rows = None if xs is None else xs.reshape(-1).contiguous()
+    bias = None if bias is None else bias.contiguous()
+    blocks, width = codes.shape[0] // bits, codes.shape[1]
+    tiles = triton.cdiv(triton.cdiv(blocks * 32, config.bk), config.split)
+    target = y if config.split == 1 else torch.empty(config.split, m, n, dtype=torch.float32, device=x.device)
+    tensors = (x, codes, scale, minimum, bias, rows, target)
+    sizes = (m, n, k, width, blocks, x.stride(0), tiles, zero)
+    constants = {"BITS": bits, "GROUP": group, "BN": config.bn, "BK": config.bk, "SPLIT": config.split, "STAGES": config.stages}
+    if config.kind == "gemv":
+        grid = (triton.cdiv(n, config.bn), config.split, triton.cdiv(m, config.bm))
+        even = k % config.bk == 0 and blocks * 32 == k and width % config.bn == 0
+        gemv_kernel[grid](*tensors, *sizes, ONE, **constants, WIDE=x.dtype == torch.float32, MB=config.bm, EVEN=even, num_warps=config.warps)
+    else:
+        tiles_mn = triton.cdiv(m, config.bm) * triton.cdiv(n, config.bn)
+        gemm_kernel[(tiles_mn, config.split)](*tensors, *sizes, **constants, BM=config.bm, num_warps=config.warps)
+    if config.split > 1:
+        reduce_kernel[(triton.cdiv(n, 256), m)](target, bias, rows, y, m, n, SPLIT=config.split, BN=256, num_warps=2)
+
+
 def linear(
     x: Tensor, xs: Tensor | None, codes: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None,
     *, n: int, bits: int, group: int, zero: float, dtype: torch.dtype, config: Config | None = None, out: Tensor | None = None,
@@ -44,26 +74,6 @@ def linear(
     if config is None:
         shape = Shape(m, n, k, bits, group, minimum is not None, x.element_size(), y.element_size())
         config = choose(shape, machine.of(x.device), machine.class_of(x.device.index or 0) if x.device.type == "cuda" else "")
-    rows = None if xs is None else xs.reshape(-1).contiguous()
-    bias = None if bias is None else bias.contiguous()
-    if config.kind == "dense":
-        w = dense(codes, scale, minimum, n=n, k=k, bits=bits, group=group, zero=zero, dtype=dtype)
-        torch.mm(flat.to(dtype), w, out=y)
-        if bias is not None:
-            y += bias
-        return y.reshape(*x.shape[:-1], n)
-    tiles = triton.cdiv(triton.cdiv(codes.shape[0] // bits * 32, config.bk), config.split)
-    target = y if config.split == 1 else torch.empty(config.split, m, n, dtype=torch.float32, device=x.device)
-    tensors = (flat, codes, scale, minimum, bias, rows, target)
-    sizes = (m, n, k, codes.shape[1], codes.shape[0] // bits, flat.stride(0), tiles, zero)
-    constants = {"BITS": bits, "GROUP": group, "BN": config.bn, "BK": config.bk, "SPLIT": config.split, "STAGES": config.stages}
-    if config.kind == "gemv":
-        grid = (triton.cdiv(n, config.bn), config.split, triton.cdiv(m, config.bm))
-        even = k % config.bk == 0 and codes.shape[0] // bits * 32 == k and codes.shape[1] % config.bn == 0
-        gemv_kernel[grid](*tensors, *sizes, ONE, **constants, WIDE=x.dtype == torch.float32, MB=config.bm, EVEN=even, num_warps=config.warps)
-    else:
-        grid = (triton.cdiv(m, config.bm) * triton.cdiv(n, config.bn), config.split)
-        gemm_kernel[grid](*tensors, *sizes, **constants, BM=config.bm, num_warps=config.warps)
-    if config.split > 1:
-        reduce_kernel[(triton.cdiv(n, 256), m)](target, bias, rows, y, m, n, SPLIT=config.split, BN=256, num_warps=2)
+    with torch.cuda.device_of(x):  # Triton launches on the current device; no effect on CPU tensors
+        _run(flat, xs, codes, scale, minimum, bias, y, config, bits, group, zero)
     return y.reshape(*x.shape[:-1], n)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -53,6 +54,7 @@ def by_class(name: str) -> Machine:
     return DEFAULT
 
 
+@functools.cache
 def class_of(index: int) -> str:
     """The capability class of a present GPU: "cuda:90", "hip:gfx942"."""
     properties = torch.cuda.get_device_properties(index)
@@ -71,7 +73,8 @@ def present(index: int) -> Machine:
     clock, bus = getattr(properties, "memory_clock_rate", 0), getattr(properties, "memory_bus_width", 0)
     # kHz, two transfers per clock, bits
     bandwidth = clock * 1e3 * 2 * bus / 8 if clock and bus else known.bandwidth
-    return replace(known, name=properties.name, sms=properties.multi_processor_count, l2=l2, bandwidth=bandwidth, mma16=known.mma16 * share, mma8=known.mma8 * share)
+    rates: dict[str, Any] = {"mma16": known.mma16 * share, "mma8": known.mma8 * share}
+    return replace(known, name=properties.name, sms=properties.multi_processor_count, l2=l2, bandwidth=bandwidth, **rates)
 
 
 def of(device: torch.device) -> Machine:

@@ -29,8 +29,7 @@ def dense_kernel(codes, scale, minimum, w, N, K, NP, KB, zero, BITS: tl.constexp
     g = k // GROUP if GROUP > 0 else k * 0
     at = g[:, None] * NP + n[None, :]
     s2 = tl.load(scale + at, mask=inside, other=0.0).to(tl.float32) * 2.0
-    if minimum is None:
-        value = (u - (zero - CENTRE)) * s2
-    else:
+    value = (u - (zero - CENTRE)) * s2
+    if minimum is not None:
         value = (u + CENTRE) * s2 + tl.load(minimum + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(w + k.to(tl.int64)[:, None] * N + n[None, :], value.to(w.dtype.element_ty), mask=inside)

@@ -49,7 +49,8 @@ def shape(m: int, bits: int, group: int = 32, act: int = 2, affine: bool = False
 
 
 GEMV = [shape(1, bits) for bits in range(1, 9)] + [
-    shape(1, 4, 16, affine=True), shape(1, 1, 16), shape(1, 2, 0), shape(1, 4, 128, act=1), shape(1, 4, act=4), shape(2, 4), shape(4, 4, affine=True), shape(2, 3),
+    shape(1, 4, 16, affine=True), shape(1, 1, 16), shape(1, 2, 0), shape(1, 4, 128, act=1), shape(1, 4, act=4),
+    shape(2, 4), shape(4, 4, affine=True), shape(2, 3),
 ]  # fmt: skip
 GEMM = [shape(m, bits) for m, bits in ((8, 4), (16, 4), (64, 4), (32, 3), (16, 8), (64, 1), (16, 7))] + [
     shape(16, 4, 16, act=1), shape(512, 4, 128, act=1), shape(512, 8, 0, act=1, affine=True), shape(16, 4, act=4), shape(32, 4, 0, affine=True),
@@ -124,3 +125,24 @@ def test_instructions_per_weight_are_those_of_the_cost_model(bits: int, bk: int,
 def test_unknown_target_names_the_nearest() -> None:
     with pytest.raises(KernelError, match="cuda:90"):
         aot.compile_for(reduce_kernel, {}, {}, "cuda:91")
+
+
+@pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
+@pytest.mark.parametrize("kind", ["gemv", "gemm"])
+def test_sizes_of_one_compile(kind: str, target: str) -> None:
+    # Triton makes an argument that equals 1 a constant; decode has M = 1, and small layers one tile and one block
+    ones = dict.fromkeys(("M", "KB", "tiles", "stride"), 1)
+    problem = choose.Shape(1, 64, 32, 3, 32, True)
+    config = choose.Config(kind, 1 if kind == "gemv" else 16, 32, 32, 2, 1, 1)
+    signature = {"x": "*bf16", "codes": "*i32", "scale": "*fp32", "minimum": "*fp32", "y": "*fp32", "zero": "fp32", "N": "i32", "K": "i32", "NP": "i32"}
+    constants: dict[str, Any] = {"bias": None, "xs": None, "BITS": problem.bits, "GROUP": problem.group, "BN": 32, "BK": 32, "SPLIT": 2, "STAGES": 1, **ones}
+    if kind == "gemv":
+        signature["one"] = "i32"
+        constants |= {"WIDE": False, "MB": config.bm, "EVEN": False}
+    else:
+        constants["BM"] = config.bm
+    used, _ = aot.compile_for(gemv_kernel if kind == "gemv" else gemm_kernel, signature, constants, target, num_warps=1, num_stages=1)
+    assert used.spills == 0
+    signature = {"workspace": "*fp32", "bias": "*bf16", "xs": "*fp32", "y": "*bf16", "N": "i32"}
+    used, _ = aot.compile_for(reduce_kernel, signature, {"M": 1, "SPLIT": 2, "BN": 256}, target, num_warps=2)
+    assert used.spills == 0

@@ -39,14 +39,18 @@ def test_registers_for_both_ops() -> None:
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [({"bits": 9}, "9 bits"), ({"group": 48}, "groups of 48"), ({"dtype": torch.float64}, "float64"), ({"scale_dtype": torch.bfloat16}, "bfloat16"), ({"n": 2**24, "k": 2**14}, "2\\^31")],
+    [
+        ({"bits": 9}, "9 bits"),
+        ({"group": 48}, "groups of 48"),
+        ({"dtype": torch.float64}, "float64"),
+        ({"scale_dtype": torch.bfloat16}, "bfloat16"),
+        ({"n": 2**24, "k": 2**14}, "2^31 words"),
+    ],
 )
 def test_refusals_say_why(change: dict[str, object], reason: str) -> None:
     assert kernels.supports(problem())
     verdict = kernels.supports(problem(**change))
-    assert not verdict
-    with pytest.raises(AssertionError, match=reason):
-        raise AssertionError(verdict.reason)
+    assert not verdict and reason in verdict.reason
 
 
 def buffers(n: int, k: int, bits: int, group: int, device: str) -> tuple[torch.Tensor, torch.Tensor]:

@@ -113,10 +113,7 @@ def run(case: Case, *, swap: bool = False) -> dict[str, object]:
         config=configs.get(case.kind), out=out,
     )  # fmt: skip
     planes = (packed.tensors["planes"], packed.tensors["scale"], packed.tensors.get("minimum"), bias, case.n, case.bits, case.group, zero)
-    if xs is None:
-        plain = ops.LINEAR.reference(x.to(out_dtype), *planes)
-    else:
-        plain = ops.LINEAR_A8.reference(x, xs, *planes, out_dtype)
+    plain = ops.LINEAR.reference(x.to(out_dtype), *planes) if xs is None else ops.LINEAR_A8.reference(x, xs, *planes, out_dtype)
     exact = x.double() @ bipolar.unpack(packed, torch.float64).t()
     exact = (exact if xs is None else exact * xs.double()) + (0 if bias is None else bias.double())
     size = float(exact.norm()) or 1.0

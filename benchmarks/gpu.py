@@ -1,0 +1,234 @@
+"""Packed GEMV and GEMM on a CUDA or ROCm GPU: verified, tuned over the cost model's best candidates, timed with a cold L2 cache.
+
+Every timing is a CUDA graph of one call per weight copy; the copies together exceed four times the L2 cache, so each call reads
+its weight from memory. Achieved bandwidth (packed bytes over time) stands next to the device's measured copy bandwidth.
+
+    python benchmarks/gpu.py [--json FILE] [--rows 1 16] [--top 12]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SHAPES = ((4096, 4096), (8192, 8192), (11008, 4096))  # (N, K)
+BITS = (8, 4, 2, 1)
+GROUP = 128
+RESULTS = Path(__file__).parent / "results"
+
+
+def copies(nbytes: int, l2: int) -> int:
+    """Weight copies whose sum exceeds four L2 caches; at least 2, at most 64."""
+    return min(64, max(2, -(-4 * l2 // nbytes) + 1))
+
+
+def graph_seconds(calls: list[Callable[[], Any]], repeats: int = 20) -> tuple[float, float]:
+    """Median seconds per call of a graph that runs `calls` once each, and the relative spread (quartiles) over its replays."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(repeats + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3 / len(calls))
+    low, middle, high = statistics.quantiles(times[3:], n=4)
+    return middle, (high - low) / middle
+
+
+def copy_bandwidth() -> float:
+    """Bytes read and written per second by a device-to-device copy of 1 GiB."""
+    a = torch.randint(0, 255, (1 << 30,), dtype=torch.uint8, device="cuda")
+    b = torch.empty_like(a)
+    return 2 * a.numel() / graph_seconds([lambda: b.copy_(a)])[0]
+
+
+def weight(n: int, k: int, bits: int, group: int, grid: str, seed: int) -> Any:
+    """A random packed weight on the GPU."""
+    from effllm.runtime.formats import bipolar
+
+    gen = torch.Generator(device="cuda").manual_seed(seed)
+    g = bipolar.groups(k, group)
+    codes = torch.randint(0, 2**bits, (n, bipolar.padded(k, group)), generator=gen, dtype=torch.uint8, device="cuda")
+    scale = torch.exp2(torch.rand(n, g, generator=gen, device="cuda") * 4 - 10).half()
+    low = (-scale * 2**bits).half() if grid == "affine" else None
+    return bipolar.make(codes, scale, low, k=k, bits=bits, group=group, grid=grid)
+
+
+def error(packed: Any, x: Tensor, config: Any = None) -> tuple[float, float]:
+    """Relative errors of the Triton kernel and of plain torch in x's dtype against fp64."""
+    from effllm.kernels.triton import launch
+    from effllm.runtime.formats import bipolar
+    from effllm.runtime.layouts import words
+
+    a, t = packed.attrs, words.repack(packed)
+    out = torch.full((x.shape[0], packed.shape[0]), float("nan"), dtype=x.dtype, device="cuda")
+    zero = bipolar.zero_point(a["bits"], a["grid"], a["source_bits"])
+    y = launch.linear(
+        x, None, t["codes"], t["scale"], t.get("minimum"), None,
+        n=packed.shape[0], bits=a["bits"], group=a["group"], zero=zero, dtype=x.dtype, config=config, out=out,
+    )  # fmt: skip
+    w = bipolar.unpack(packed, torch.float64)
+    exact, plain = x.double() @ w.t(), x @ w.to(x.dtype).t()
+    size = exact.norm()
+    return float((y.double() - exact).norm() / size), float((plain.double() - exact).norm() / size)
+
+
+def verify() -> list[dict[str, Any]]:
+    """Every width, grid and kernel against fp64; raises where the kernel errs more than twice as much as plain torch."""
+    from effllm.kernels.triton import choose
+
+    rows = []
+    half, brain = torch.float16, torch.bfloat16
+    problems = ((1, 32, "symmetric", brain), (2, 128, "affine", half), (17, 64, "integer", brain), (129, 0, "affine", half))
+    for bits in range(1, 9):
+        for m, group, grid, dtype in problems:
+            packed = weight(1000, 1056 if group == 32 else 1024, bits, group, grid, bits)
+            x = torch.randn(m, packed.shape[1], device="cuda").to(dtype)
+            problem = choose.Shape(m, *packed.shape, bits, group, grid == "affine")
+            for kind in dict.fromkeys(c.kind for c in choose.candidates(problem)):
+                config = next(c for _, c in choose.ranked(problem, choose_machine()) if c.kind == kind)
+                got, plain = error(packed, x, config)
+                if not got <= 2 * plain + 2.0**-14:
+                    raise SystemExit(f"wrong result: {config} on {problem}: {got:.2e}, plain torch {plain:.2e}")
+                rows.append({"bits": bits, "m": m, "group": group, "grid": grid, "kind": kind, "error": got, "plain": plain})
+    return rows
+
+
+def choose_machine() -> Any:
+    """The cost model's view of this GPU."""
+    from effllm.kernels.triton import machine
+
+    return machine.of(torch.device("cuda"))
+
+
+def time_shape(n: int, k: int, bits: int, m: int, top: int, copy: float, act: str = "a16") -> dict[str, Any]:
+    """Tune over the `top` cheapest candidates and time the best; predicted and measured times stand side by side."""
+    from effllm.kernels.triton import choose, launch
+    from effllm.lowering.bipolar_linear import quantize_activation
+    from effllm.runtime.formats import bipolar
+    from effllm.runtime.layouts import words
+
+    device = choose_machine()
+    packed = weight(n, k, bits, GROUP, "symmetric", 0)
+    first = words.repack(packed)
+    nbytes = sum(t.numel() * t.element_size() for t in first.values())
+    tensors = [first] + [{key: t.clone() for key, t in first.items()} for _ in range(copies(nbytes, device.l2) - 1)]
+    x: Tensor = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    xq, xs = quantize_activation(x) if act == "a8" else (x, None)
+    zero = bipolar.zero_point(bits, "symmetric")
+    problem = choose.Shape(m, n, k, bits, GROUP, False, 1 if act == "a8" else 2)
+    measured = []
+    for predicted, config in choose.ranked(problem, device)[:top]:
+
+        def call(t: dict[str, Tensor], config: Any = config) -> Tensor:
+            return launch.linear(xq, xs, t["codes"], t["scale"], None, None, n=n, bits=bits, group=GROUP, zero=zero, dtype=x.dtype, config=config)
+
+        seconds, spread = graph_seconds([lambda t=t, call=call: call(t) for t in tensors])
+        measured.append({"config": vars(config), "us": seconds * 1e6, "spread": spread, "predicted_us": predicted * 1e6})
+    best = min(measured, key=lambda row: row["us"])
+    dense = [torch.randn(n, k, device="cuda", dtype=x.dtype) for _ in range(copies(2 * n * k, device.l2))]
+    dense_seconds, _ = graph_seconds([lambda w=w: torch.nn.functional.linear(x, w) for w in dense])
+    rate = nbytes / best["us"] * 1e6
+    return {
+        "n": n, "k": k, "m": m, "bits": bits, "group": GROUP, "act": act, "bytes": nbytes, **best, "first_choice_us": measured[0]["us"],
+        "gb_s": rate / 1e9, "of_copy": rate / copy, "dense_bf16_us": dense_seconds * 1e6, "tuned": measured,
+    }  # fmt: skip
+
+
+def time_gemlite(n: int, k: int, bits: int, m: int) -> float | None:
+    """Seconds of gemlite's kernel on the same problem in fp16, where it is installed."""
+    if importlib.util.find_spec("gemlite") is None:
+        return None
+    from gemlite.core import DType, GemLiteLinear
+
+    layers = []
+    l2 = choose_machine().l2
+    for _ in range(copies(n * k * bits // 8, l2)):
+        layer = GemLiteLinear(W_nbits=bits, group_size=GROUP, in_features=k, out_features=n, input_dtype=DType.FP16, output_dtype=DType.FP16)
+        groups = (n * k // GROUP, 1)
+        codes = torch.randint(0, 2**bits, (n, k), device="cuda", dtype=torch.uint8)
+        layer.pack(codes, torch.rand(groups, device="cuda").half(), torch.full(groups, 2.0 ** (bits - 1), device="cuda").half(), None)
+        layers.append(layer)
+    x = torch.randn(m, k, device="cuda", dtype=torch.float16)
+    return graph_seconds([lambda layer=layer: layer(x) for layer in layers])[0]
+
+
+def time_tinygemm(n: int, k: int, m: int) -> float:
+    """Seconds of torch's int4 kernel, the one torchao's int4 weight-only uses."""
+    inner = 8
+    weights = []
+    for _ in range(copies(n * k // 2, choose_machine().l2)):
+        codes = torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8)
+        weights.append(torch._convert_weight_to_int4pack(codes, inner))
+    scales = torch.rand(k // GROUP, n, 2, device="cuda", dtype=torch.bfloat16)
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+    return graph_seconds([lambda w=w: torch._weight_int4pack_mm(x, w, GROUP, scales) for w in weights])[0]
+
+
+def versions() -> dict[str, Any]:
+    """Hardware and software of this run."""
+    import triton
+
+    p = torch.cuda.get_device_properties(0)
+    return {
+        "gpu": p.name, "sms": p.multi_processor_count, "l2_bytes": choose_machine().l2, "memory_bytes": p.total_memory, "capability": f"{p.major}.{p.minor}",
+        "torch": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip, "triton": triton.__version__,
+    }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run everything and write one JSON file under benchmarks/results/."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1])
+    parser.add_argument("--top", type=int, default=12, help="candidates of the cost model to time")
+    args = parser.parse_args(argv)
+    if not torch.cuda.is_available():
+        print("no GPU: nothing measured")
+        return 0
+    report: dict[str, Any] = {"machine": versions(), "verified": verify(), "rows": []}
+    copy = copy_bandwidth()
+    report["machine"]["copy_gb_s"] = copy / 1e9
+    print(f"{report['machine']['gpu']}: {len(report['verified'])} results verified, copy {copy / 1e9:.0f} GB/s")
+    for m in args.rows:
+        for n, k in SHAPES:
+            for bits, act in [(b, "a16") for b in BITS] + [(4, "a8")]:
+                row = time_shape(n, k, bits, m, args.top, copy, act)
+                if act == "a16":
+                    gemlite = time_gemlite(n, k, bits, m)
+                    row["gemlite_us"] = None if gemlite is None else gemlite * 1e6
+                    row["tinygemm_us"] = time_tinygemm(n, k, m) * 1e6 if bits == 4 and torch.version.cuda else None
+                report["rows"].append(row)
+                peers = ", ".join(f"{name} {row[f'{name}_us']:.1f}" for name in ("gemlite", "tinygemm") if row.get(f"{name}_us"))
+                print(
+                    f"m={m} {n}x{k} w{bits}{act}: {row['us']:.2f} us ±{row['spread']:.0%}, {row['gb_s']:.0f} GB/s, {row['of_copy']:.0%} of copy, "
+                    f"predicted {row['predicted_us']:.2f}, model's first {row['first_choice_us']:.2f}, dense bf16 {row['dense_bf16_us']:.1f} {peers}",
+                    flush=True,
+                )
+    path = args.json or RESULTS / f"gpu-{report['machine']['gpu'].lower().replace(' ', '-')}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
