@@ -82,7 +82,6 @@ def test_a_failure_in_the_middle_leaves_the_old_checkpoint(tmp_path: Path, monke
 
     monkeypatch.setattr(shards, "digest", fails)
     assert refused(small(proj=pattern(40, 40, 2, "symmetric")), tmp_path / "m") == "E-CKP-WRITE"
-    assert refused(small(), tmp_path / "new") != "" if next(calls) < 3 else True
     assert content(tmp_path) == before and os.listdir(tmp_path) == ["m"]
 
 
