@@ -27,8 +27,10 @@ def compress(model: str, out: Path, recipe: str, calibrate: Path | None, strict:
         show("loading", 0.0)
         dense, tokenizer = models.resolve(model)
         windows = _calibration(calibrate, tokenizer, model)
-        show("solving and packing", 0.2)
-        report = run(dense, parsed, calibration=windows, strict=strict)
+        _refuse_packed(model, "compress packs dense weights")
+        report = run(
+            dense, parsed, calibration=windows, strict=strict, progress=lambda done, total, name: show("packing", 0.1 + 0.8 * done / max(1, total))
+        )
         show("saving", 0.9)
         save(dense, out)
         if tokenizer is not None:
