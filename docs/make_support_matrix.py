@@ -26,7 +26,8 @@ def render() -> str:
     lines.append(f"| formats | {', '.join(f'{n} v{m.version}' for n, m in FORMATS.items())} |")
     lines.append("| bits | 1 to 8 |")
     lines.append(f"| group | {', '.join(map(str, GROUPS))}, channel |")
-    for name, values in (("grids", GRIDS), ("offset", OFFSETS), ("activations", ACTS), ("solvers", SOLVERS), ("layouts", LAYOUTS), ("bench baselines", BASELINES)):
+    names = {"grids": GRIDS, "offset": OFFSETS, "activations": ACTS, "solvers": SOLVERS, "layouts": LAYOUTS, "bench baselines": BASELINES}
+    for name, values in names.items():
         lines.append(f"| {name} | {', '.join(values)} |")
     lines += ["", "| op | kernel | device | reads layout |", "|---|---|---|---|"]
     for op in (bipolar_linear.LINEAR.name, bipolar_linear.LINEAR_A8.name):
