@@ -3,7 +3,7 @@
     torch.compile(model, backend="effllm", options={"recipe": "w4"})
 
 Options: recipe (any form that Recipe.parse takes; default "w8"), weights ("checked" or "frozen"), strict (raise where a rule
-applied to nothing), kernel (force a provider by name), mode (one of Inductor's modes), inductor (dict of Inductor's options).
+applied to nothing), kernel (force a provider by name), inner ("inductor", or "eager" to run the rewritten graph uncompiled), mode (one of Inductor's modes), inductor (dict of Inductor's options).
 `mode=` may be one of Inductor's modes or a one-line recipe.
 """
 
@@ -40,6 +40,7 @@ class Options:
     weights: str = "checked"
     strict: bool = False
     kernel: str | None = None
+    inner: str = "inductor"
     mode: str | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
 
@@ -57,6 +58,8 @@ class Options:
         made = Options(**given)
         if made.weights not in ("checked", "frozen"):
             raise OptionError("E-OPT-VALUE", f"weights={made.weights!r}", 'weights is "checked" or "frozen"')
+        if made.inner not in ("inductor", "eager"):
+            raise OptionError("E-OPT-VALUE", f"inner={made.inner!r}", 'inner is "inductor" or "eager"')
         if made.mode is not None and made.mode not in compat.inductor_modes():
             raise OptionError("E-OPT-VALUE", f"mode={made.mode!r}", nearest(str(made.mode), compat.inductor_modes()))
         for key in made.inductor:
@@ -117,7 +120,7 @@ def effllm(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[s
     reports.append(done.report)
     _complain(done.report, chosen)
     values = [compat.example_value(n) for n in done.gm.graph.nodes if n.op == "placeholder"]
-    compiled = compat.compile_inner(done.gm, values, chosen.mode, chosen.inductor)
+    compiled = done.gm.forward if chosen.inner == "eager" else compat.compile_inner(done.gm, values, chosen.mode, chosen.inductor)
     done.report.measured["compile_s"] = time.perf_counter() - start
     if not done.wants:
         return compiled

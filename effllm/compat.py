@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 LINEAR: tuple[Any, ...] = (torch._C._nn.linear, torch.nn.functional.linear)
+ATTENTION: tuple[Any, ...] = (torch._C._nn.scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention)
 EMBEDDING: tuple[Any, ...] = (torch.nn.functional.embedding,)
 
 

@@ -36,7 +36,10 @@ def ensure(isa: Isa) -> None:
     def linear_a8_many(xq, xs, codes, scale, minimum, bits, group, zero, dtype):  # type: ignore[no-untyped-def]
         return xq.new_empty(*xq.shape[:-1], sum(c.shape[0] * 16 for c in codes), dtype=dtype)
 
-    for fake in (linear, linear_a8, linear_many, linear_a8_many):
+    def decode_attention(q, k, v, mask, scale):  # type: ignore[no-untyped-def]
+        return q.new_empty(q.shape)
+
+    for fake in (decode_attention, linear, linear_a8, linear_many, linear_a8_many):
         torch.library.register_fake(f"{isa.namespace}::{fake.__name__}", fake)
     _loaded.add(isa.name)
 
@@ -63,11 +66,11 @@ def _provider(op: str, isa: Isa, rank: int) -> Provider:
         y: Tensor = getattr(getattr(torch.ops, isa.namespace), short)(*args)
         return y
 
-    return Provider(f"cpu-{isa.name}", op, "cpu", "tile16", lambda p: supports(p, isa), call, lambda p: cost(p, isa.name), rank=rank)
+    return Provider(f"cpu-{isa.name}", op, "cpu", "tile16", lambda p: supports(p, isa), call, None if op == "decode_attention" else lambda p: cost(p, isa.name), rank=rank)
 
 
 def register() -> None:
     """Add the CPU providers to the ops. Builds nothing yet."""
     for rank, isa in enumerate(reversed(ISAS), start=1):
-        for op in ("bipolar_linear", "bipolar_linear_a8", "bipolar_linear_many", "bipolar_linear_a8_many"):
+        for op in ("bipolar_linear", "bipolar_linear_a8", "bipolar_linear_many", "bipolar_linear_a8_many", "decode_attention"):
             OPS[op].register(_provider(op, isa, rank))

@@ -21,7 +21,8 @@ import torch
 from effllm.errors import KernelError
 
 HERE = Path(__file__).parent
-SOURCES = ("bipolar.cpp", "bipolar.h", "single.h", "lookup.h", "activation.h", "vector.h")
+UNITS = ("bipolar.cpp", "attention.cpp")
+SOURCES = (*UNITS, "bipolar.h", "single.h", "lookup.h", "activation.h", "vector.h")
 _TARGET = "0x020b000000000000"  # stable ABI as of torch 2.11
 
 
@@ -95,9 +96,9 @@ def _command(cxx: str, isa: Isa) -> list[str]:
     root = Path(torch.__file__).parent
     include = [f"-I{root / 'include'}", f"-I{root / 'include/torch/csrc/api/include'}"]
     defines = [f"-DEFFLLM_NAMESPACE={isa.namespace}", f"-DEFFLLM_ISA={isa.cls}", f"-DTORCH_TARGET_VERSION={_TARGET}"]
-    flags = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared", "-w", *isa.flags]
+    flags = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd", "-fPIC", "-shared", "-w", *isa.flags]
     libs = [f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    return [cxx, *flags, *defines, *include, str(HERE / "bipolar.cpp"), *libs]
+    return [cxx, *flags, *defines, *include, *(str(HERE / u) for u in UNITS), *libs]
 
 
 def key(cxx: str, isa: Isa) -> str:
