@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,8 +35,23 @@ def solve(w: Tensor, params: Bipolar, hessian: Tensor | None = None) -> Packed:
     if params.solver == "gptq" and hessian is None:
         raise CalibrationError("E-CAL-NONE", "the recipe asks for gptq, which needs calibration data", "pass calibration=, or use solver=search")
     w = w.detach()
+    exponent = _far(w)
+    if exponent:
+        near = solve((w.double() * 2.0**-exponent).float(), params, hessian)
+        for key in ("scale", "minimum"):
+            if key in near.tensors:
+                near.tensors[key] = (near.tensors[key].double() * 2.0**exponent).float()
+        return near
     if hessian is None or params.solver == "search":
         return search(w, params)
     from effllm.solvers.gptq import gptq
 
     return gptq(w, params, hessian)
+
+
+def _far(w: Tensor) -> int:
+    """The binary exponent of weights so large or small that their squares leave fp32; else 0. Powers of two scale exactly."""
+    exponent = math.frexp(float(w.abs().max()))[1]
+    if exponent > 128:
+        raise WeightError("E-WGT-RANGE", f"weights up to 2^{exponent} do not fit fp32, the widest type of a scale", "rescale the layer")
+    return exponent if abs(exponent) > 40 else 0
