@@ -57,6 +57,9 @@ def plan(model: nn.Module, recipe: Recipe) -> tuple[list[Site], list[Decision]]:
             if rule is None or rule.method == "dense":
                 kept.append(_kept(name, "no-rule" if rule is None else "dense", "no rule covers it" if rule is None else "the recipe keeps it dense"))
                 continue
+            if not name:
+                kept.append(_kept(name, "root", "the model itself is one Linear or Embedding and has no parent to swap it in; wrap it in a module"))
+                continue
             reason = _obstacle(module)
             if reason:
                 kept.append(_kept(name, "not-plain", reason))
@@ -92,6 +95,10 @@ class Swap:
         self.model = model
         self._undo: list[tuple[nn.Module, str, nn.Module]] = []
         self._shared: dict[int, tuple[Bipolar, PackedWeight]] = {}
+        self._places: dict[int, list[tuple[nn.Module, str]]] = {}  # one module may sit in several
+        for parent in model.modules():
+            for leaf, child in parent._modules.items():
+                self._places.setdefault(id(child), []).append((parent, leaf))
 
     def shared(self, weight: Tensor, params: Bipolar) -> PackedWeight | None:
         """The packed form of a tied weight that is already in the model with the same numbers."""
@@ -112,10 +119,9 @@ class Swap:
         new = PackedLinear(weight, dense.bias) if isinstance(dense, nn.Linear) else PackedEmbedding(weight, dense.padding_idx)
         new.train(dense.training)
         # the dense module stays referenced until the whole model is done: then a failure can be undone
-        parent_name, _, leaf = site.name.rpartition(".")
-        parent = self.model.get_submodule(parent_name)
-        self._undo.append((parent, leaf, dense))
-        setattr(parent, leaf, new)
+        for parent, leaf in self._places[id(dense)]:
+            self._undo.append((parent, leaf, dense))
+            setattr(parent, leaf, new)
         return weight
 
     def rollback(self) -> None:
@@ -195,7 +201,7 @@ def _run(model: nn.Module, sites: list[Site], swap: Swap, report: PassReport, ca
         from effllm.solvers.calibrate import calibrated
 
         by_name = {s.name: s for s in sites if s.kind == "linear" and s.params.solver != "search"}
-        covered = {name: (s.module, s.params) for name, s in by_name.items()}
+        covered = {name: (s.module, s.params) for name, s in by_name.items() if isinstance(s.module, nn.Linear)}
         calibrated(model, calibration, covered, lambda name, packed: finish(by_name[name], packed))
         direct = [s for s in direct if s.name not in by_name]
     with one_thread():
@@ -209,4 +215,6 @@ def decision(site: Site, dense_bytes: int, weight: PackedWeight, *, tied: bool) 
     grid = weight.attrs["grid"]
     config = {"bits": weight.bits, "group": weight.group, "grid": grid, "act": weight.act}
     reason = "shares its tied weight" if tied else weight.why
-    return Decision(site.name, site.name, "applied", "tied" if tied else "applied", reason, 0 if tied else dense_bytes, 0 if tied else weight.nbytes, kernel=weight.kernel, config=config)
+    before, after = (0, 0) if tied else (dense_bytes, weight.nbytes)
+    code = "tied" if tied else "applied"
+    return Decision(site.name, site.name, "applied", code, reason, before, after, kernel=weight.kernel, config=config)

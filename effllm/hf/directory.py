@@ -43,7 +43,8 @@ class DenseReader:
     def read(self, name: str) -> Tensor:
         """One tensor; raises CheckpointError where it is missing or damaged."""
         if name not in self._where:
-            raise CheckpointError("E-CKP-MISSING", f"no tensor {name!r} in the directory", "the checkpoint's names differ from the model's; load it with transformers and pass the module")
+            step = "the checkpoint's names differ from the model's; load it with transformers and pass the module"
+            raise CheckpointError("E-CKP-MISSING", f"no tensor {name!r} in the directory", step)
         try:
             with safe_open(self._where[name], "pt") as f:
                 tensor: Tensor = f.get_tensor(name)
@@ -113,7 +114,8 @@ def fill(model: nn.Module, reader: DenseReader, source: dict[str, str], dtype: t
         if name in reader:
             _set(model, name, reader.read(name))
         elif b.device.type == "meta":
-            raise CheckpointError("E-CKP-MISSING", f"buffer {name!r} is not in the file and was not computed", "load the model with transformers and pass the module")
+            step = "load the model with transformers and pass the module"
+            raise CheckpointError("E-CKP-MISSING", f"buffer {name!r} is not in the file and was not computed", step)
 
 
 def _set(model: nn.Module, name: str, value: Tensor) -> None:
