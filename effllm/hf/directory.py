@@ -107,9 +107,12 @@ def compress_directory(directory: Path, recipe: Recipe, calibration: Any, *, str
 
 def fill(model: nn.Module, reader: DenseReader, source: dict[str, str], dtype: torch.dtype) -> None:
     """Load what was not packed. Persistent buffers come from the file where it has them."""
-    for name, p in list(model.named_parameters()):
+    loaded: dict[int, nn.Parameter] = {}  # tied parameters stay one tensor
+    for name, p in list(model.named_parameters(remove_duplicate=False)):
         if p.device.type == "meta" or source.get(name, name) in reader:
-            _set(model, name, nn.Parameter(reader.read(source.get(name, name)).to(dtype), requires_grad=False))
+            if id(p) not in loaded:
+                loaded[id(p)] = nn.Parameter(reader.read(source.get(name, name)).to(dtype), requires_grad=False)
+            _set(model, name, loaded[id(p)])
     for name, b in list(model.named_buffers()):
         if name in reader:
             _set(model, name, reader.read(name))
