@@ -26,7 +26,8 @@ class Statistics:
         self.linears, self.until_seen = linears, until_seen
         self.leader: dict[str, str] = {}
         self._sums: dict[str, Tensor] = {}
-        self._seen: list[tuple[Tensor, str]] = []
+        self._seen: list[tuple[Tensor, str]] = []  # this pass: tensors and the leaders that summed them
+        self._joined: list[tuple[Tensor, str]] = []  # this pass: tensors and the modules for which a leader summed them
         self._called: set[str] = set()
         self._handles: list[RemovableHandle] = []
 
@@ -39,10 +40,12 @@ class Statistics:
         while self._handles:
             self._handles.pop().remove()
         self._seen.clear()
+        self._joined.clear()
 
     def begin(self) -> None:
         """Forget which tensors the last pass showed."""
         self._seen.clear()
+        self._joined.clear()
         self._called.clear()
 
     def stages(self) -> list[list[str]]:
@@ -72,14 +75,25 @@ class Statistics:
         if known is None:
             self.leader[name] = known = shared or name
         elif known != name and shared != known:
-            # shared so far and not any more: goes on alone from what the two had in common
-            self._sums[name] = self._sums[known].clone()
+            # shared so far and not any more: goes on alone from what the two had in common, which leaves out what only the
+            # leader saw in this pass
+            own = self._sums[known].clone()
+            for tensor, leader in self._seen:
+                if leader == known and not any(tensor is t and name == n for t, n in self._joined):
+                    own.addmm_(*_factors(tensor), alpha=-1)
+            self._sums[name] = own
             self.leader[name] = known = name
         if known != name:
+            self._joined.append((x, name))
             return
         self._seen.append((x, name))
-        flat = x.detach().reshape(-1, x.shape[-1]).float()
         total = self._sums.get(name)
         if total is None:
-            total = self._sums[name] = torch.zeros(flat.shape[1], flat.shape[1], device=flat.device)
-        total.addmm_(flat.t(), flat)
+            total = self._sums[name] = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
+        total.addmm_(*_factors(x))
+
+
+def _factors(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (..., K) as (K, tokens) and (tokens, K), fp32."""
+    flat = x.detach().reshape(-1, x.shape[-1]).float()
+    return flat.t(), flat
