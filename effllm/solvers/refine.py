@@ -22,7 +22,7 @@ from torch import Tensor
 
 from effllm.runtime.formats import bipolar
 
-_BLOCK = 128
+_BLOCK = 64
 _BUDGET = 1 << 24  # elements of the largest temporary of the refit
 _RIDGE = 1e-6  # relative; keeps groups with equal codes solvable
 
@@ -83,7 +83,7 @@ def refine(w: Tensor, h: Tensor, start: Coded, rounds: int) -> Coded:
         before = float(loss.sum())
         for step in (descend, refit):
             best, loss = keep(w, h, best, loss, step(w, h, best))
-        if float(loss.sum()) > 0.999 * before:
+        if float(loss.sum()) > 0.99 * before:
             break
     return best
 

@@ -64,8 +64,9 @@ def fit(x: Tensor, bits: int, grid: str, dtype: torch.dtype, weight: Tensor | No
             mid = (hi + lo) / 2
             start: tuple[Tensor, Tensor | None] = (half / top, mid - half)
         else:
-            reach = torch.maximum(hi, -lo)
-            start = (reach * ratio / (top if grid == "symmetric" else max(top - 1, 1)), None)
+            # the integer grid reaches one step further down than up
+            reach = torch.maximum(hi, -lo) / top if grid == "symmetric" else torch.maximum(hi / max(top - 1, 1), -lo / (top + 1))
+            start = (reach * ratio, None)
         best = _better(best, _code(x, *start, bits, grid, dtype, weight))
     assert best is not None
     for _ in range(_SWEEPS[bits] * (3 if wide else 1)):
