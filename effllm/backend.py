@@ -3,7 +3,8 @@
     torch.compile(model, backend="effllm", options={"recipe": "w4"})
 
 Options: recipe (any form that Recipe.parse takes; default "w8"), weights ("checked" or "frozen"), strict (raise where a rule
-applied to nothing), kernel (force a provider by name), inner ("inductor", or "eager" to run the rewritten graph uncompiled), mode (one of Inductor's modes), inductor (dict of Inductor's options).
+applied to nothing), kernel (force a provider by name), inner ("inductor", or "eager" to run the rewritten graph uncompiled),
+mode (one of Inductor's modes), inductor (dict of Inductor's options; cpp_wrapper is on for CPU graphs unless set here).
 `mode=` may be one of Inductor's modes or a one-line recipe.
 """
 
@@ -120,7 +121,8 @@ def effllm(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[s
     reports.append(done.report)
     _complain(done.report, chosen)
     values = [compat.example_value(n) for n in done.gm.graph.nodes if n.op == "placeholder"]
-    compiled = done.gm.forward if chosen.inner == "eager" else compat.compile_inner(done.gm, values, chosen.mode, chosen.inductor)
+    inductor = _defaults(values) | chosen.inductor
+    compiled = done.gm.forward if chosen.inner == "eager" else compat.compile_inner(done.gm, values, chosen.mode, inductor)
     done.report.measured["compile_s"] = time.perf_counter() - start
     if not done.wants:
         return compiled
@@ -130,6 +132,12 @@ def effllm(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[s
     return lambda *args: compiled(*[args[i] for i in keep], *binding(args))
 
 
+def _defaults(values: Sequence[Any]) -> dict[str, Any]:
+    """Inductor options that decoding wants: on a CPU its C++ wrapper, as hundreds of small kernels a token leave no time for Python."""
+    devices = {v.device.type for v in values if isinstance(v, torch.Tensor)}
+    return {"cpp_wrapper": True} if devices == {"cpu"} else {}
+
+
 def _complain(report: Report, options: Options) -> None:
     """strict: nothing applied or anything failed is an error. Otherwise one warning names what failed and where gradients stood in the way."""
     failed = [d for d in report.decisions if d.action == "failed"]
@@ -137,11 +145,14 @@ def _complain(report: Report, options: Options) -> None:
     rewrites = [d for p in report.passes if p.name == "bipolar_linear" for d in p.decisions]
     if options.strict and (failed or (rewrites and not any(d.action == "applied" for d in rewrites))):
         worst = (failed or sites or rewrites)[0]
-        raise PassError("E-PAS-STRICT", f"strict: {worst.module or worst.site} was not rewritten [{worst.code}] {worst.reason}", "see effllm.explain(model, inputs, recipe)")
+        cause = f"strict: {worst.module or worst.site} was not rewritten [{worst.code}] {worst.reason}"
+        raise PassError("E-PAS-STRICT", cause, "see effllm.explain(model, inputs, recipe)")
     if failed:
-        warnings.warn(f"effllm: {len(failed)} weights could not be packed and stay dense, first {failed[0].module}: [{failed[0].code}] {failed[0].reason}", stacklevel=3)
+        first = failed[0]
+        warnings.warn(f"effllm: {len(failed)} weights could not be packed and stay dense, first {first.module}: [{first.code}] {first.reason}", stacklevel=3)
     elif any(d.code == "grad" for d in sites):
-        warnings.warn("effllm: nothing was rewritten because gradients are recorded; call the model under torch.no_grad() or torch.inference_mode()", stacklevel=3)
+        advice = "call the model under torch.no_grad() or torch.inference_mode()"
+        warnings.warn(f"effllm: nothing was rewritten because gradients are recorded; {advice}", stacklevel=3)
     slow = [d for d in report.applied if d.kernel == "reference"]
     if slow:
         warnings.warn(f"effllm: no compiled kernel for {len(slow)} sites, the slow reference runs: {slow[0].reason}", stacklevel=3)
@@ -176,7 +187,8 @@ def explain(model: nn.Module, inputs: Any, recipe: Any = "w8", **options: Any) -
         if not compat.is_stop(error):
             if isinstance(error, EffllmError):
                 raise
-            raise PassError("E-PAS-CAPTURE", f"the model cannot be captured in one graph: {str(error).splitlines()[0]}", "compile parts of it, or remove the graph break") from error
+            cause = f"the model cannot be captured in one graph: {str(error).splitlines()[0]}"
+            raise PassError("E-PAS-CAPTURE", cause, "compile parts of it, or remove the graph break") from error
     if not found:
         return Report(chosen.recipe.name, notes=["the model calls no tensor operation"])
     return found[0]

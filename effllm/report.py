@@ -90,7 +90,8 @@ class Report:
                 size = f" {sum(d.bytes_before for d in ds) / 1e6:.2f} -> {sum(d.bytes_after for d in ds) / 1e6:.2f} MB" if action == "applied" else ""
                 config = " ".join(f"{k}={v}" for k, v in ds[0].config.items())
                 times = _times(ds[0])
-                lines.append(f"  {action:7s} {len(ds):4d} x {pattern or '(graph)'}{size} {config}{' on ' + kernel if kernel else ''}{times} [{code}] {reason}".rstrip())
+                where = f" on {kernel}" if kernel else ""
+                lines.append(f"  {action:7s} {len(ds):4d} x {pattern or '(graph)'}{size} {config}{where}{times} [{code}] {reason}".rstrip())
         if self.bytes_before:
             lines.append(f"weights rewritten: {self.bytes_before / 1e6:.1f} MB -> {self.bytes_after / 1e6:.1f} MB")
         lines += [f"{k}: {v:.4g}" for k, v in self.measured.items()]

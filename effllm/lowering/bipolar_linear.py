@@ -43,15 +43,18 @@ def linear_reference(
 
 
 def linear_a8_reference(
-    xq: Tensor, xs: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None, n: int, bits: int, group: int, zero: float, dtype: torch.dtype
-) -> Tensor:
+    xq: Tensor, xs: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None,
+    n: int, bits: int, group: int, zero: float, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """int8 activations (..., K) with scales (..., 1) times the packed weight (layout planes)."""
     w = weight(codes, scale, minimum, k=xq.shape[-1], n=n, bits=bits, group=group, zero=zero, layout="planes")
     y = torch.nn.functional.linear(xq.float(), w) * xs
     return (y if bias is None else y + bias.float()).to(dtype)
 
 
-def embedding(ids: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor | None, n: int, k: int, bits: int, group: int, zero: float, dtype: torch.dtype, kernel: str) -> Tensor:
+def embedding(
+    ids: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor | None, n: int, k: int, bits: int, group: int, zero: float, dtype: torch.dtype, kernel: str
+) -> Tensor:
     """Rows `ids` (...) of the packed weight as (..., K) in `dtype`."""
     flat = ids.reshape(-1)
     u, s, low = layouts.get(layout_of("bipolar_embedding", kernel)).rows(codes, scale, minimum, flat, n=n, bits=bits, group=group)

@@ -66,7 +66,8 @@ def _provider(op: str, isa: Isa, rank: int) -> Provider:
         y: Tensor = getattr(getattr(torch.ops, isa.namespace), short)(*args)
         return y
 
-    return Provider(f"cpu-{isa.name}", op, "cpu", "tile16", lambda p: supports(p, isa), call, None if op == "decode_attention" else lambda p: cost(p, isa.name), rank=rank)
+    price = None if op == "decode_attention" else lambda p: cost(p, isa.name)
+    return Provider(f"cpu-{isa.name}", op, "cpu", "tile16", lambda p: supports(p, isa), call, price, rank=rank)
 
 
 def register() -> None:
