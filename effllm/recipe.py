@@ -189,8 +189,8 @@ def _from_line(line: str) -> Recipe:
 
 def _whole_model(values: dict[str, Any]) -> list[Rule]:
     """The rules of a one-line bipolar recipe: head and embedding at their own bits, everything else as asked."""
-    head = int(values.pop("head_bits", max(8, int(values.get("bits", 4)))))
-    embed = int(values.pop("embed_bits", head))
+    head = values.pop("head_bits", 8)
+    embed = values.pop("embed_bits", head)
     body = _bipolar(values)
     top = replace(body, offset="auto" if body.offset == "affine" else body.offset, solver="search")
     rules = [Rule(match=m, params=_bipolar(asdict(replace(top, bits=head)))) for m in HEAD_NAMES]

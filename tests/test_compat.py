@@ -1,0 +1,148 @@
+"""Every private name of torch that effllm touches still means what compat.py says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from effllm import compat
+
+
+def capture(model: nn.Module, *inputs: torch.Tensor) -> torch.fx.GraphModule:
+    graphs: list[torch.fx.GraphModule] = []
+
+    def keep(gm: torch.fx.GraphModule, _: object) -> object:
+        graphs.append(gm)
+        compat.copy_graph(gm)
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=keep, fullgraph=True)(*inputs)
+    return graphs[0]
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb = nn.Embedding(8, 4)
+        self.layers = nn.ModuleList([nn.Sequential(nn.Linear(4, 4))])
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.layers[0](self.emb(ids))
+        return torch.nn.functional.scaled_dot_product_attention(x[None], x[None], x[None])
+
+
+@pytest.fixture
+def gm() -> torch.fx.GraphModule:
+    return capture(Model(), torch.tensor([[1, 2]]))
+
+
+def node_of(gm: torch.fx.GraphModule, targets: tuple[object, ...]) -> torch.fx.Node:
+    return next(n for n in gm.graph.nodes if n.op == "call_function" and n.target in targets)
+
+
+def test_linear_embedding_and_attention_targets(gm: torch.fx.GraphModule) -> None:
+    for targets in (compat.LINEAR, compat.EMBEDDING, compat.ATTENTION):
+        assert node_of(gm, targets)
+
+
+def test_real_tensor_and_source_name() -> None:
+    seen: list[tuple[object, str]] = []
+
+    def look(gm: torch.fx.GraphModule, _: object) -> object:  # Dynamo drops the real tensors once the backend is done
+        weight = node_of(gm, compat.LINEAR).args[1]
+        seen.append((compat.real_tensor(weight), compat.source_name(weight)))
+        return gm.forward
+
+    model = Model()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(model, backend=look)(torch.tensor([[1, 2]]))
+    ((real, name),) = seen
+    assert real is model.layers[0][0].weight and name.endswith("['weight']")
+
+
+def test_module_of(gm: torch.fx.GraphModule) -> None:
+    assert compat.module_of(node_of(gm, compat.LINEAR)) == ("layers.0.0", nn.Linear)
+    assert compat.module_of(node_of(gm, compat.EMBEDDING)) == ("emb", nn.Embedding)
+
+
+def test_module_of_a_list_inside_a_module() -> None:
+    class Deep(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = Model()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.model(x)
+
+    gm = capture(Deep(), torch.tensor([[1, 2]]))
+    assert compat.module_of(node_of(gm, compat.LINEAR))[0] == "model.layers.0.0"
+
+
+def test_copy_keeps_what_aot_reads(gm: torch.fx.GraphModule) -> None:
+    copy, mapping = compat.copy_graph(gm)
+    assert copy.graph is not gm.graph and len(copy.graph.nodes) == len(gm.graph.nodes)
+    for old, new in mapping.items():
+        if old.op == "placeholder":
+            assert new._dynamo_source is old._dynamo_source
+    assert copy.meta == gm.meta
+
+
+def test_mark_static_sets_what_torch_looks_for(gm: torch.fx.GraphModule) -> None:
+    node = next(n for n in compat.copy_graph(gm)[0].graph.nodes if n.op == "placeholder")
+    compat.mark_static(node)
+    assert node._dynamo_source is None and node.meta["tensor_dict"] == {"_dynamo_static_input_type": "unguarded"}
+
+
+def test_fake_mode_and_example_value(gm: torch.fx.GraphModule) -> None:
+    node = node_of(gm, compat.LINEAR)
+    assert tuple(compat.example_value(node).shape) == (1, 2, 4) and compat.fake_mode(gm.graph) is not None
+    compat.set_example_value(node, 3)
+    assert compat.example_value(node) == 3
+
+
+def test_version_counts_writes_and_inference_tensors_have_none() -> None:
+    t = torch.zeros(2)
+    before = compat.version(t)
+    t.add_(1)
+    assert compat.version(t) == before + 1
+    with torch.inference_mode():
+        assert compat.version(torch.zeros(2)) == -1
+
+
+def test_inductor_names() -> None:
+    assert {"default", "reduce-overhead", "max-autotune"} <= set(compat.inductor_modes())
+    assert {"cpp_wrapper", "freezing", "max_autotune"} <= set(compat.inductor_option_names())
+
+
+def test_compiler_is_found_or_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compat.inductor_compiler()
+    from torch._inductor import cpp_builder, exc
+
+    def none() -> str:
+        raise exc.InvalidCxxCompiler
+
+    monkeypatch.setattr(cpp_builder, "get_cpp_compiler", none)
+    assert compat.inductor_compiler() is None
+
+
+def test_stop_is_seen_through_dynamo() -> None:
+    def stop(gm: object, inputs: object) -> object:
+        raise compat.StopTracing
+
+    with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - Dynamo wraps it in a class of its own
+        torch.compile(nn.Linear(2, 2), backend=stop)(torch.zeros(1, 2))
+    assert compat.is_stop(caught.value) and not compat.is_stop(ValueError())
+
+
+def test_compile_inner_passes_modes_and_options() -> None:
+    gm = capture(nn.Linear(4, 4), torch.zeros(1, 4))
+    values = [compat.example_value(n) for n in gm.graph.nodes if n.op == "placeholder"]
+    copy, _ = compat.copy_graph(gm)
+    call = compat.compile_inner(copy, values, "default", {"cpp_wrapper": False})
+    assert callable(call)
+
+
