@@ -41,6 +41,8 @@ def kernels(device: str) -> list[dict[str, Any]]:
             chosen, _ = providers.select(problem)
             for provider, verdict in providers.verdicts(problem):
                 used = provider.name == chosen.name
+                if verdict and provider.rank > chosen.rank:  # fits, but cannot be built
+                    verdict = providers.ready(provider)
                 key = (provider.name, used, verdict.reason)
                 why = verdict.reason or ("chosen" if used else f"works; {chosen.name} is preferred")
                 start = {"device": device, "activation": act, "kernel": provider.name, "bits": [], "used": used, "ok": verdict.ok, "reason": why}

@@ -59,6 +59,7 @@ class Provider:
     supports: Callable[[Problem], Verdict]
     call: Callable[..., Any]
     cost: Callable[[Problem], sympy.Expr] | None = None
+    prepare: Callable[[], None] | None = None  # builds or loads what `call` needs; raises KernelError
     space: dict[str, tuple[Any, ...]] = field(default_factory=dict)
     rank: int = 0  # among providers that support a problem and have no cost, the highest rank wins
 

@@ -39,19 +39,36 @@ def verdicts(problem: Problem) -> list[tuple[Provider, Verdict]]:
     return sorted(rated, key=lambda pv: (not pv[1].ok, -pv[0].rank))
 
 
+def ready(provider: Provider) -> Verdict:
+    """Build or load what the provider needs."""
+    if provider.prepare is None:
+        return Verdict(True)
+    try:
+        provider.prepare()
+    except KernelError as error:
+        return Verdict(False, f"[{error.code}] {error.cause.splitlines()[0]}")
+    return Verdict(True)
+
+
 def select(problem: Problem, wanted: str | None = None) -> tuple[Provider, str]:
-    """The provider to use, and a line on why (with the reasons of the better ones that were refused)."""
+    """The provider to use, and a line on why (with the reasons of the better ones that were refused). Builds only what it returns."""
     rated = verdicts(problem)
     if wanted is not None:
         for provider, verdict in rated:
             if provider.name == wanted:
+                verdict = verdict and ready(provider)
                 if verdict:
                     return provider, "as asked"
                 raise KernelError("E-KRN-SUPPORT", f"kernel {wanted!r} refuses: {verdict.reason}", "choose another kernel or none")
         raise KernelError("E-KRN-NAME", f"unknown kernel {wanted!r}", nearest(wanted, [p.name for p, _ in rated]))
-    best = rated[0][0]
-    refused = [f"{p.name}: {v.reason}" for p, v in rated if not v and p.rank > best.rank and p.device == problem.device]
-    missing = _problems.get(problem.device)
-    if missing and best.device == "any":
-        refused.append(f"no compiled kernels: {missing.splitlines()[0]}")
-    return best, "; ".join(refused) or "best supported"
+    refused = []
+    for provider, verdict in sorted(rated, key=lambda pv: -pv[0].rank):
+        verdict = verdict and ready(provider)
+        if verdict:
+            missing = _problems.get(problem.device)
+            if missing and provider.device == "any":
+                refused.append(f"no compiled kernels: {missing.splitlines()[0]}")
+            return provider, "; ".join(refused) or "best supported"
+        if provider.device == problem.device:
+            refused.append(f"{provider.name}: {verdict.reason}")
+    raise KernelError("E-KRN-NONE", f"no kernel for {problem.op}: {'; '.join(refused)}", "report this bug: the reference should take anything")

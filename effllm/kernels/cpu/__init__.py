@@ -51,10 +51,6 @@ def supports(problem: Problem, isa: Isa) -> Verdict:
         return Verdict(False, f"processor lacks {', '.join(lacking)}")
     if problem.dtype not in _FLOATS:
         return Verdict(False, f"activations are {problem.dtype}, not float32, bfloat16 or float16")
-    try:
-        ensure(isa)
-    except KernelError as error:
-        return Verdict(False, f"[{error.code}] {error.cause.splitlines()[0]}")
     return Verdict(True)
 
 
@@ -67,7 +63,7 @@ def _provider(op: str, isa: Isa, rank: int) -> Provider:
         return y
 
     price = None if op == "decode_attention" else lambda p: cost(p, isa.name)
-    return Provider(f"cpu-{isa.name}", op, "cpu", "tile16", lambda p: supports(p, isa), call, price, rank=rank)
+    return Provider(f"cpu-{isa.name}", op, "cpu", "tile16", lambda p: supports(p, isa), call, price, lambda: ensure(isa), rank=rank)
 
 
 def register() -> None:
