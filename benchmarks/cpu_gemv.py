@@ -15,7 +15,7 @@ from benchmarks.timing import interleaved, save
 from effllm.autotune.machine import measure_bandwidth
 from effllm.lowering import providers
 from effllm.lowering.bipolar_linear import quantize_activation
-from effllm.lowering.op import OPS, Problem
+from effllm.lowering.op import Problem
 from effllm.runtime.formats import bipolar
 from effllm.runtime.layouts import tile16
 

@@ -133,7 +133,7 @@ def test_stop_is_seen_through_dynamo() -> None:
     def stop(gm: object, inputs: object) -> object:
         raise compat.StopTracing
 
-    with pytest.raises(Exception) as caught:  # noqa: B017, PT011 - Dynamo wraps it in a class of its own
+    with pytest.raises(Exception) as caught:
         torch.compile(nn.Linear(2, 2), backend=stop)(torch.zeros(1, 2))
     assert compat.is_stop(caught.value) and not compat.is_stop(ValueError())
 
