@@ -4,7 +4,7 @@
 
 Options: recipe (any form that Recipe.parse takes; default "w8"), weights ("checked" or "frozen"), strict (raise where a rule
 applied to nothing), kernel (force a provider by name), inner ("inductor", or "eager" to run the rewritten graph uncompiled),
-mode (one of Inductor's modes), inductor (dict of Inductor's options; cpp_wrapper is on for CPU graphs unless set here).
+mode (one of Inductor's modes), inductor (dict of Inductor's options).
 `mode=` may be one of Inductor's modes or a one-line recipe.
 """
 
@@ -121,8 +121,7 @@ def effllm(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[s
     reports.append(done.report)
     _complain(done.report, chosen)
     values = [compat.example_value(n) for n in done.gm.graph.nodes if n.op == "placeholder"]
-    inductor = _defaults(values) | chosen.inductor
-    compiled = done.gm.forward if chosen.inner == "eager" else compat.compile_inner(done.gm, values, chosen.mode, inductor)
+    compiled = done.gm.forward if chosen.inner == "eager" else compat.compile_inner(done.gm, values, chosen.mode, chosen.inductor)
     done.report.measured["compile_s"] = time.perf_counter() - start
     if not done.wants:
         return compiled
@@ -130,12 +129,6 @@ def effllm(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[s
     if keep == list(range(len(keep))) and len(keep) == len(example_inputs):
         return lambda *args: compiled(*args, *binding(args))
     return lambda *args: compiled(*[args[i] for i in keep], *binding(args))
-
-
-def _defaults(values: Sequence[Any]) -> dict[str, Any]:
-    """Inductor options that decoding wants: on a CPU its C++ wrapper, as hundreds of small kernels a token leave no time for Python."""
-    devices = {v.device.type for v in values if isinstance(v, torch.Tensor)}
-    return {"cpp_wrapper": True} if devices == {"cpu"} else {}
 
 
 def _complain(report: Report, options: Options) -> None:
