@@ -20,8 +20,8 @@ enum class Type { f32, bf16, f16 };
 inline float bf16_to_float(uint16_t h) { uint32_t u = static_cast<uint32_t>(h) << 16; float f; std::memcpy(&f, &u, 4); return f; }
 inline uint16_t float_to_bf16(float f) {
   uint32_t u; std::memcpy(&u, &f, 4);
-  if ((u & 0x7FFFFFFF) > 0x7F800000) return static_cast<uint16_t>((u >> 16) | 0x40);
-  return static_cast<uint16_t>((u + 0x7FFF + ((u >> 16) & 1)) >> 16);
+  const uint32_t nan = (u >> 16) | 0x40, rounded = (u + 0x7FFF + ((u >> 16) & 1)) >> 16;
+  return static_cast<uint16_t>((u & 0x7FFFFFFF) > 0x7F800000 ? nan : rounded);
 }
 inline float load_as_float(const void* p, int64_t i, Type t) {
   if (t == Type::f32) return static_cast<const float*>(p)[i];
@@ -47,19 +47,20 @@ struct Activations {
   std::vector<float> corr;       // [m][segs]: what multiplies scale (-2 zero) or minimum: sum of x in the segment, see Kernel notes
   std::vector<uint8_t> tables;   // sums of four activations for the 1-bit lookup, see lookup.h
   const uint8_t* aligned_tables() const { return tables.data() + (64 - reinterpret_cast<uintptr_t>(tables.data()) % 64) % 64; }
-  const int8_t* row(int64_t i, int d) const { return x.data() + (i * digits + d) * kp; }
+  int64_t stride() const { return kp + 64; }  // rows a power of two apart would share one set of the cache
+  const int8_t* row(int64_t i, int d) const { return x.data() + (i * digits + d) * stride(); }
 
   void shape(int64_t m_, int64_t k_, int64_t kp_, int64_t seg_, int digits_) {
     m = m_; k = k_; kp = kp_; seg = seg_; digits = digits_;
     segs = (kp + seg - 1) / seg;
-    x.assign(static_cast<size_t>(m * digits * kp), 0);
+    x.assign(static_cast<size_t>(m * digits * stride()), 0);
     corr.resize(static_cast<size_t>(m * segs));
     if (digits > 1) step.resize(static_cast<size_t>(m * segs));
   }
 
   // One token of int8 codes. `factor` turns a sum of x into the correction term.
   void take_int8(int64_t i, const int8_t* src, float factor) {
-    int8_t* dst = x.data() + i * kp;
+    int8_t* dst = x.data() + i * stride();
     std::memcpy(dst, src, static_cast<size_t>(k));
     for (int64_t s = 0; s < segs; ++s) {
       int32_t sum = 0;
@@ -93,7 +94,7 @@ struct Activations {
       int64_t sum = 0;
       for (int64_t c = 0; c < n; ++c) q[c] = static_cast<int32_t>(std::nearbyint(f[c] * inv)), sum += q[c];
       for (int d = digits - 1; d >= 0; --d) {
-        int8_t* dst = x.data() + (i * digits + d) * kp + from;
+        int8_t* dst = x.data() + (i * digits + d) * stride() + from;
         for (int64_t c = 0; c < n; ++c) {
           const int32_t up = (q[c] + 128) >> 8;
           dst[c] = static_cast<int8_t>(d == 0 ? q[c] : q[c] - up * 256);

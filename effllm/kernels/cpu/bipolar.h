@@ -19,6 +19,8 @@
 
 namespace effllm {
 
+constexpr int64_t kChunkBytes = 256 << 10;
+
 struct Weight {
   const uint8_t* codes;
   const void* scale;
@@ -62,11 +64,11 @@ template <class V> inline typename V::F load_scale(const void* p, int64_t i, boo
 }
 
 // Fold one segment of one token into its 16 sums.
-template <class V, int D> inline typename V::F fold(const typename V::I* acc, typename V::F sum, typename V::F scale, typename V::F minimum, bool affine, float step, float corr) {
+template <class V, int D> inline typename V::F fold(typename V::I a0, typename V::I a1, typename V::I a2, typename V::F sum, typename V::F scale, typename V::F minimum, bool affine, float step, float corr) {
   typename V::F a;
-  if constexpr (D == 1) a = V::to_float(acc[0]);
-  else if constexpr (D == 2) a = V::to_float(V::shift_add(acc[0], acc[1]));
-  else a = V::fma1(V::to_float(V::shift_add(acc[0], acc[1])), 256.f, V::to_float(acc[2]));
+  if constexpr (D == 1) a = V::to_float(a0);
+  else if constexpr (D == 2) a = V::to_float(V::shift_add(a0, a1));
+  else a = V::fma1(V::to_float(V::shift_add(a0, a1)), 256.f, V::to_float(a2));
   if (affine) {
     if constexpr (D > 1) a = V::axpb(a, step, 0.f);
     return V::fma1(minimum, corr, V::fma(scale, a, sum));
@@ -77,7 +79,23 @@ template <class V, int D> inline typename V::F fold(const typename V::I* acc, ty
 template <class V> inline void finish(typename V::F sum, float factor, const float* bias, void* y, int64_t at, int64_t count, Type type) {
   float out[16];
   V::store_f(out, sum);
-  for (int64_t r = 0; r < count; ++r) store_from_float(y, at + r, type, out[r] * factor + (bias ? bias[r] : 0.f));
+  if (count < 16) {
+    for (int64_t r = 0; r < count; ++r) store_from_float(y, at + r, type, out[r] * factor + (bias ? bias[r] : 0.f));
+    return;
+  }
+#pragma omp simd
+  for (int r = 0; r < 16; ++r) out[r] *= factor;
+  if (bias)
+#pragma omp simd
+    for (int r = 0; r < 16; ++r) out[r] += bias[r];
+  if (type == Type::f32) { std::memcpy(static_cast<float*>(y) + at, out, 64); return; }
+  uint16_t h[16];
+  if (type == Type::bf16)
+#pragma omp simd
+    for (int r = 0; r < 16; ++r) h[r] = float_to_bf16(out[r]);
+  else
+    for (int r = 0; r < 16; ++r) { const _Float16 v = static_cast<_Float16>(out[r]); std::memcpy(h + r, &v, 2); }
+  std::memcpy(static_cast<uint16_t*>(y) + at, h, 32);
 }
 
 // Where the scales of a segment are: groups of 16 give two segments per block.
@@ -127,7 +145,7 @@ void gemv_tile(const Weight& w, const Activations& x, int64_t tile, int64_t m0, 
     const auto low = w.minimum ? load_scale<V>(w.minimum, g, w.half) : V::zero_f();
     for (int m = 0; m < MR; ++m) {
       const size_t i = static_cast<size_t>((m0 + m) * x.segs + s);
-      sum[m] = fold<V, D>(acc[m], sum[m], scale, low, w.minimum != nullptr, D > 1 ? x.step[i] : 1.f, x.corr[i]);
+      sum[m] = fold<V, D>(acc[m][0], acc[m][D > 1 ? 1 : 0], acc[m][D - 1], sum[m], scale, low, w.minimum != nullptr, D > 1 ? x.step[i] : 1.f, x.corr[i]);
     }
   }
   const int64_t count = std::min<int64_t>(16, w.n - tile * 16);
@@ -149,28 +167,38 @@ void gemm_block(const Weight& w, const Activations& x, const uint8_t* flat, int6
   for (int m = 0; m < MR; ++m) sum[m][0] = sum[m][1] = V::zero_f();
   const int64_t steps = w.blocks * 8, per = x.seg / 4;
   const int8_t* row = x.row(m0, 0);
-  const int64_t stride = x.kp;
+  const int64_t stride = x.stride();
   const int64_t second = tiles > 1 ? steps * 64 : 0;
   for (int64_t s = 0; s < x.segs; ++s) {
     typename V::I acc[MR][2][D];
-    for (int m = 0; m < MR; ++m) for (int t = 0; t < 2; ++t) for (int d = 0; d < D; ++d) acc[m][t][d] = V::zero_i();
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 2
+      for (int t = 0; t < 2; ++t)
+#pragma GCC unroll 3
+        for (int d = 0; d < D; ++d) acc[m][t][d] = V::zero_i();
     const int64_t end = std::min(steps, (s + 1) * per);
     for (int64_t c = s * per; c < end; ++c) {
       const auto a = V::load(flat + c * 64), b = V::load(flat + second + c * 64);
+#pragma GCC unroll 8
       for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 3
         for (int d = 0; d < D; ++d) {
           const int8_t* p = row + (m * D + d) * stride + c * 4;
           acc[m][0][d] = V::template dp<WIDE>(acc[m][0][d], a, p);
           acc[m][1][d] = V::template dp<WIDE>(acc[m][1][d], b, p);
         }
     }
-    for (int t = 0; t < tiles; ++t) {
+#pragma GCC unroll 2
+    for (int t = 0; t < 2; ++t) {
+      if (t >= tiles) break;
       const int64_t g = ((tile + t) * w.groups + group_of(w, x, s)) * 16;
       const auto scale = load_scale<V>(w.scale, g, w.half);
       const auto low = w.minimum ? load_scale<V>(w.minimum, g, w.half) : V::zero_f();
+#pragma GCC unroll 8
       for (int m = 0; m < MR; ++m) {
         const size_t i = static_cast<size_t>((m0 + m) * x.segs + s);
-        sum[m][t] = fold<V, D>(acc[m][t], sum[m][t], scale, low, w.minimum != nullptr, D > 1 ? x.step[i] : 1.f, x.corr[i]);
+        sum[m][t] = fold<V, D>(acc[m][t][0], acc[m][t][D > 1 ? 1 : 0], acc[m][t][D - 1], sum[m][t], scale, low, w.minimum != nullptr, D > 1 ? x.step[i] : 1.f, x.corr[i]);
       }
     }
   }
@@ -208,15 +236,19 @@ void multiply_tiles(const Weight& w, const Activations& x, int64_t from, int64_t
   const int64_t steps = w.blocks * 8;
   std::vector<uint8_t> flat(static_cast<size_t>(2 * steps * 64 + 64));
   uint8_t* aligned = flat.data() + (64 - reinterpret_cast<uintptr_t>(flat.data()) % 64) % 64;
-  for (int64_t t = from; t < to; t += 2) {
-    const int tiles = static_cast<int>(std::min<int64_t>(2, to - t));
-    for (int i = 0; i < tiles; ++i)
-      for (int64_t b = 0; b < w.blocks; ++b)
-        unpack_steps<V, BITS, 0>(w.codes + ((t + i) * w.blocks + b) * 64 * BITS, aligned + (i * steps + b * 8) * 64);
-    int64_t m = 0;
-    for (; m + MR <= x.m; m += MR) gemm_block<V, BITS == 8, D, MR>(w, x, aligned, t, tiles, m, out_scale, bias, y, type);
-    for (; m < x.m; ++m) gemm_block<V, BITS == 8, D, 1>(w, x, aligned, t, tiles, m, out_scale, bias, y, type);
-  }
+  // tokens in chunks whose digits stay in the second-level cache while all tiles pass by; unpacking again costs about as much as one token
+  const int64_t chunk = std::max<int64_t>(8 * MR, kChunkBytes / (D * x.stride()) / MR * MR);
+  for (int64_t m0 = 0; m0 < x.m; m0 += chunk)
+    for (int64_t t = from; t < to; t += 2) {
+      const int tiles = static_cast<int>(std::min<int64_t>(2, to - t));
+      for (int i = 0; i < tiles; ++i)
+        for (int64_t b = 0; b < w.blocks; ++b)
+          unpack_steps<V, BITS, 0>(w.codes + ((t + i) * w.blocks + b) * 64 * BITS, aligned + (i * steps + b * 8) * 64);
+      const int64_t end = std::min(x.m, m0 + chunk);
+      int64_t m = m0;
+      for (; m + MR <= end; m += MR) gemm_block<V, BITS == 8, D, MR>(w, x, aligned, t, tiles, m, out_scale, bias, y, type);
+      for (; m < end; ++m) gemm_block<V, BITS == 8, D, 1>(w, x, aligned, t, tiles, m, out_scale, bias, y, type);
+    }
 }
 
 }  // namespace effllm
