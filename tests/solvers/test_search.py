@@ -170,8 +170,8 @@ def test_offset_only_where_it_pays() -> None:
     shifted = w + 3 * torch.randn(64, 8).repeat_interleave(32, 1)
     assert solve(shifted, Bipolar(bits=4)).attrs["grid"] == "affine"
     # 16 bits over 32 weights are half a bit each: a factor of 2 in squared error
-    assert pays(0.49, 1.0, 32, 256) and not pays(0.51, 1.0, 32, 256)
-    assert pays(0.24, 1.0, 16, 256) and not pays(0.26, 1.0, 16, 256)
+    assert pays(0.49, 1.0, 32, 256, 8) and not pays(0.51, 1.0, 32, 256, 8)
+    assert pays(0.49, 1.0, 16, 256, 4) and not pays(0.51, 1.0, 16, 256, 4)
 
 
 def bad(value: float) -> Tensor:
