@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from models import minilm, whisper_tiny
 
 from effllm.autotune.machine import describe
-from effllm.compress import compress, plan
+from effllm.compression import compress, plan
 from effllm.hf import texts
 from effllm.hf.demo import load_demo
 from effllm.hf.evaluate import perplexity

@@ -17,7 +17,7 @@ from effllm.report import Decision, Report
 
 if TYPE_CHECKING:
     from effllm.backend import explain, last_report, refresh
-    from effllm.compress import compress
+    from effllm.compression import compress
     from effllm.hf.demo import load_demo
     from effllm.runtime.checkpoint import load, save
 
@@ -28,7 +28,7 @@ _WHERE = {
     "explain": "effllm.backend",
     "last_report": "effllm.backend",
     "refresh": "effllm.backend",
-    "compress": "effllm.compress",
+    "compress": "effllm.compression",
     "load": "effllm.runtime.checkpoint",
     "save": "effllm.runtime.checkpoint",
     "load_demo": "effllm.hf.demo",

@@ -18,7 +18,7 @@ SCORED = 17  # windows: 8,704 tokens
 def compress(model: str, out: Path, recipe: str, calibrate: Path | None, strict: bool) -> dict[str, Any]:
     """Pack and save; the report's dict, plus its printed form under "text"."""
     parsed = Recipe.parse(recipe)
-    from effllm.compress import compress as run
+    from effllm.compression import compress as run
     from effllm.hf import models
     from effllm.runtime.checkpoint import save
 
@@ -49,7 +49,7 @@ def evaluate(
     parsed = Recipe.parse(recipe)
     import copy
 
-    from effllm.compress import compress as run
+    from effllm.compression import compress as run
     from effllm.hf import models, size
     from effllm.hf.evaluate import score
 

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from effllm.compress import Progress, Site, Swap, decision, one_thread, plan, require
+from effllm.compression import Progress, Site, Swap, decision, one_thread, plan, require
 from effllm.errors import CheckpointError, EffllmError
 from effllm.hf.skeleton import empty_model
 from effllm.recipe import Recipe
@@ -74,7 +74,7 @@ def compress_directory(directory: Path, recipe: Recipe, calibration: Any, *, str
     dtype = getattr(model.config, "dtype", None) or torch.float32
     source = {alias: next((n for n in names if n in reader), names[0]) for names in aliases.values() for alias in names}
     if calibration is not None:
-        from effllm.compress import compress
+        from effllm.compression import compress
 
         # calibration runs the model, so here the dense weights are all loaded first
         fill(model, reader, source, dtype)

@@ -73,7 +73,7 @@ def recipe(what: str, dense: Any, shape: Shape, calibration: Tensor | None = Non
 
     `calibration` are windows of token ids (B, T) for solvers that need them.
     """
-    from effllm.compress import compress
+    from effllm.compression import compress
 
     parsed = Recipe.parse(what)
     model = copy.deepcopy(dense)

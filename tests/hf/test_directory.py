@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from effllm.compress import compress
+from effllm.compression import compress
 from effllm.errors import CheckpointError, WeightError
 from effllm.hf import directory
 from effllm.runtime.packed import PackedWeight
@@ -75,7 +75,7 @@ def test_at_most_two_dense_weights_are_alive(tmp_path: Path, monkeypatch: pytest
 
 PEAK = """
 import gc, json, resource, sys, torch
-from effllm.compress import compress
+from effllm.compression import compress
 from effllm.runtime.packed import packed_weights
 torch.set_num_threads(1)
 rss = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

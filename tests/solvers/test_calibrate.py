@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel, WhisperConfig, WhisperForConditionalGeneration
 
-from effllm.compress import compress
+from effllm.compression import compress
 from effllm.errors import CalibrationError
 from effllm.recipe import Bipolar
 from effllm.runtime.formats import bipolar

@@ -11,7 +11,7 @@ import sympy
 import torch
 from torch import Tensor, nn
 
-from effllm.compress import compress
+from effllm.compression import compress
 from effllm.errors import CalibrationError, EffllmError, OptionError, PassError, RecipeError, WeightError
 from effllm.recipe import Recipe
 from effllm.runtime.formats import bipolar
