@@ -171,7 +171,7 @@ def test_explain_runs_nothing() -> None:
     model = Tied()
     ran: list[int] = []
     model.register_forward_hook(lambda *_: ran.append(1))
-    report = effllm.explain(Tied(), torch.randint(0, 48, (1, 4)), "w4a8")
+    report = effllm.explain(model, torch.randint(0, 48, (1, 4)), "w4a8")
     assert not ran and {d.module for d in report.applied} >= {"emb", "lm_head", "blocks.0.q"}
     assert "4 x" in str(report) or "2 x" in str(report)
     assert all(d.time_before and d.time_after for d in report.applied if d.module == "blocks.0.q")

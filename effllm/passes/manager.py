@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import networkx as nx
-import torch
 from torch import Tensor, fx
 
 from effllm import compat
@@ -83,4 +82,4 @@ def _unequal(x: Any, y: Any) -> bool:
         return x != y
     # symbolic sizes: compare their expressions, never guard on them
     ex, ey = (getattr(getattr(v, "node", None), "expr", v) for v in (x, y))
-    return torch.sym_not is not None and str(ex) != str(ey)
+    return str(ex) != str(ey)

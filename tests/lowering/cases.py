@@ -63,8 +63,3 @@ def all_cases() -> list[Case]:
     cases.append(Case(4, 32, "affine", 5, 33, 100, torch.float32, True, torch.float32))
     cases.append(Case(8, 0, "symmetric", 1, 16, 2048, torch.float32))
     return cases
-
-
-def floor(op_tolerance: dict[torch.dtype, float], dtype: torch.dtype) -> float:
-    """The op's floor of the relative error."""
-    return op_tolerance[dtype]

@@ -113,16 +113,17 @@ def test_nan_in_one_token_stays_there(op: str, provider: Provider) -> None:
     assert y[1].isnan().all() and not y[[0, 2]].isnan().any()
 
 
-@pytest.mark.parametrize(("op", "provider"), HERE, ids=IDS)
-def test_additive_in_the_input(op: str, provider: Provider) -> None:
-    """With integer activations that int8 holds exactly, y(a) + y(b) = y(a + b)."""
+A16 = [p for op, p in HERE if op == "bipolar_linear"]
+
+
+@pytest.mark.parametrize("provider", A16, ids=[p.name for p in A16])
+def test_additive_in_the_input(provider: Provider) -> None:
+    """y(a) + y(b) = y(a + b) up to the rounding of 16-bit activations."""
     case = Case(3, 64, "affine", 1, 32, 128, torch.float32)
-    supported(op, provider, case)
+    supported("bipolar_linear", provider, case)
     a, b = (torch.randint(-50, 51, (1, 128)).float() for _ in range(2))
-    a[0, 0], b[0, 0] = 77.0, 50.0  # the sum has 127: all three quantize exactly or to fp32 precision
-    if op == "bipolar_linear":
-        ya, yb, yc = (run(op, provider, case, t, None) for t in (a, b, a + b))
-        assert torch.allclose(ya + yb, yc, rtol=1e-4, atol=1e-4 * float(yc.abs().max()))
+    ya, yb, yc = (run("bipolar_linear", provider, case, t, None) for t in (a, b, a + b))
+    assert torch.allclose(ya + yb, yc, rtol=1e-4, atol=1e-4 * float(yc.abs().max()))
 
 
 NATIVE = [(op, p) for op, p in HERE if p.name != "reference" and p.supports(problem(op, Case(4, 32, "affine", 1, 32, 64, torch.float32)))]
