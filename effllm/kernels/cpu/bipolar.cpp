@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "bipolar.h"
+#include "expand.h"
 #include "single.h"
 
 namespace {
@@ -34,7 +35,7 @@ Weight weight_of(const Tensor& codes, const Tensor& scale, const void* minimum, 
           n, codes.size(0), codes.size(1), scale.size(1), group, n, 0};
 }
 
-template <int D> using Run = void (*)(const Weight&, const Activations&, int64_t, int64_t, const float*, const float*, void*, Type);
+template <int D> using Run = void (*)(const Weight&, const Activations&, int64_t, int64_t, const float*, const float*, void*, Type, int64_t);
 template <int D> Run<D> pick(int64_t bits) {
   static constexpr Run<D> table[8] = {effllm::multiply_tiles<V, 1, D>, effllm::multiply_tiles<V, 2, D>, effllm::multiply_tiles<V, 3, D>, effllm::multiply_tiles<V, 4, D>,
                                       effllm::multiply_tiles<V, 5, D>, effllm::multiply_tiles<V, 6, D>, effllm::multiply_tiles<V, 7, D>, effllm::multiply_tiles<V, 8, D>};
@@ -49,15 +50,20 @@ int64_t grain(int64_t tiles, int64_t blocks, int64_t bits, int64_t m, int digits
   return std::max<int64_t>(1, std::min<int64_t>(tiles, static_cast<int64_t>(3000.0 / tile_ns)));
 }
 
-void run(const std::vector<Weight>& weights, int64_t bits, const Activations& x, const float* out_scale, const float* bias, void* y, Type type) {
+// What the caller chose (kernels/cpu/choose.py): threads at most (0: by `grain`), rows from which codes are unpacked to bytes first (0: by
+// instruction counts), rows from which they are expanded to bf16 (0: never).
+struct Choice { int64_t threads, unpack_from, expand_from; };
+
+void run(const std::vector<Weight>& weights, int64_t bits, const Activations& x, const float* out_scale, const float* bias, void* y, Type type, const Choice& how) {
   int64_t pairs = 0;
   for (const auto& w : weights) pairs += (w.tiles + 1) / 2;
+  const int64_t each = how.threads > 0 ? (pairs + how.threads - 1) / how.threads : grain(pairs, 2 * weights[0].blocks, bits, x.m, x.digits);
   const auto go = x.digits == 1 ? pick<1>(bits) : x.digits == 2 ? pick<2>(bits) : pick<3>(bits);
-  torch::stable::parallel_for(0, pairs, grain(pairs, 2 * weights[0].blocks, bits, x.m, x.digits), [&](int64_t from, int64_t to) {
+  torch::stable::parallel_for(0, pairs, each, [&](int64_t from, int64_t to) {
     int64_t first = 0;
     for (const auto& w : weights) {
       const int64_t count = (w.tiles + 1) / 2, a = std::max(from, first), b = std::min(to, first + count);
-      if (a < b) go(w, x, 2 * (a - first), std::min(w.tiles, 2 * (b - first)), out_scale, bias, y, type);
+      if (a < b) go(w, x, 2 * (a - first), std::min(w.tiles, 2 * (b - first)), out_scale, bias, y, type, how.unpack_from);
       first += count;
     }
   });
@@ -99,9 +105,41 @@ Tensor result(const Tensor& x, int64_t n, ScalarType dtype) {
   return torch::stable::new_empty(x, shape, dtype);
 }
 
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+template <int BITS> void expand(const Weight& w, int64_t k, float zero, int64_t from, int64_t to, int64_t origin, uint16_t* out, int64_t ld) {
+  effllm::expand_tiles<V, BITS>(w, k, zero, from, to, origin, out, ld);
+}
+
+// x (m, k) bf16 times the weights, chunk by chunk of expanded columns (expand.h).
+void multiply_expanded(const Tensor& x, const std::vector<Weight>& weights, int64_t bits, float zero, const float* bias, uint16_t* y) {
+  static constexpr void (*table[8])(const Weight&, int64_t, float, int64_t, int64_t, int64_t, uint16_t*, int64_t) = {expand<1>, expand<2>, expand<3>, expand<4>, expand<5>, expand<6>, expand<7>, expand<8>};
+  const int64_t m = x.size(0), k = x.size(1);
+  for (const auto& w : weights) {
+    const int64_t chunk = std::max<int64_t>(8, effllm::kExpandBytes / (32 * k) / 8 * 8);
+    for (int64_t t0 = 0; t0 < w.tiles; t0 += chunk) {
+      const int64_t t1 = std::min(w.tiles, t0 + chunk), ld = (t1 - t0) * 16;
+      const Tensor dense = torch::stable::new_empty(x, {k, ld});
+      auto* out = static_cast<uint16_t*>(dense.mutable_data_ptr());
+      torch::stable::parallel_for(t0, t1, 2, [&](int64_t a, int64_t b) { table[bits - 1](w, k, zero, a, b, t0, out, ld); });
+      const Tensor part = torch::stable::matmul(x, dense);
+      const auto* from = static_cast<const uint16_t*>(part.const_data_ptr());
+      const int64_t count = std::min(ld, w.n - t0 * 16), col = w.col + t0 * 16;
+      torch::stable::parallel_for(0, m, 16, [&](int64_t a, int64_t b) {
+        for (int64_t i = a; i < b; ++i) {
+          uint16_t* to = y + i * w.ldy + col;
+          std::memcpy(to, from + i * ld, static_cast<size_t>(count) * 2);
+          if (bias)
+            for (int64_t j = 0; j < count; ++j) to[j] = effllm::float_to_bf16(effllm::bf16_to_float(to[j]) + bias[t0 * 16 + j]);
+        }
+      });
+    }
+  }
+}
+#endif
+
 // One or several weights that share x: y holds their outputs side by side.
 Tensor multiply(const Tensor& x_in, const float* xs, const std::vector<Tensor>& codes, const std::vector<Tensor>& scale, const std::vector<const void*>& minimum,
-                const std::optional<Tensor>& bias, const std::vector<int64_t>& n, int64_t bits, int64_t group, double zero, ScalarType dtype) {
+                const std::optional<Tensor>& bias, const std::vector<int64_t>& n, int64_t bits, int64_t group, double zero, ScalarType dtype, const Choice& how) {
   const Tensor x = x_in.is_contiguous() ? x_in : torch::stable::contiguous(x_in);
   const int64_t k = x.size(x.dim() - 1), m = k ? x.numel() / k : 0;
   int64_t total = 0;
@@ -122,21 +160,28 @@ Tensor multiply(const Tensor& x_in, const float* xs, const std::vector<Tensor>& 
     const Type bt = type_of(t.scalar_type());
     for (int64_t i = 0; i < t.numel(); ++i) b[static_cast<size_t>(i)] = effllm::load_as_float(t.const_data_ptr(), i, bt);
   }
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+  if (V::fast_bf16 && !xs && how.expand_from > 0 && m >= how.expand_from && x.scalar_type() == ScalarType::BFloat16) {
+    multiply_expanded(torch::stable::view(x, {m, k}), weights, bits, static_cast<float>(zero), bias ? b.data() : nullptr, static_cast<uint16_t*>(y.mutable_data_ptr()));
+    return y;
+  }
+#endif
   static thread_local Activations a;  // keeps its buffers between calls
   if (xs) prepare_int8(a, x, m, k, weights[0], zero, bits);
   else prepare_float(a, x, m, k, weights[0], zero, type_of(x.scalar_type()));
-  run(weights, bits, a, xs, bias ? b.data() : nullptr, y.mutable_data_ptr(), type_of(dtype));
+  run(weights, bits, a, xs, bias ? b.data() : nullptr, y.mutable_data_ptr(), type_of(dtype), how);
   return y;
 }
 
-Tensor linear(const Tensor x, const Tensor codes, const Tensor scale, std::optional<Tensor> minimum, std::optional<Tensor> bias, int64_t n, int64_t bits, int64_t group, double zero) {
-  return multiply(x, nullptr, {codes}, {scale}, {minimum ? minimum->const_data_ptr() : nullptr}, bias, {n}, bits, group, zero, x.scalar_type());
+Tensor linear(const Tensor x, const Tensor codes, const Tensor scale, std::optional<Tensor> minimum, std::optional<Tensor> bias, int64_t n, int64_t bits, int64_t group, double zero,
+              int64_t threads, int64_t unpack_from, int64_t expand_from) {
+  return multiply(x, nullptr, {codes}, {scale}, {minimum ? minimum->const_data_ptr() : nullptr}, bias, {n}, bits, group, zero, x.scalar_type(), {threads, unpack_from, expand_from});
 }
 
 Tensor linear_a8(const Tensor xq, const Tensor xs, const Tensor codes, const Tensor scale, std::optional<Tensor> minimum, std::optional<Tensor> bias, int64_t n, int64_t bits, int64_t group,
-                 double zero, ScalarType dtype) {
+                 double zero, ScalarType dtype, int64_t threads, int64_t unpack_from) {
   const Tensor s = xs.is_contiguous() ? xs : torch::stable::contiguous(xs);
-  return multiply(xq, static_cast<const float*>(s.const_data_ptr()), {codes}, {scale}, {minimum ? minimum->const_data_ptr() : nullptr}, bias, {n}, bits, group, zero, dtype);
+  return multiply(xq, static_cast<const float*>(s.const_data_ptr()), {codes}, {scale}, {minimum ? minimum->const_data_ptr() : nullptr}, bias, {n}, bits, group, zero, dtype, {threads, unpack_from, 0});
 }
 
 std::vector<const void*> pointers(const std::vector<Tensor>& t, size_t count) {
@@ -150,22 +195,24 @@ std::vector<int64_t> rows_of(const std::vector<Tensor>& codes) {
   return n;
 }
 
-Tensor linear_many(const Tensor x, std::vector<Tensor> codes, std::vector<Tensor> scale, std::vector<Tensor> minimum, int64_t bits, int64_t group, double zero) {
-  return multiply(x, nullptr, codes, scale, pointers(minimum, codes.size()), std::nullopt, rows_of(codes), bits, group, zero, x.scalar_type());
+Tensor linear_many(const Tensor x, std::vector<Tensor> codes, std::vector<Tensor> scale, std::vector<Tensor> minimum, int64_t bits, int64_t group, double zero, int64_t threads, int64_t unpack_from,
+                   int64_t expand_from) {
+  return multiply(x, nullptr, codes, scale, pointers(minimum, codes.size()), std::nullopt, rows_of(codes), bits, group, zero, x.scalar_type(), {threads, unpack_from, expand_from});
 }
 
-Tensor linear_a8_many(const Tensor xq, const Tensor xs, std::vector<Tensor> codes, std::vector<Tensor> scale, std::vector<Tensor> minimum, int64_t bits, int64_t group, double zero, ScalarType dtype) {
+Tensor linear_a8_many(const Tensor xq, const Tensor xs, std::vector<Tensor> codes, std::vector<Tensor> scale, std::vector<Tensor> minimum, int64_t bits, int64_t group, double zero, ScalarType dtype,
+                      int64_t threads, int64_t unpack_from) {
   const Tensor s = xs.is_contiguous() ? xs : torch::stable::contiguous(xs);
-  return multiply(xq, static_cast<const float*>(s.const_data_ptr()), codes, scale, pointers(minimum, codes.size()), std::nullopt, rows_of(codes), bits, group, zero, dtype);
+  return multiply(xq, static_cast<const float*>(s.const_data_ptr()), codes, scale, pointers(minimum, codes.size()), std::nullopt, rows_of(codes), bits, group, zero, dtype, {threads, unpack_from, 0});
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(EFFLLM_NAMESPACE, m) {
-  m.def("linear(Tensor x, Tensor codes, Tensor scale, Tensor? minimum, Tensor? bias, int n, int bits, int group, float zero) -> Tensor");
-  m.def("linear_a8(Tensor xq, Tensor xs, Tensor codes, Tensor scale, Tensor? minimum, Tensor? bias, int n, int bits, int group, float zero, ScalarType dtype) -> Tensor");
-  m.def("linear_many(Tensor x, Tensor[] codes, Tensor[] scale, Tensor[] minimum, int bits, int group, float zero) -> Tensor");
-  m.def("linear_a8_many(Tensor xq, Tensor xs, Tensor[] codes, Tensor[] scale, Tensor[] minimum, int bits, int group, float zero, ScalarType dtype) -> Tensor");
+  m.def("linear(Tensor x, Tensor codes, Tensor scale, Tensor? minimum, Tensor? bias, int n, int bits, int group, float zero, int threads=0, int unpack_from=0, int expand_from=0) -> Tensor");
+  m.def("linear_a8(Tensor xq, Tensor xs, Tensor codes, Tensor scale, Tensor? minimum, Tensor? bias, int n, int bits, int group, float zero, ScalarType dtype, int threads=0, int unpack_from=0) -> Tensor");
+  m.def("linear_many(Tensor x, Tensor[] codes, Tensor[] scale, Tensor[] minimum, int bits, int group, float zero, int threads=0, int unpack_from=0, int expand_from=0) -> Tensor");
+  m.def("linear_a8_many(Tensor xq, Tensor xs, Tensor[] codes, Tensor[] scale, Tensor[] minimum, int bits, int group, float zero, ScalarType dtype, int threads=0, int unpack_from=0) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) {

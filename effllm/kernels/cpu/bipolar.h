@@ -8,7 +8,7 @@
 // Bytes     N * K * bits / 8 + scales; the activations stay in cache.
 // Work      per 64 codes: extraction (mask, shift) once, one byte dot product per token and digit.
 // Paths     gemv: weights are unpacked in registers for up to 4 tokens. gemm: 32 rows are unpacked to bytes once and reused by
-//           all tokens. `prefer_gemm` compares their instruction counts.
+//           all tokens, from `unpack_from` tokens on, or where `prefer_gemm` finds fewer instructions. expand.h has a third.
 // Numerics  integer sums exact; fp32 across segments.
 #pragma once
 #include "activation.h"
@@ -218,12 +218,12 @@ template <class V, int BITS, int D> inline bool prefer_gemm(int64_t m) {
 }
 
 template <class V, int BITS, int D>
-void multiply_tiles(const Weight& w, const Activations& x, int64_t from, int64_t to, const float* out_scale, const float* bias, void* y, Type type) {
+void multiply_tiles(const Weight& w, const Activations& x, int64_t from, int64_t to, const float* out_scale, const float* bias, void* y, Type type, int64_t unpack_from) {
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
   if constexpr (D == 1 && V::fast_single)
     if (x.m == 1) { gemv_single<V, BITS>(w, x, from, to, out_scale, bias, y, type); return; }
 #endif
-  if (!prefer_gemm<V, BITS, D>(x.m)) {
+  if (unpack_from > 0 ? x.m < unpack_from : !prefer_gemm<V, BITS, D>(x.m)) {
     for (int64_t t = from; t < to; ++t) {
       int64_t m = 0;
       for (; m + 4 <= x.m; m += 4) gemv_tile<V, BITS, D, 4>(w, x, t, m, out_scale, bias, y, type);

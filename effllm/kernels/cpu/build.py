@@ -22,7 +22,7 @@ from effllm.errors import KernelError
 
 HERE = Path(__file__).parent
 UNITS = ("bipolar.cpp", "attention.cpp")
-SOURCES = (*UNITS, "bipolar.h", "single.h", "lookup.h", "activation.h", "vector.h")
+SOURCES = (*UNITS, "bipolar.h", "expand.h", "single.h", "lookup.h", "activation.h", "vector.h")
 _TARGET = "0x020b000000000000"  # stable ABI as of torch 2.11
 
 

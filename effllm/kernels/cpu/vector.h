@@ -20,6 +20,7 @@ struct Portable {
   static constexpr const char* name = "portable";
   static constexpr int gemm_rows = 2;
   static constexpr bool fast_single = false;
+  static constexpr bool fast_bf16 = false;
   struct W { uint8_t v[64]; };
   struct I { int32_t v[16]; };
   struct F { float v[16]; };
@@ -54,6 +55,7 @@ struct Avx2 {
   static constexpr const char* name = "avx2";
   static constexpr int gemm_rows = 2;
   static constexpr bool fast_single = false;
+  static constexpr bool fast_bf16 = false;
   struct W { __m256i a, b; };
   struct I { __m256i a, b; };
   struct F { __m256 a, b; };
@@ -113,6 +115,11 @@ struct Avx512 {
   static constexpr const char* name = "avx512";
   static constexpr int gemm_rows = 6;
   static constexpr bool fast_single = true;
+#if defined(__AVX512BF16__)
+  static constexpr bool fast_bf16 = true;
+#else
+  static constexpr bool fast_bf16 = false;
+#endif
   using W = __m512i;
   using I = __m512i;
   using F = __m512;
@@ -140,6 +147,10 @@ struct Avx512 {
   static F load_f(const float* p) { return _mm512_loadu_ps(p); }
   static F load_h(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static void store_f(float* p, F f) { _mm512_storeu_ps(p, f); }
+#if defined(__AVX512BF16__)
+  template <int C> static F column(W w) { return _mm512_cvtepi32_ps(_mm512_and_si512(C ? _mm512_srli_epi32(w, 8 * C) : w, _mm512_set1_epi32(255))); }
+  static void store_bf16(uint16_t* p, F f) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(f))); }
+#endif
 };
 #endif
 
