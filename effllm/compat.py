@@ -87,11 +87,20 @@ def module_of(node: fx.Node) -> tuple[str, type | None]:
     if not stack:
         return "", None
     path, cls = list(stack.values())[-1]
+    return _dotted(path), cls if isinstance(cls, type) else None
+
+
+def _dotted(path: Any) -> str:
     text = str(path).replace("_modules", "").replace("[", ".").replace("]", ".").replace("'", "").replace('"', "")
     parts = [p for p in text.split(".") if p]
     if parts[:1] == ["L"]:  # a local of the traced function: its name is not part of the module's
         parts = parts[2:]
-    return ".".join(parts), cls if isinstance(cls, type) else None
+    return ".".join(parts)
+
+
+def module_paths(node: fx.Node) -> list[str]:
+    """Dotted names of the nn.Modules that a node comes from, outermost first."""
+    return [_dotted(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
 
 
 def example_value(node: fx.Node) -> Any:
@@ -122,7 +131,8 @@ def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str |
     """Hand a graph to Inductor, with one of its modes and config options."""
     from torch._inductor.compile_fx import compile_fx
 
-    patches: dict[str, Any] = {}
+    # Dynamo's guards and the fakes of our ops have checked the shapes; the asserts cost 8 % of decoding a small model
+    patches: dict[str, Any] = {"size_asserts": False}
     if mode not in (None, "default"):
         patches.update(torch._inductor.list_mode_options(mode))
     patches.update(options or {})
@@ -131,6 +141,11 @@ def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str |
         warnings.filterwarnings("ignore", "bf16 and fp16 are mixed")
         compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches or None)
     return cast(Callable[..., Any], compiled)
+
+
+def can_outline() -> bool:
+    """Whether Inductor compiles `invoke_subgraph` calls whose subgraph writes to its inputs (seen to work in torch 2.13)."""
+    return hasattr(torch.ops.higher_order, "invoke_subgraph") and tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
 def inductor_modes() -> dict[str, dict[str, Any]]:

@@ -34,6 +34,7 @@ class Context:
     strict: bool = False
     kernel: str | None = None
     max_slowdown: float = 1.25
+    layers: str = "auto"  # "once", "inline" or "auto", see outline_layers
     store: Any = None  # runtime.binding.PackStore
     bound: list[Bound] = field(default_factory=list)
     changed: list[fx.Node] = field(default_factory=list)  # nodes that replaced others, to be verified

@@ -14,6 +14,7 @@ from torch import fx
 from effllm import compat
 from effllm.lowering.op import OPS
 from effllm.passes.base import Context, call, is_op, replace
+from effllm.passes.manager import differs
 from effllm.report import Decision, PassReport
 
 _ROWS = 16  # outputs of a weight must fill whole tiles
@@ -74,7 +75,9 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node], a8: bool, context: Context) ->
     for node, size in zip(nodes, sizes, strict=True):
         with graph.inserting_before(node):
             view = call(graph, torch.narrow, (merged, -1, at, size), node)
-            part = call(graph, torch.Tensor.contiguous, (view,), node)  # a linear's output is contiguous; fuses into its consumers
+            part = view
+            if differs(compat.example_value(node), compat.example_value(view)):  # several rows: a linear's output is contiguous; fuses into its consumers
+                part = call(graph, torch.Tensor.contiguous, (view,), node)
         at += size
         replace(context, node, part)
     context.changed.append(merged)

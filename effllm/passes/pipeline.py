@@ -6,9 +6,10 @@ from effllm.passes.base import Pass
 from effllm.passes.bipolar_linear import BipolarLinear
 from effllm.passes.decode_attention import DecodeAttention
 from effllm.passes.merge_linear import MergeLinear
+from effllm.passes.outline_layers import OutlineLayers
 from effllm.passes.share_activation import ShareActivation
 
 
 def default() -> list[Pass]:
     """A fresh list of every pass."""
-    return [BipolarLinear(), ShareActivation(), MergeLinear(), DecodeAttention()]
+    return [BipolarLinear(), ShareActivation(), MergeLinear(), DecodeAttention(), OutlineLayers()]
