@@ -84,6 +84,11 @@ def source_name(placeholder: fx.Node) -> str:
     return str(name() if callable(name) else name)
 
 
+def is_weight(placeholder: fx.Node, real: Tensor) -> bool:
+    """Whether an input is a parameter or a module's buffer, so that it is worth packing once; any other tensor may be new at each call."""
+    return isinstance(real, torch.nn.Parameter) or "._buffers[" in source_name(placeholder)
+
+
 def parameter_name(placeholder: fx.Node) -> str:
     """Dotted name of the parameter behind a placeholder, such as model.layers.0.mlp.experts.down_proj."""
     text = re.sub(r"\._(?:modules|parameters|buffers)(?=\[)", "", source_name(placeholder))

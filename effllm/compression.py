@@ -58,11 +58,16 @@ def plan(model: nn.Module, recipe: Recipe) -> tuple[list[Site], list[Decision]]:
     """The modules to pack, and a Decision for every Linear, Conv1D or Embedding and every matrix of another module that is left alone."""
     sites: list[Site] = []
     kept: list[Decision] = []
+    whole = ""  # the last module that was judged as a whole, its parts (parametrizations) included
     for name, module in model.named_modules():
+        if whole and name.startswith(f"{whole}."):
+            continue
         kind = modules.kind_of(module)
         if not kind:
-            kept += [_kept(f"{name}.{leaf}" if name else leaf, "other-module", _other(module, p)) for leaf, p in module.named_parameters(recurse=False) if p.dim() > 1]
+            matrices = [(leaf, p) for leaf, p in module.named_parameters(recurse=False) if p.dim() > 1]
+            kept += [_kept(f"{name}.{leaf}" if name else leaf, "other-module", _other(module, p)) for leaf, p in matrices]
         else:
+            whole = name
             n, k = modules.matrix(module).shape
             rule = recipe.rule_for(name, kind, (n, k))
             if rule is None or rule.method == "dense":

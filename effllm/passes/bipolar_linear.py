@@ -76,8 +76,8 @@ def _read(node: fx.Node) -> _Site | None:
         return _Site(node, "embedding", x, weight)
     if node.target in compat.ADDMM and not {"alpha", "beta"} & set(node.kwargs):
         bias, x, weight = given("input", "mat1", "mat2")
-        is_parameter = isinstance(weight, fx.Node) and weight.op == "placeholder" and isinstance(compat.real_tensor(weight), nn.Parameter)
-        if is_parameter and isinstance(bias, fx.Node) and compat.example_value(bias).dim() == 1 and isinstance(x, fx.Node):
+        held = isinstance(weight, fx.Node) and weight.op == "placeholder" and isinstance(compat.real_tensor(weight), nn.Parameter)
+        if held and isinstance(bias, fx.Node) and compat.example_value(bias).dim() == 1 and isinstance(x, fx.Node):
             return _Site(node, "linear", x, weight, bias, transposed=True)
     return None
 
@@ -122,6 +122,8 @@ def _site(graph: fx.Graph, site: _Site, grad: bool, context: Context) -> Decisio
     real = compat.real_tensor(weight) if weight.op == "placeholder" else None
     if real is None:
         return kept("computed-weight", "the weight is computed in the graph or is an activation")
+    if not compat.is_weight(weight, real):
+        return kept("no-parameter", "the weight is an argument of the call, not a parameter or buffer of a module")
     if real.dim() != 2 or not real.is_floating_point():
         return kept("not-a-matrix", f"the weight is {real.dtype} of shape {tuple(real.shape)}")
     shape = (real.shape[1], real.shape[0]) if site.transposed else (real.shape[0], real.shape[1])
