@@ -93,7 +93,7 @@ def parameter_name(placeholder: fx.Node) -> str:
     """Dotted name of the parameter behind a placeholder, such as model.layers.0.mlp.experts.down_proj."""
     text = re.sub(r"\._(?:modules|parameters|buffers)(?=\[)", "", source_name(placeholder))
     parts = [p for p in re.split(r"[\[\].'\"]+", text) if p]
-    return ".".join(parts[2:] if parts[:1] == ["L"] else parts)
+    return ".".join((parts[2:] or parts[1:]) if parts[:1] == ["L"] else parts)
 
 
 def module_of(node: fx.Node) -> tuple[str, type | None]:

@@ -121,7 +121,7 @@ def test_transformers_says_that_it_does_not_compile_but_not_why(caplog: pytest.L
     # the limit that the module's docstring states: if this line is ever gone, a plain config on a CPU is silent
     from transformers.utils import logging as theirs
 
-    theirs.get_logger().warning_once.cache_clear() if hasattr(theirs.get_logger().warning_once, "cache_clear") else None
+    logging.Logger.warning_once.cache_clear()  # it says so once per process
     theirs.enable_propagation()
     try:
         with caplog.at_level(logging.WARNING):
