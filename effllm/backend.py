@@ -27,7 +27,7 @@ from effllm.passes import manager, pipeline
 from effllm.passes.base import Context
 from effllm.recipe import Recipe
 from effllm.report import Report
-from effllm.runtime.binding import Binding, PackStore
+from effllm.runtime.binding import Binding, PackStore, Want
 from effllm.solvers import solve
 
 store = PackStore(lambda w, params: solve(w, params))
@@ -82,7 +82,7 @@ class Rewritten:
     gm: fx.GraphModule
     report: Report
     keep: list[int]
-    wants: list[tuple[int, Any, str, tuple[str, ...]]]
+    wants: list[Want]
 
 
 def rewrite(gm: fx.GraphModule, options: Options) -> Rewritten:
@@ -98,7 +98,8 @@ def rewrite(gm: fx.GraphModule, options: Options) -> Rewritten:
     # a weight that only packed ops read is no input of the compiled graph any more
     dead = {n for n in inputs if n in used and not n.users}
     keep = [i for i, n in enumerate(inputs) if n not in dead]
-    wants = [(position[b.source], b.params, b.layout, tuple(b.nodes)) for b in sorted(context.bound, key=lambda b: _order(graph, b.nodes["codes"]))]
+    bound = sorted(context.bound, key=lambda b: _order(graph, b.nodes["codes"]))
+    wants = [Want(position[b.source], b.params, b.layout, tuple(b.nodes), b.transposed) for b in bound]
     for n in dead:
         graph.erase_node(n)
     graph.lint()
@@ -141,7 +142,8 @@ def effllm(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[s
 def _complain(report: Report, options: Options) -> None:
     """strict: nothing applied or anything failed is an error. Otherwise one warning names what failed and where gradients stood in the way."""
     failed = [d for d in report.decisions if d.action == "failed"]
-    sites = [d for d in report.decisions if d.action != "applied" and d.code not in ("alone", "not-mergeable", "no-rule", "dense", "inline", "not-repeated")]
+    plain = ("alone", "unlike", "not-mergeable", "no-rule", "dense", "inline", "not-repeated")
+    sites = [d for d in report.decisions if d.action != "applied" and d.code not in plain]
     rewrites = [d for p in report.passes if p.name == "bipolar_linear" for d in p.decisions]
     if options.strict and (failed or (rewrites and not any(d.action == "applied" for d in rewrites))):
         worst = (failed or sites or rewrites)[0]

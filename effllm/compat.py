@@ -1,12 +1,14 @@
-"""Every contact with private names of torch. One small function per name, tested in tests/test_compat.py.
+"""Every contact with private names of torch (and of transformers, two of them). One small function per name, tested in tests/test_compat.py.
 
 Tested with torch 2.11 to 2.13. Where a name is missing the function says so in its docstring; nothing else in effllm touches
-underscore names of torch.
+underscore names of these two.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import re
+import sys
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -17,6 +19,7 @@ from torch import Tensor, fx
 LINEAR: tuple[Any, ...] = (torch._C._nn.linear, torch.nn.functional.linear)
 ATTENTION: tuple[Any, ...] = (torch._C._nn.scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention)
 EMBEDDING: tuple[Any, ...] = (torch.nn.functional.embedding,)
+ADDMM: tuple[Any, ...] = (torch.addmm,)
 
 
 def inductor_compiler() -> str | None:
@@ -79,6 +82,18 @@ def source_name(placeholder: fx.Node) -> str:
         return placeholder.name
     name = getattr(source, "name", None)
     return str(name() if callable(name) else name)
+
+
+def is_weight(placeholder: fx.Node, real: Tensor) -> bool:
+    """Whether an input is a parameter or a module's buffer, so that it is worth packing once; any other tensor may be new at each call."""
+    return isinstance(real, torch.nn.Parameter) or "._buffers[" in source_name(placeholder)
+
+
+def parameter_name(placeholder: fx.Node) -> str:
+    """Dotted name of the parameter behind a placeholder, such as model.layers.0.mlp.experts.down_proj."""
+    text = re.sub(r"\._(?:modules|parameters|buffers)(?=\[)", "", source_name(placeholder))
+    parts = [p for p in re.split(r"[\[\].'\"]+", text) if p]
+    return ".".join((parts[2:] or parts[1:]) if parts[:1] == ["L"] else parts)
 
 
 def module_of(node: fx.Node) -> tuple[str, type | None]:
@@ -158,6 +173,20 @@ def inductor_option_names() -> list[str]:
     return list(torch._inductor.list_options())
 
 
+def conv1d() -> type | None:
+    """transformers' Conv1D (a linear with an (in, out) weight); None while nothing has imported it, for then no model has one."""
+    found = getattr(sys.modules.get("transformers.pytorch_utils"), "Conv1D", None)
+    return found if isinstance(found, type) else None
+
+
+def compile_on_every_device(config: Any) -> None:
+    """Let transformers' generate use a CompileConfig on devices where it would ignore it, such as CPUs."""
+    config._compile_all_devices = True
+
+
+def compiles_on_every_device(config: Any) -> bool:
+    """Whether `compile_on_every_device` was called on the config."""
+    return bool(getattr(config, "_compile_all_devices", None))
 
 
 def register_backend(name: str, backend: Callable[..., Any]) -> None:

@@ -1,4 +1,4 @@
-"""`effllm.compress`: swap Linear and Embedding modules for packed ones, in place, and free the dense weights."""
+"""`effllm.compress`: swap Linear, Conv1D and Embedding modules for packed ones, in place, and free the dense weights."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effllm import compat
 from effllm.errors import EffllmError, OptionError, PassError
 from effllm.recipe import Bipolar, Recipe
 from effllm.report import Decision, PassReport, Report
+from effllm.runtime import dense as modules
 from effllm.runtime.formats.base import Packed
 from effllm.runtime.packed import PackedEmbedding, PackedLinear, PackedWeight
 from effllm.solvers import check, solve
@@ -38,27 +40,41 @@ class Site:
     """A module that a rule covers."""
 
     name: str
-    module: nn.Linear | nn.Embedding
+    module: Any  # Linear, Conv1D or Embedding
     params: Bipolar
 
     @property
     def kind(self) -> str:
         """linear or embedding."""
-        return "linear" if isinstance(self.module, nn.Linear) else "embedding"
+        return modules.kind_of(self.module)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The dense weight as (out, in)."""
+        return modules.matrix(self.module)
 
 
 def plan(model: nn.Module, recipe: Recipe) -> tuple[list[Site], list[Decision]]:
-    """The modules to pack, and a Decision for every Linear or Embedding that is left alone."""
+    """The modules to pack, and a Decision for every Linear, Conv1D or Embedding and every matrix of another module that is left alone."""
     sites: list[Site] = []
     kept: list[Decision] = []
+    whole = ""  # the last module that was judged as a whole, its parts (parametrizations) included
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | nn.Embedding):
-            rule = recipe.rule_for(name, "linear" if isinstance(module, nn.Linear) else "embedding", (module.weight.shape[0], module.weight.shape[1]))
+        if whole and name.startswith(f"{whole}."):
+            continue
+        kind = modules.kind_of(module)
+        if not kind:
+            matrices = [(leaf, p) for leaf, p in module.named_parameters(recurse=False) if p.dim() > 1]
+            kept += [_kept(f"{name}.{leaf}" if name else leaf, "other-module", _other(module, p)) for leaf, p in matrices]
+        else:
+            whole = name
+            n, k = modules.matrix(module).shape
+            rule = recipe.rule_for(name, kind, (n, k))
             if rule is None or rule.method == "dense":
                 kept.append(_kept(name, "no-rule" if rule is None else "dense", "no rule covers it" if rule is None else "the recipe keeps it dense"))
                 continue
             if not name:
-                kept.append(_kept(name, "root", "the model itself is one Linear or Embedding and has no parent to swap it in; wrap it in a module"))
+                kept.append(_kept(name, "root", "the model itself is one Linear, Conv1D or Embedding and has no parent to swap it in; wrap it in a module"))
                 continue
             reason = _obstacle(module)
             if reason:
@@ -68,14 +84,23 @@ def plan(model: nn.Module, recipe: Recipe) -> tuple[list[Site], list[Decision]]:
     return sites, kept
 
 
+def _identity(module: nn.Module) -> tuple[int, bool]:
+    """Modules with the same identity share one matrix."""
+    return id(module.weight), modules.is_transposed(module)
+
+
+def _other(module: nn.Module, p: Tensor) -> str:
+    return f"{type(module).__name__} holds it, of shape {tuple(p.shape)}; only Linear, Conv1D and Embedding modules are packed"
+
+
 def _kept(name: str, code: str, reason: str) -> Decision:
     return Decision(name, name, "kept", code, reason)
 
 
-def _obstacle(module: nn.Linear | nn.Embedding) -> str:
+def _obstacle(module: nn.Module) -> str:
     """Why a module cannot be swapped, or an empty string."""
-    base = nn.Linear if isinstance(module, nn.Linear) else nn.Embedding
-    if type(module).forward is not base.forward:
+    base = next(cls for cls in (nn.Linear, nn.Embedding, compat.conv1d()) if cls is not None and isinstance(module, cls))
+    if type(module).forward is not base.forward:  # type: ignore[attr-defined]
         return f"{type(module).__name__} has a forward of its own"
     if isinstance(module, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return "its owner reads the weight directly (nn.MultiheadAttention)"
@@ -94,29 +119,29 @@ class Swap:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._undo: list[tuple[nn.Module, str, nn.Module]] = []
-        self._shared: dict[int, tuple[Bipolar, PackedWeight]] = {}
+        self._shared: dict[tuple[int, bool], tuple[Bipolar, PackedWeight]] = {}
         self._places: dict[int, list[tuple[nn.Module, str]]] = {}  # one module may sit in several
         for parent in model.modules():
             for leaf, child in parent._modules.items():
                 self._places.setdefault(id(child), []).append((parent, leaf))
 
-    def shared(self, weight: Tensor, params: Bipolar) -> PackedWeight | None:
+    def shared(self, site: Site) -> PackedWeight | None:
         """The packed form of a tied weight that is already in the model with the same numbers."""
-        found = self._shared.get(id(weight))
-        return found[1] if found and replace(found[0], act="a16", solver="auto") == replace(params, act="a16", solver="auto") else None
+        found = self._shared.get(_identity(site.module))
+        return found[1] if found and replace(found[0], act="a16", solver="auto") == replace(site.params, act="a16", solver="auto") else None
 
     def install(self, site: Site, packed: Packed | None) -> PackedWeight:
         """Swap one module; `packed` None means that its tied weight is already packed."""
         dense = site.module
-        weight = self.shared(dense.weight, site.params) if packed is None else None
+        weight = self.shared(site) if packed is None else None
         if weight is None:
             if packed is None:
                 raise OptionError("E-OPT-SWAP", f"{site.name} has no packed weight", "report this bug")
             act = site.params.act if site.kind == "linear" else "a16"
             weight = PackedWeight(packed, act=act, dtype=dense.weight.dtype)
-            self._shared.setdefault(id(dense.weight), (site.params, weight))
+            self._shared.setdefault(_identity(dense), (site.params, weight))
         new: nn.Module
-        new = PackedLinear(weight, dense.bias) if isinstance(dense, nn.Linear) else PackedEmbedding(weight, dense.padding_idx)
+        new = PackedLinear(weight, dense.bias) if site.kind == "linear" else PackedEmbedding(weight, dense.padding_idx)
         new.train(dense.training)
         # the dense module stays referenced until the whole model is done: then a failure can be undone
         for parent, leaf in self._places[id(dense)]:
@@ -136,7 +161,7 @@ class Swap:
 
 
 def compress(model: Any, recipe: Any = "w8", calibration: Any = None, *, strict: bool = False, progress: Progress | None = None) -> Any:
-    """Pack a model's Linear and Embedding weights as `recipe` says.
+    """Pack a model's Linear, Conv1D and Embedding weights as `recipe` says.
 
     model: an nn.Module (changed in place; returns the Report), or a local Hugging Face directory (read shard by shard with at most
     the packed model plus two dense layers in memory, unless there is calibration; returns (model, Report)). Weights that are tied stay tied. Parameters that
@@ -160,7 +185,7 @@ def compress(model: Any, recipe: Any = "w8", calibration: Any = None, *, strict:
     require(sites, kept, strict)
     for site in sites:
         try:
-            check(site.module.weight, site.params)
+            check(site.matrix, site.params)
         except EffllmError as error:
             raise type(error)(error.code, f"{site.name}: {error.cause}", error.next_step) from None
     swap = Swap(model)
@@ -179,7 +204,7 @@ def compress(model: Any, recipe: Any = "w8", calibration: Any = None, *, strict:
 def require(sites: list[Site], kept: list[Decision], strict: bool) -> None:
     """strict: a recipe that applies to nothing is an error."""
     if strict and not sites:
-        why = f": {kept[0].module} [{kept[0].code}] {kept[0].reason}" if kept else ": the model has no Linear or Embedding"
+        why = f": {kept[0].module} [{kept[0].code}] {kept[0].reason}" if kept else ": the model has no Linear, Conv1D or Embedding"
         raise PassError("E-PAS-STRICT", f"strict: the recipe applied to nothing{why}", "see Recipe.preview(model)")
 
 
@@ -201,13 +226,13 @@ def _run(model: nn.Module, sites: list[Site], swap: Swap, report: PassReport, ca
         from effllm.solvers.calibrate import calibrated
 
         by_name = {s.name: s for s in sites if s.kind == "linear" and s.params.solver != "search"}
-        covered = {name: (s.module, s.params) for name, s in by_name.items() if isinstance(s.module, nn.Linear)}
+        covered = {name: (s.module, s.params) for name, s in by_name.items()}
         calibrated(model, calibration, covered, lambda name, packed: finish(by_name[name], packed))
         direct = [s for s in direct if s.name not in by_name]
     with one_thread():
         for site in direct:
-            tied = swap.shared(site.module.weight, site.params) is not None
-            finish(site, None if tied else solve(site.module.weight, site.params))
+            tied = swap.shared(site) is not None
+            finish(site, None if tied else solve(site.matrix, site.params))
 
 
 def decision(site: Site, dense_bytes: int, weight: PackedWeight, *, tied: bool) -> Decision:

@@ -113,18 +113,15 @@ class Recipe:
         return {"name": self.name, "rules": rules}
 
     def preview(self, model: Any) -> list[dict[str, Any]]:
-        """Which rule hits which Linear or Embedding module, and which none do; touches nothing."""
-        import torch
+        """Which rule hits which Linear, Conv1D or Embedding module, and which none do; touches nothing."""
+        from effllm.runtime.dense import kind_of, matrix
 
         rows = []
         for name, module in model.named_modules():
-            if isinstance(module, torch.nn.Linear):
-                kind = "linear"
-            elif isinstance(module, torch.nn.Embedding):
-                kind = "embedding"
-            else:
+            kind = kind_of(module)
+            if not kind:
                 continue
-            n, k = module.weight.shape
+            n, k = matrix(module).shape
             rule = self.rule_for(name, kind, (n, k))
             index = None if rule is None else self.rules.index(rule)
             what = "no rule" if rule is None else ("dense" if rule.method == "dense" else f"{rule.params.bits}-bit {rule.params.act}")

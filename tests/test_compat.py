@@ -146,3 +146,43 @@ def test_compile_inner_passes_modes_and_options() -> None:
     assert callable(call)
 
 
+def test_parameter_name_and_what_counts_as_a_weight() -> None:
+    class Holds(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleList([nn.Bilinear(2, 3, 4)])
+            self.register_buffer("table", torch.ones(3, 3))
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return self.parts[0].weight.sum() + (self.table @ y) + x
+
+    seen: dict[str, bool] = {}
+
+    def look(gm: torch.fx.GraphModule, _: object) -> object:
+        for n in gm.graph.nodes:
+            if n.op == "placeholder":
+                seen[compat.parameter_name(n)] = compat.is_weight(n, compat.real_tensor(n))
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(Holds(), backend=look)(torch.ones(3, 3), torch.ones(3, 3))
+    assert seen == {"parts.0.weight": True, "table": True, "x": False, "y": False}
+
+
+def test_conv1d_is_the_class_of_transformers() -> None:
+    from transformers.pytorch_utils import Conv1D
+
+    assert compat.conv1d() is Conv1D and Conv1D(6, 4).weight.shape == (4, 6)  # (out, in) given, (in, out) held
+
+
+def test_transformers_reads_the_mark_of_a_compile_config() -> None:
+    import inspect
+
+    from transformers import CompileConfig, GenerationMixin
+
+    config = CompileConfig()
+    assert not compat.compiles_on_every_device(config)
+    compat.compile_on_every_device(config)
+    assert compat.compiles_on_every_device(config)
+    assert "compile_config._compile_all_devices" in inspect.getsource(GenerationMixin._valid_auto_compile_criteria)

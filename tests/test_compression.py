@@ -113,7 +113,8 @@ def test_left_alone(make: Any) -> None:
     assert snapshot(model[0]) == before
     assert isinstance(model[1], PackedLinear)
     kept = [d for d in report.decisions if d.action == "kept"]
-    assert len(kept) == 1 and kept[0].module.startswith("0") and kept[0].reason
+    # attention holds three more matrices in a parameter of its own
+    assert len(kept) == 1 + isinstance(model[0], nn.MultiheadAttention) and all(d.module.startswith("0") and d.reason for d in kept)
 
 
 def test_the_model_itself_cannot_be_swapped() -> None:

@@ -20,10 +20,11 @@ _DATA = (*_BASE, "effllm.runtime.formats", "effllm.runtime.layouts")
 LAYERS: dict[str, tuple[str, ...]] = {
     "effllm.errors": (),
     "effllm.report": _BASE,
-    "effllm.recipe": (*_BASE, "effllm.runtime.formats"),
+    "effllm.recipe": (*_BASE, "effllm.runtime.formats", "effllm.runtime.dense"),
     "effllm.runtime.formats": (*_BASE, "effllm.runtime.formats"),
     "effllm.runtime.layouts": _DATA,
-    "effllm.solvers": (*_DATA, "effllm.solvers"),
+    "effllm.runtime.dense": ("effllm.compat",),
+    "effllm.solvers": (*_DATA, "effllm.solvers", "effllm.runtime.dense"),
     "effllm.lowering": (*_DATA, "effllm.lowering", "effllm.compat", "effllm.kernels", "effllm.autotune.cost"),
     "effllm.kernels": (*_DATA, "effllm.lowering", "effllm.kernels", "effllm.autotune", "effllm.compat", "effllm.runtime.atomic"),
     "effllm.passes": (*_BASE, "effllm.runtime", "effllm.lowering.op", "effllm.lowering", "effllm.passes", "effllm.compat", "effllm.autotune", "effllm.solvers"),

@@ -16,6 +16,7 @@ from effllm.errors import CheckpointError, EffllmError
 from effllm.hf.skeleton import empty_model
 from effllm.recipe import Recipe
 from effllm.report import PassReport, Report
+from effllm.runtime.dense import is_transposed
 from effllm.solvers import solve
 
 
@@ -82,17 +83,19 @@ def compress_directory(directory: Path, recipe: Recipe, calibration: Any, *, str
     swap, report = Swap(model), PassReport("compress", kept)
     for done, site in enumerate(sorted(sites, key=lambda s: s.kind != "linear"), start=1):
         meta = site.module.weight
-        tied = swap.shared(meta, site.params) is not None
+        tied = swap.shared(site) is not None
         packed = None
         if not tied:
             dense = reader.read(source[f"{site.name}.weight"]).to(dtype)
+            if is_transposed(site.module):
+                dense = dense.t().contiguous()
             try:
                 with one_thread():
                     packed = solve(dense, site.params)
             except EffllmError as error:
                 raise type(error)(error.code, f"{site.name}: {error.cause}", error.next_step) from None
             del dense
-        if isinstance(site.module, nn.Linear) and site.module.bias is not None:
+        if site.kind == "linear" and site.module.bias is not None:
             site.module.bias = nn.Parameter(reader.read(source[f"{site.name}.bias"]).to(dtype), requires_grad=False)
         weight = swap.install(site, packed)
         weight.dtype = dtype

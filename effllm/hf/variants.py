@@ -63,7 +63,7 @@ def baseline(name: str, dense: Any, shape: Shape, *, compile_prefill: bool = Tru
         return Variant(name, None, model, _runner(model, None, shape, compile_prefill))
 
     def compiled(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return torch.compile(step, fullgraph=True, dynamic=False, options=dict(_OPTIONS[name]) or None)
+        return torch.compile(step, fullgraph=True, options=dict(_OPTIONS[name]) or None)
 
     return Variant(name, None, model, _runner(model, compiled, shape, compile_prefill))
 
@@ -88,7 +88,7 @@ def packed(what: str, model: Any, shape: Shape, *, compile_prefill: bool = True)
     import effllm.backend  # noqa: F401 - registers the backend for a checkout that is not installed
 
     def compiled(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return torch.compile(step, fullgraph=True, dynamic=False, backend="effllm")
+        return torch.compile(step, fullgraph=True, backend="effllm")
 
     return Variant(f"effllm-{what}", what, model, _runner(model, compiled, shape, compile_prefill))
 

@@ -58,7 +58,8 @@ def embedding(
     """Rows `ids` (...) of the packed weight as (..., K) in `dtype`."""
     flat = ids.reshape(-1)
     u, s, low = layouts.get(layout_of("bipolar_embedding", kernel)).rows(codes, scale, minimum, flat, n=n, bits=bits, group=group)
-    return bipolar.dequantize(u, s, low, zero, group)[:, :k].to(dtype).reshape(*ids.shape, k)
+    rows = bipolar.dequantize(u, s, low, zero, group)[:, :k].to(dtype)
+    return rows.contiguous().reshape(*ids.shape, k)  # padded columns leave a gap between rows
 
 
 def provider(op: str, kernel: str) -> Provider:

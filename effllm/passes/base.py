@@ -17,13 +17,15 @@ from effllm.report import PassReport
 class Bound:
     """A packed weight that is looked up at call time: which original input it comes from, and its new placeholders.
 
-    `params` has a resolved offset ("none", "integer" or "affine"), because the graph fixes which tensors exist.
+    `params` has a resolved offset ("none", "integer" or "affine"), because the graph fixes which tensors exist; `transposed` is for
+    weights that are held as (in, out).
     """
 
     source: fx.Node
     params: Bipolar
     layout: str
     nodes: dict[str, fx.Node]
+    transposed: bool = False
 
 
 @dataclass

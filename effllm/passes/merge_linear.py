@@ -47,8 +47,18 @@ class MergeLinear:
             if len(nodes) > 1:
                 report.decisions.append(_merge(graph, sorted(nodes, key=order.__getitem__), a8, context))
             else:
-                report.decisions.append(Decision(nodes[0].name, compat.module_of(nodes[0])[0], "kept", "alone", "no other linear reads the same activation"))
+                report.decisions.append(_single(nodes[0], a8, groups))
         return report
+
+
+def _single(node: fx.Node, a8: bool, groups: dict[tuple[Any, ...], list[fx.Node]]) -> Decision:
+    """Why a linear found no partner: none reads its activation, or those that do are packed in another way."""
+    module = compat.module_of(node)[0]
+    other = next((m for (b8, *_), ns in groups.items() for m in ns if b8 == a8 and m is not node and m.args[0] is node.args[0]), None)
+    if other is None:
+        return Decision(node.name, module, "kept", "alone", "no other linear reads the same activation")
+    reason = f"{compat.module_of(other)[0] or other.name} reads the same activation, but its bits, group, grid or kernel differ"
+    return Decision(node.name, module, "kept", "unlike", reason)
 
 
 def _obstacle(bias: Any, n: Any, kernel: Any, a8: bool) -> str:

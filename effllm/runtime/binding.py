@@ -14,7 +14,7 @@ import threading
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,20 @@ from effllm.runtime.formats.base import Packed
 Solver = Callable[[Tensor, Bipolar], Packed]
 
 
+class Want(NamedTuple):
+    """One packed weight of a graph: the input it is made of, how, in which layout, and which of its tensors the graph takes.
+
+    `transposed` is for weights that are held as (in, out).
+    """
+
+    position: int
+    params: Bipolar
+    layout: str
+    names: tuple[str, ...]
+    transposed: bool = False
+
+
+_Form = tuple[Bipolar, bool]  # parameters, and whether the weight is (in, out)
 _OFFSET = {"symmetric": "none", "integer": "integer", "affine": "affine"}
 
 
@@ -36,10 +50,10 @@ class _Entry:
 
     def __init__(self, ref: weakref.ref[Tensor], version: int) -> None:
         self.ref, self.version = ref, version
-        self.resolved: dict[Bipolar, Bipolar] = {}  # as asked -> with the offset that "auto" came to
-        self.shapes: dict[Bipolar, Packed] = {}  # on meta
-        self.layouts: dict[Bipolar, dict[str, dict[str, Tensor]]] = {}
-        self.passing: set[Bipolar] = set()  # canonical copies that go once a kernel's layout is made
+        self.resolved: dict[_Form, _Form] = {}  # as asked -> with the offset that "auto" came to
+        self.shapes: dict[_Form, Packed] = {}  # on meta
+        self.layouts: dict[_Form, dict[str, dict[str, Tensor]]] = {}
+        self.passing: set[_Form] = set()  # canonical copies that go once a kernel's layout is made
 
 
 class PackStore:
@@ -69,27 +83,27 @@ class PackStore:
                 del self._entries[key]
             self.generation += 1
 
-    def describe(self, weight: Tensor, params: Bipolar) -> Packed:
+    def describe(self, weight: Tensor, params: Bipolar, *, transposed: bool = False) -> Packed:
         """Shapes and attributes of the packed weight (on meta). Solves it, once per version and parameters."""
-        asked = replace(params, act="a16")
+        asked = (replace(params, act="a16"), transposed)
         with self._lock, torch.no_grad():
             entry = self._entry(weight)
             if asked not in entry.resolved:
-                packed = self._solver(weight.detach(), asked)
+                packed = self._solver(weight.detach().t().contiguous() if transposed else weight.detach(), asked[0])
                 self.packs += 1
-                resolved = replace(asked, offset=_OFFSET[packed.attrs["grid"]])
+                resolved = (replace(asked[0], offset=_OFFSET[packed.attrs["grid"]]), transposed)
                 entry.resolved[asked] = entry.resolved[resolved] = resolved
                 entry.shapes[resolved] = packed.to("meta")
                 entry.layouts[resolved] = {"planes": layouts.get("planes").repack(packed)}
                 entry.passing.add(resolved)
             return entry.shapes[entry.resolved[asked]]
 
-    def tensors(self, weight: Tensor, params: Bipolar, layout: str) -> dict[str, Tensor]:
+    def tensors(self, weight: Tensor, params: Bipolar, layout: str, *, transposed: bool = False) -> dict[str, Tensor]:
         """The packed weight in a kernel's layout."""
         with self._lock, torch.no_grad():
-            shape = self.describe(weight, params)
+            shape = self.describe(weight, params, transposed=transposed)
             entry = self._entry(weight)
-            resolved = entry.resolved[replace(params, act="a16")]
+            resolved = entry.resolved[replace(params, act="a16"), transposed]
             have = entry.layouts[resolved]
             if layout not in have:
                 source = next(iter(have))
@@ -114,11 +128,11 @@ class Binding:
     mode "checked": identity and version of every weight at every call. "frozen": looked up at the first call only.
     """
 
-    def __init__(self, store: PackStore, wants: Sequence[tuple[int, Bipolar, str, tuple[str, ...]]], mode: str) -> None:
+    def __init__(self, store: PackStore, wants: Sequence[Want], mode: str) -> None:
         if mode not in ("checked", "frozen"):
             raise OptionError("E-OPT-VALUE", f"weights={mode!r}", 'weights is "checked" or "frozen"')
         self._store, self._wants, self._frozen = store, wants, mode == "frozen"
-        self._index = tuple(dict.fromkeys(w[0] for w in wants))
+        self._index = tuple(dict.fromkeys(w.position for w in wants))
         self._table: dict[tuple[Any, ...], list[Tensor]] = {}
         self._generation = store.generation
         self._once: list[Tensor] | None = None
@@ -134,9 +148,9 @@ class Binding:
         found = self._table.get(key)
         if found is None:
             found = []
-            for i, params, layout, names in self._wants:
-                tensors = self._store.tensors(args[i], params, layout)
-                found += [tensors[name] for name in names]
+            for w in self._wants:
+                tensors = self._store.tensors(args[w.position], w.params, w.layout, transposed=w.transposed)
+                found += [tensors[name] for name in w.names]
             if self._generation != self._store.generation:  # a lookup replaced an entry whose id was reused
                 self._table.clear()
                 self._generation = self._store.generation

@@ -24,6 +24,7 @@ import effllm
 from effllm.errors import CheckpointError, nearest
 from effllm.runtime import formats, shards
 from effllm.runtime.atomic import staged_directory
+from effllm.runtime.dense import is_transposed, matrix
 from effllm.runtime.formats.base import Packed
 from effllm.runtime.header import NAME, VERSION, read_header, seal
 from effllm.runtime.inventory import Inventory
@@ -159,6 +160,8 @@ def _check_fit(skeleton: nn.Module, header: dict[str, Any]) -> None:
             for leaf in ("codes", "scale", "minimum"):
                 have.pop(f"{name}.{leaf}", None)
             have[name] = part.shape
+        elif name in header["modules"] and is_transposed(part):
+            have[f"{name}.weight"] = tuple(matrix(part).shape)
     want = {f"{name}.weight": tuple(header["weights"][m["weight"]]["shape"]) for name, m in header["modules"].items()}
     for name, role in header["plain"].items():
         if role != "temporary" or name in have:  # another version of the model's code may do without a temporary buffer

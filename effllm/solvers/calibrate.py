@@ -16,12 +16,13 @@ from torch import Tensor, nn
 
 from effllm.errors import CalibrationError
 from effllm.recipe import Bipolar
+from effllm.runtime.dense import matrix
 from effllm.runtime.formats.base import Packed
 from effllm.solvers import blocks, solve
 from effllm.solvers.blocks import Call, Chain
 from effllm.solvers.statistics import Statistics, Stop
 
-Covered = dict[str, tuple[nn.Linear, Bipolar]]
+Covered = dict[str, tuple[nn.Module, Bipolar]]
 _STAGES = 8  # more distinct inputs in a block (experts) than this are collected in one pass
 
 
@@ -86,13 +87,13 @@ class _Job:
             hessian = statistics.hessian(name)
             if hessian is None and params.solver == "gptq":
                 raise CalibrationError("E-CAL-UNSEEN", f"no calibration input reached {name}", "give more calibration data, or solver=auto")
-            self.install(name, solve(module.weight, params, hessian))
+            self.install(name, solve(matrix(module), params, hessian))
             self.how[name] = how if hessian is not None else "unseen"
             if self.progress is not None:
                 self.progress(len(self.how), len(self.covered), name)
 
 
-def _stages(block: nn.Module, own: dict[str, nn.Linear], call: Call) -> Iterator[list[str]]:
+def _stages(block: nn.Module, own: dict[str, nn.Module], call: Call) -> Iterator[list[str]]:
     """The block's modules by shared input, in order of execution."""
     with Statistics(own) as probe:
         _call(block, call)

@@ -1,4 +1,4 @@
-"""H = sum x x^T of the inputs of Linear modules, collected by hooks while a model runs.
+"""H = sum x x^T of the inputs of Linear and Conv1D modules, collected by hooks while a model runs.
 
 Modules that read one and the same tensor (query, key and value; gate and up) share one H.
 """
@@ -22,7 +22,7 @@ class Statistics:
     `until_seen` ends a pass with `Stop` once every module was called in it.
     """
 
-    def __init__(self, linears: dict[str, nn.Linear], *, until_seen: bool = False) -> None:
+    def __init__(self, linears: dict[str, nn.Module], *, until_seen: bool = False) -> None:
         self.linears, self.until_seen = linears, until_seen
         self.leader: dict[str, str] = {}
         self._sums: dict[str, Tensor] = {}
@@ -61,7 +61,7 @@ class Statistics:
 
     def _hook(self, name: str) -> Any:
         def see(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            x: Tensor = args[0] if args else kwargs["input"]
+            x: Tensor = args[0] if args else next(iter(kwargs.values()))  # Linear calls it input, Conv1D x
             self._see(name, x)
             self._called.add(name)
             if self.until_seen and len(self._called) == len(self.linears):

@@ -169,3 +169,64 @@ def test_slower_than_dense_is_kept_and_says_by_how_much(monkeypatch: pytest.Monk
         assert (decision.action, decision.code) == ("kept", "slower") and "x the time" in decision.reason
 
     on_graph(nn.Linear(64, 64, bias=False), (torch.zeros(2, 64),), look)
+
+
+def decisions(fn: object, inputs: tuple[Tensor, ...], recipe: str = "w8(offset=none)") -> dict[str, list[tuple[str, str, str]]]:
+    """(code, module, reason) of every decision, by pass."""
+    found: dict[str, list[tuple[str, str, str]]] = {}
+
+    def look(graph: fx.Graph) -> None:
+        for r in manager.run(pipeline.default(), graph, context(recipe)):
+            found[r.name] = [(d.code, d.module, d.reason) for d in r.decisions]
+
+    on_graph(fn, inputs, look)
+    return found
+
+
+def test_a_weight_that_is_an_argument_is_not_packed() -> None:
+    ((code, _, reason),) = decisions(nn.functional.linear, (torch.ones(2, 64), torch.ones(32, 64)))["bipolar_linear"]
+    assert code == "no-parameter" and "argument" in reason
+
+
+class Addmm(nn.Module):
+    def __init__(self, shape: tuple[int, ...], **scale: int) -> None:
+        super().__init__()
+        self.w, self.b, self.scale = nn.Parameter(torch.randn(64, 48)), nn.Parameter(torch.randn(shape)), scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.b, x, self.w, **self.scale)
+
+
+def test_addmm_with_a_vector_is_a_linear_of_the_transposed_weight() -> None:
+    model, x = Addmm((48,)), torch.randn(3, 64)
+    assert [code for code, *_ in decisions(model, (x,))["bipolar_linear"]] == ["applied"]
+    with torch.no_grad():
+        got = torch.compile(model, backend="effllm", options={"recipe": "w8", "inner": "eager"})(x)
+        assert 0 < float((got - model(x)).norm() / model(x).norm()) < 0.02
+        model.w.mul_(-2.0)
+        got = torch.compile(model, backend="effllm", options={"recipe": "w8", "inner": "eager"})(x)
+        assert float((got - model(x)).norm() / model(x).norm()) < 0.02
+
+
+@pytest.mark.parametrize("model", [Addmm((3, 48)), Addmm((48,), beta=2)])
+def test_other_addmm_stay_and_name_the_parameter(model: Addmm) -> None:
+    found = decisions(model, (torch.randn(3, 64),))["bipolar_linear"]
+    assert [(c, m) for c, m, _ in found if m == "w"] == [("other-op", "w")] and all("addmm" in reason for *_, reason in found)
+
+
+def test_siblings_with_another_grid_say_so() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(64, 32, bias=False), nn.Linear(64, 32, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x) + self.b(x)
+
+    from effllm.lowering import providers
+
+    if providers.load("cpu"):
+        pytest.skip("the reference kernel merges nothing")
+    rules = {"rules": [{"match": "a", "bits": 8, "offset": "none"}, {"bits": 4, "offset": "none"}]}
+    found = decisions(Two(), (torch.zeros(2, 64),), rules)["merge_linear"]  # type: ignore[arg-type]
+    assert [c for c, *_ in found] == ["unlike", "unlike"] and "b reads the same activation" in found[0][2]

@@ -12,7 +12,7 @@ import effllm
 from effllm import backend
 from effllm.errors import OptionError
 from effllm.recipe import Bipolar
-from effllm.runtime.binding import Binding, PackStore
+from effllm.runtime.binding import Binding, PackStore, Want
 from effllm.solvers import solve
 from tests.models import One, Tied, relative
 
@@ -136,7 +136,7 @@ def test_id_of_a_freed_parameter_is_not_trusted() -> None:
 def test_entries_go_with_their_parameters() -> None:
     store = PackStore(lambda w, p: solve(w, p))
     weight = torch.randn(16, 32)
-    binding = Binding(store, [(0, Bipolar(bits=4, offset="none"), "planes", ("codes", "scale"))], "checked")
+    binding = Binding(store, [Want(0, Bipolar(bits=4, offset="none"), "planes", ("codes", "scale"))], "checked")
     kept = binding([weight])
     assert len(store._entries) == 1
     generation = store.generation
