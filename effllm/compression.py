@@ -17,6 +17,7 @@ from effllm.recipe import Bipolar, Recipe
 from effllm.report import Decision, PassReport, Report
 from effllm.runtime.formats.base import Packed
 from effllm.runtime.packed import PackedEmbedding, PackedLinear, PackedWeight
+from effllm.runtime.recorded import record
 from effllm.solvers import check, solve
 
 Progress = Callable[[int, int, str], None]
@@ -52,6 +53,8 @@ def plan(model: nn.Module, recipe: Recipe) -> tuple[list[Site], list[Decision]]:
     sites: list[Site] = []
     kept: list[Decision] = []
     for name, module in model.named_modules():
+        if isinstance(module, PackedLinear | PackedEmbedding):
+            kept.append(_kept(name, "packed", "it is packed already"))
         if isinstance(module, nn.Linear | nn.Embedding):
             rule = recipe.rule_for(name, "linear" if isinstance(module, nn.Linear) else "embedding", (module.weight.shape[0], module.weight.shape[1]))
             if rule is None or rule.method == "dense":
@@ -172,6 +175,7 @@ def compress(model: Any, recipe: Any = "w8", calibration: Any = None, *, strict:
         swap.rollback()
         raise
     swap.commit()
+    record(model, parsed.name)
     report.seconds = time.perf_counter() - start
     return Report(parsed.name, [report])
 

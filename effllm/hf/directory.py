@@ -16,6 +16,8 @@ from effllm.errors import CheckpointError, EffllmError
 from effllm.hf.skeleton import empty_model
 from effllm.recipe import Recipe
 from effllm.report import PassReport, Report
+from effllm.runtime import header
+from effllm.runtime.recorded import record
 from effllm.solvers import solve
 
 
@@ -63,6 +65,9 @@ def tied_names(model: nn.Module) -> dict[str, list[str]]:
 
 def compress_directory(directory: Path, recipe: Recipe, calibration: Any, *, strict: bool, progress: Progress | None) -> tuple[nn.Module, Report]:
     """See effllm.compress. Peak memory: the packed model plus two dense layers; with calibration the dense model."""
+    if (directory / header.NAME).is_file():
+        step = "read it with effllm.load(directory, bits=...), or give the dense model's directory"
+        raise CheckpointError("E-CKP-PACKED", f"{directory} is packed already", step)
     if not (directory / "config.json").is_file():
         raise CheckpointError("E-CKP-NONE", f"{directory} is no Hugging Face directory (no config.json)", "give a directory written by save_pretrained")
     start = time.perf_counter()
@@ -101,6 +106,7 @@ def compress_directory(directory: Path, recipe: Recipe, calibration: Any, *, str
             progress(done, len(sites), site.name)
     swap.commit()
     fill(model, reader, source, dtype)
+    record(model, recipe.name)
     report.seconds = time.perf_counter() - start
     return model.eval(), Report(recipe.name, [report])
 
