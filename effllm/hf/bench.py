@@ -18,6 +18,8 @@ from effllm.hf.size import weight_size
 from effllm.hf.variants import Shape, Variant
 
 PROMPT = "Explain in a few sentences why the sky is blue."
+PEAK = "of the process in the variant's own turns, less the weights that only other variants hold; copies inside compiled graphs (freezing) stay in"
+NO_PEAK = "not measured: this system does not reset the peak of the resident set (/proc/self/clear_refs)"
 Progress = Callable[[str, float], None]  # what is done now, and the share of the whole that is behind
 
 
@@ -75,9 +77,12 @@ def run(dense: Any, tokenizer: Any, plan: Plan, progress: Progress = _silent) ->
     quality = _quality(built, dense, plan, progress)
     progress("generating", 0.98)
     rows = [_row(v, times[v.name], errors[v.name], quality.get(v.name, {}), roof, tokenizer, plan) for v in built]
+    for v, row in zip(built, rows, strict=True):
+        row["peak_rss_bytes"] = _own_peak(times[v.name], v.model, [dense, *(b.model for b in built)])
     about = machine.describe() | {"read_bandwidth_gb_s": roof, "other_cores_busy": others}
     progress("done", 1.0)
-    return {"machine": about, "rows": rows, "settings": _settings(plan)}
+    settings = _settings(plan) | {"peak_rss": PEAK if all(r["peak_rss_bytes"] is not None for r in rows) else NO_PEAK}
+    return {"machine": about, "rows": rows, "settings": settings}
 
 
 def _build(name: str, dense: Any, plan: Plan) -> Variant:
@@ -124,11 +129,19 @@ def _row(v: Variant, times: Times, error: float, quality: dict[str, float], roof
         "perplexity": quality.get("perplexity"),
         "kl": quality.get("kl"),
         "top1_agreement": quality.get("top1_agreement"),
-        "peak_rss_bytes": machine.peak_rss(),
         "checked_error": error,
         "notes": v.notes,
         "sample": sample(v, tokenizer, plan.sample_tokens),
     }
+
+
+def _own_peak(times: Times, model: Any, everybody: Sequence[Any]) -> int | None:
+    """Peak of the variant's own turns, less the weights in host memory that only the dense model and other variants hold."""
+    if times.peak is None:
+        return None
+    others = {id(m): m for m in everybody if m is not None and m is not model}.values()
+    host = [m for m in others if all(t.device.type == "cpu" for t in (*m.parameters(), *m.buffers()))]
+    return times.peak - sum(weight_size(m).held for m in host)
 
 
 def sample(v: Variant, tokenizer: Any, limit: int, prompt: str = PROMPT) -> str:
@@ -163,5 +176,4 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "ttft": f"the {s.prefill}-token prefill until its first token is chosen",
         "rounds": plan.rounds,
         "windows": 0 if plan.windows is None else len(plan.windows),
-        "peak_rss": "of the process that holds all variants, when the row was written",
     }
