@@ -142,8 +142,10 @@ def compress(model: Any, recipe: Any = "w8", calibration: Any = None, *, strict:
     """Pack a model's Linear and Embedding weights as `recipe` says.
 
     model: an nn.Module (changed in place; returns the Report), or a local Hugging Face directory (read shard by shard with at most
-    the packed model plus two dense layers in memory, unless there is calibration; returns (model, Report)). Weights that are tied stay tied. Parameters that
-    require grad are packed too: the packed weight is constant.
+    the packed model plus two dense layers in memory; returns (model, Report)). With calibration a directory needs the packed model,
+    one dense decoder block or the embedding and the head, and the activations of the windows; where the model's blocks form no
+    chain the dense model is loaded whole and the report's notes say why. Weights that are tied stay tied. Parameters that require
+    grad are packed too: the packed weight is constant.
     calibration: token windows, a LongTensor (windows, length), or an iterable of model inputs; turns on the second-order solver.
     progress: called with (done, total, name).
 
