@@ -23,12 +23,42 @@ _STEP = "call the module itself, use F.linear, F.embedding or x @ weight.T, or t
 
 
 class PackedUseError(WeightError, AttributeError):
-    """A packed weight used in a way that only a dense tensor allows (E-WGT-USE). An AttributeError too, so that hasattr works."""
+    """A packed weight used in a way that only a dense tensor allows (E-WGT-USE)."""
 
 
 def refused(what: str) -> PackedUseError:
     """The error for a use that has no packed form."""
     return PackedUseError("E-WGT-USE", f"{what} needs a dense weight, and this one is packed", _STEP)
+
+
+def _refusing(name: str) -> Any:
+    def method(self: Any, *_: Any, **__: Any) -> Any:
+        raise refused(f"weight.{name}()")
+
+    return method
+
+
+class Refusing:
+    """A tensor's common methods, refused when called; `data` is an AttributeError of nn.Module, so that hasattr works.
+
+    Methods and no `__getattr__`: with one, Dynamo takes a module's buffers for plain inputs and compiles dynamic shapes for them.
+    """
+
+    transpose = _refusing("transpose")
+    t = _refusing("t")
+    permute = _refusing("permute")
+    reshape = _refusing("reshape")
+    view = _refusing("view")
+    contiguous = _refusing("contiguous")
+    clone = _refusing("clone")
+    detach = _refusing("detach")
+    copy_ = _refusing("copy_")
+    matmul = _refusing("matmul")
+    mean = _refusing("mean")
+    sum = _refusing("sum")
+    norm = _refusing("norm")
+    numpy = _refusing("numpy")
+    tolist = _refusing("tolist")
 
 
 class Transposed:

@@ -26,7 +26,7 @@ def problem_of(packed: Packed, *, act: str, dtype: torch.dtype, device: str, m: 
     return Problem(op, n, k, a["bits"], a["group"], "minimum" in packed.tensors, act, m, dtype, device, packed.tensors["scale"].dtype)
 
 
-class PackedWeight(nn.Module):
+class PackedWeight(functional.Refusing, nn.Module):
     """A packed (N, K) weight in the layout of the kernel that reads it. Buffers: codes, scale and, for affine grids, minimum.
 
     `act` is "a16" or "a8"; `kernel` a provider name, None for the best one on the weight's device. Torch functions that have a
@@ -119,14 +119,6 @@ class PackedWeight(nn.Module):
         if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.dtype != torch.bool:
             return self.gather(ids)
         raise functional.refused(f"weight[{type(ids).__name__}]")
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if hasattr(Tensor, name):
-                raise functional.refused(f"weight.{name}") from None
-            raise
 
     def extra_repr(self) -> str:
         """What print(model) shows."""

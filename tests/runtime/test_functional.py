@@ -93,7 +93,7 @@ REFUSED: dict[str, Callable[[Any], Any]] = {
     "no transpose": lambda w: X @ w,
     "as the left side": lambda w: w.T @ X.mT,
     "transpose()": lambda w: X @ w.transpose(0, 1),
-    "data": lambda w: w.data,
+    "clone()": lambda w: w.clone(),
     "mean": lambda w: w.mean(),
     "slice": lambda w: w[:3],
     "mask": lambda w: w[torch.ones(48, dtype=torch.bool)],
