@@ -54,7 +54,9 @@ class _Group(TyperGroup):
 app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Makes language models small and fast.")
 
 Model = Annotated[str, typer.Argument(help="a Hugging Face directory, an effllm checkpoint directory, or the word demo")]
-OneRecipe = Annotated[str, typer.Option("--recipe", help='for example w8, w4, w4a8, "bipolar(bits=3, group=64)", or a TOML or JSON file')]
+Bits = Annotated[int | None, typer.Option("--bits", min=1, max=8, help="read a checkpoint's weights at this many bits where they have more")]
+Reference = Annotated[str | None, typer.Option("--reference", help="the dense model of a checkpoint, to compare to: a Hugging Face directory or the word demo")]
+_RECIPE = typer.Option("--recipe", help='for example w8 (the default), w4, w4a8, "bipolar(bits=3, group=64)", or a TOML or JSON file')
 Json = Annotated[Path | None, typer.Option("--json", help="write the result to this file")]
 Png = Annotated[Path | None, typer.Option("--png", help="draw the result into this file")]
 Calibrate = Annotated[Path | None, typer.Option("--calibrate", help="text file for solvers that calibrate")]
@@ -68,7 +70,7 @@ Device = Annotated[str, typer.Option("--device", help="cpu or cuda")]
 def compress(
     model: Model,
     out: Annotated[Path, typer.Argument(help="directory for the checkpoint")],
-    recipe: OneRecipe = "w8",
+    recipe: Annotated[str, _RECIPE] = "w8",
     calibrate: Calibrate = None,
     strict: Annotated[bool, typer.Option("--strict", help="fail where a module that a rule covers cannot be packed")] = False,
     json: Json = None,
@@ -83,7 +85,9 @@ def compress(
 @app.command("eval")
 def evaluate(
     model: Model,
-    recipe: OneRecipe = "w8",
+    recipe: Annotated[str | None, _RECIPE] = None,
+    bits: Bits = None,
+    reference: Reference = None,
     text: Text = None,
     calibrate: Calibrate = None,
     prompt_tokens: Annotated[int, typer.Option("--prompt-tokens", min=1, help="length of the compressed prompt for recipes with a kv part")] = 1536,
@@ -92,11 +96,13 @@ def evaluate(
     json: Json = None,
     png: Png = None,
 ) -> None:
-    """Perplexity, KL and top-1 agreement to the dense model on a text."""
+    """Perplexity, KL and top-1 agreement to the dense model on a text. A checkpoint is scored as it is."""
     console.writable(json, png)
-    result = commands.evaluate(model, recipe, text, calibrate, prompt_tokens, windows, threads)
-    rows = [[k, f"{v:.6g}" if isinstance(v, float) else str(v)] for k, v in result.items()]
-    console.out().print(console.table(f"{model}, {recipe}", ["figure", "value"], rows))
+    result = commands.evaluate(model, recipe, text, calibrate, prompt_tokens, windows, threads, bits, reference)
+    rows = [[k, f"{v:.6g}" if isinstance(v, float) else str(v)] for k, v in result.items() if v is not None and k != "comparison"]
+    console.out().print(console.table(f"{model}, {result['recipe']}", ["figure", "value"], rows))
+    if "comparison" in result:
+        console.out().print(result["comparison"], markup=False, highlight=False)
     console.write_json(result, json)
     commands.draw("eval_png", result, png)
 
@@ -104,7 +110,7 @@ def evaluate(
 @app.command()
 def bench(
     model: Model,
-    recipe: Annotated[list[str] | None, typer.Option("--recipe", help="a recipe; may be given several times (default w8, w4, w4a8)")] = None,
+    recipe: Annotated[list[str] | None, typer.Option("--recipe", help="a recipe, or several (default w8, w4, w4a8; none for a checkpoint)")] = None,
     baseline: Annotated[list[str] | None, typer.Option("--baseline", help="a baseline, or none; may be given several times (default all four)")] = None,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="interleaved rounds")] = 3,
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="decoded tokens per round")] = 64,
@@ -113,24 +119,28 @@ def bench(
     text: Text = None,
     windows: Windows = None,
     calibrate: Calibrate = None,
+    bits: Bits = None,
+    reference: Reference = None,
     threads: Threads = None,
     device: Device = "cpu",
     json: Json = None,
     png: Png = None,
 ) -> None:
-    """Decode and prefill speed of several recipes and baselines, interleaved in one run."""
+    """Decode and prefill speed of several recipes and baselines, interleaved in one run. A checkpoint runs as it is."""
     console.writable(json, png)
-    result = commands.bench(model, recipe, baseline, rounds, tokens, prefill, not eager_prefill, text, windows, calibrate, threads, device)
+    result = commands.bench(model, recipe, baseline, rounds, tokens, prefill, not eager_prefill, text, windows, calibrate, threads, device, bits, reference)
     console.out().print(console.bench_table(result))
+    if "comparison" in result["settings"]:
+        console.out().print(result["settings"]["comparison"], markup=False, highlight=False)
     console.write_json(result, json)
     commands.draw("bench_png", result, png)
 
 
 @app.command()
-def explain(model: Model, recipe: OneRecipe = "w8", json: Json = None) -> None:
+def explain(model: Model, recipe: Annotated[str | None, _RECIPE] = None, bits: Bits = None, json: Json = None) -> None:
     """What a recipe would do to each module and graph node, and why, without running a step."""
     console.writable(json)
-    result = commands.explain(model, recipe)
+    result = commands.explain(model, recipe, bits)
     console.out().print(result.pop("text"), markup=False, highlight=False, soft_wrap=True)
     console.write_json(result, json)
 

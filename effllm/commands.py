@@ -12,6 +12,7 @@ from effllm.errors import OptionError, nearest
 from effllm.recipe import Recipe
 
 CALIBRATION_WINDOWS = 24
+DEFAULT = "w8"
 SCORED = 17  # windows: 8,704 tokens
 
 
@@ -19,58 +20,79 @@ def compress(model: str, out: Path, recipe: str, calibrate: Path | None, strict:
     """Pack and save; the report's dict, plus its printed form under "text"."""
     parsed = Recipe.parse(recipe)
     from effllm.compression import compress as run
-    from effllm.hf import models
+    from effllm.hf import models, subject
     from effllm.runtime.checkpoint import save
 
+    subject.refuse_packed(model)
     with console.progress("compress") as show:
         show("loading", 0.0)
         dense, tokenizer = models.resolve(model)
         windows = _calibration(calibrate, tokenizer, model)
-        _refuse_packed(model, "compress packs dense weights")
         report = run(
             dense, parsed, calibration=windows, strict=strict, progress=lambda done, total, name: show("packing", 0.1 + 0.8 * done / max(1, total))
         )
         show("saving", 0.9)
-        save(dense, out)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(out)
+        save(dense, out, tokenizer=tokenizer)
         show("done", 1.0)
     return report.to_dict() | {"text": str(report), "out": str(out)}
 
 
 def evaluate(
-    model: str, recipe: str, text: Path | None, calibrate: Path | None, prompt_tokens: int, windows: int | None, threads: int | None
+    model: str,
+    recipe: str | None,
+    text: Path | None,
+    calibrate: Path | None,
+    prompt_tokens: int,
+    windows: int | None,
+    threads: int | None,
+    bits: int | None = None,
+    reference: str | None = None,
 ) -> dict[str, Any]:
     """perplexity, kl, top1_agreement, tokens, weight_bytes; and the dense model's perplexity beside them.
 
-    Recipes without a kv part are scored in windows of 512; `prompt_tokens` is for those with one.
+    A checkpoint is scored as it is, or at `bits`; without `reference`, its dense model, kl and top1_agreement are None and
+    "comparison" says so. Recipes without a kv part are scored in windows of 512; `prompt_tokens` is for those with one.
     """
     del prompt_tokens  # no recipe of this version has a kv part: Recipe.parse refuses them
-    parsed = Recipe.parse(recipe)
+    parsed = Recipe.parse(recipe or DEFAULT)
     import copy
 
     from effllm.compression import compress as run
-    from effllm.hf import models, size
+    from effllm.hf import models, size, subject
     from effllm.hf.evaluate import score
 
+    given = models.is_packed(model)
+    if given and recipe is not None:
+        step = "leave --recipe out; --bits reads it at fewer bits"
+        raise OptionError("E-OPT-PACKED", f"{model!r} is packed already, so --recipe {recipe} does not apply", step)
+    subject.check_options(model, reference, calibrate=calibrate)
+    if given and calibrate is not None:
+        raise OptionError("E-OPT-PACKED", f"{model!r} is packed already, so --calibrate does not apply", "leave --calibrate out")
     _threads(threads)
     with console.progress("eval") as show:
         show("loading", 0.0)
-        dense, tokenizer = models.resolve(model)
-        _refuse_packed(model, "eval compares to a dense model")
-        scored = _windows(text, tokenizer, model, windows)
-        show("packing", 0.1)
-        packed = copy.deepcopy(dense)
-        run(packed, parsed, calibration=_calibration(calibrate, tokenizer, model))
+        if given:
+            loaded = subject.load(model, bits, reference)
+            packed, dense, tokenizer, name = loaded.model, loaded.reference, loaded.tokenizer, loaded.recipe
+            scored = _windows(text, tokenizer, model, windows)
+        else:
+            dense, tokenizer = models.resolve(model, bits=bits)
+            name = parsed.name
+            scored = _windows(text, tokenizer, model, windows)
+            show("packing", 0.1)
+            packed = copy.deepcopy(dense)
+            run(packed, parsed, calibration=_calibration(calibrate, tokenizer, model))
         steps = iter(range(len(scored)))
-        found = score({"dense": dense, "packed": packed}, dense, scored, lambda: show("scoring", 0.3 + 0.7 * (next(steps) + 1) / len(scored)))
-    figures: dict[str, Any] = dict(found["packed"])
+        both = {"packed": packed} | ({} if dense is None else {"dense": dense})
+        found = score(both, dense, scored, lambda: show("scoring", 0.3 + 0.7 * (next(steps) + 1) / len(scored)))
+    figures: dict[str, Any] = {"perplexity": None, "kl": None, "top1_agreement": None, "tokens": None} | found["packed"]
+    figures |= {"weight_bytes": size.weight_size(packed).read, "recipe": name}
+    if dense is None:
+        return figures | {"comparison": subject.ALONE}
     return figures | {
-        "weight_bytes": size.weight_size(packed).read,
         "dense_weight_bytes": size.weight_size(dense).read,
         "dense_perplexity": found["dense"]["perplexity"],
         "perplexity_ratio": figures["perplexity"] / found["dense"]["perplexity"],
-        "recipe": parsed.name,
     }
 
 
@@ -87,48 +109,73 @@ def bench(
     calibrate: Path | None,
     threads: int | None,
     device: str,
+    bits: int | None = None,
+    reference: str | None = None,
 ) -> dict[str, Any]:
-    """The result of `hf.bench.run`."""
+    """The result of `hf.bench.run`. A checkpoint runs as it is, or at `bits`; recipes and baselines beside it need `reference`."""
     from effllm.hf import bench as harness
-    from effllm.hf import models, variants
+    from effllm.hf import models, subject, variants
 
-    wanted = list(recipes or ("w8", "w4", "w4a8"))
-    names = [b for b in (variants.BASELINES if baselines is None else baselines) if b != "none"]
-    variants.check_baselines(names)
+    given = models.is_packed(model)
+    named = [b for b in baselines or () if b != "none"]
+    variants.check_baselines(named)
+    wanted = list(recipes or (() if given else ("w8", "w4", "w4a8")))
     for what in wanted:
         Recipe.parse(what)
+    subject.check_options(model, reference, recipes, named, calibrate)
+    alone = given and reference is None
+    if given and calibrate is not None and not wanted:
+        raise OptionError("E-OPT-PACKED", f"{model!r} is packed already, so --calibrate does not apply", "leave --calibrate out, or add --recipe")
     _threads(threads)
-    _refuse_packed(model, "bench packs a dense model itself")
     with console.progress("bench") as show:
         show("loading", 0.0)
-        dense, tokenizer = models.resolve(model)
-        dense.to(_device(device))
+        packed = {}
+        if given:
+            loaded = subject.load(model, bits, reference)
+            dense, tokenizer = loaded.reference, loaded.tokenizer
+            name = loaded.recipe if loaded.recipe not in wanted else f"{loaded.recipe} (checkpoint)"
+            packed[name] = loaded.model.to(_device(device))
+        else:
+            dense, tokenizer = models.resolve(model, bits=bits)
+        if dense is not None:
+            dense.to(_device(device))
         scored = _windows(text, tokenizer, model, windows or SCORED) if text is not None or model == "demo" else None
         calibration = _calibration(calibrate, tokenizer, model)
         plan = harness.Plan(
             recipes=wanted,
-            baselines=names,
+            baselines=named if baselines is not None or alone else list(variants.BASELINES),
             shape=variants.Shape(tokens=tokens, prefill=prefill),
             rounds=rounds,
             windows=scored,
             calibration=calibration,
             calibrated=wanted if calibration is not None else (),
             compile_prefill=compile_prefill,
+            packed=packed,
         )
-        return harness.run(dense, tokenizer, plan, show)
+        result = harness.run(dense, tokenizer, plan, show)
+    if alone:
+        result["settings"]["comparison"] = "no dense model to compare to: give --reference MODEL for baselines, KL and top-1 agreement"
+    return result
 
 
-def explain(model: str, recipe: str) -> dict[str, Any]:
-    """The backend's report on one decode step's graph, its printed form under "text", and the recipe's preview."""
-    parsed = Recipe.parse(recipe)
+def explain(model: str, recipe: str | None, bits: int | None = None) -> dict[str, Any]:
+    """The backend's report on one decode step's graph, its printed form under "text", and the recipe's preview.
+
+    For a checkpoint the report opens with a Decision per packed module; the recipe is for what the checkpoint left dense.
+    """
+    parsed = Recipe.parse(recipe or DEFAULT)
     import torch
 
     from effllm.backend import explain as run
     from effllm.hf import models
+    from effllm.runtime import recorded
 
-    dense, _ = models.resolve(model)
-    report = run(dense, {"input_ids": torch.zeros(1, 1, dtype=torch.long), "use_cache": False}, parsed)
-    return report.to_dict() | {"text": str(report), "preview": parsed.preview(dense)}
+    given, _ = models.resolve(model, bits=bits)
+    report = run(given, {"input_ids": torch.zeros(1, 1, dtype=torch.long), "use_cache": False}, parsed)
+    if models.is_packed(model):
+        report.passes.insert(0, recorded.decisions(given))
+        report.notes.append(f"the checkpoint was packed with {recorded.recipe_of(given)}; {parsed.name} is for what it left dense")
+    return report.to_dict() | {"text": str(report), "preview": parsed.preview(given)}
 
 
 def doctor() -> dict[str, Any]:
@@ -202,13 +249,6 @@ def _read(path: Path) -> str:
         return path.read_text()
     except (OSError, UnicodeDecodeError) as error:
         raise OptionError("E-OPT-TEXT", f"cannot read {path}: {error}", "give an existing UTF-8 text file") from error
-
-
-def _refuse_packed(model: str, why: str) -> None:
-    from effllm.hf import models
-
-    if model != "demo" and models.is_checkpoint(Path(model)):
-        raise OptionError("E-OPT-MODEL", f"{model!r} is packed already, and {why}", "give the dense model's directory")
 
 
 def _device(name: str) -> str:

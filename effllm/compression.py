@@ -19,6 +19,7 @@ from effllm.report import Decision, PassReport, Report
 from effllm.runtime import dense as modules
 from effllm.runtime.formats.base import Packed
 from effllm.runtime.packed import PackedEmbedding, PackedLinear, PackedWeight
+from effllm.runtime.recorded import record
 from effllm.solvers import check, solve
 
 Progress = Callable[[int, int, str], None]
@@ -62,6 +63,8 @@ def plan(model: nn.Module, recipe: Recipe) -> tuple[list[Site], list[Decision]]:
     for name, module in model.named_modules():
         if whole and name.startswith(f"{whole}."):
             continue
+        if isinstance(module, PackedLinear | PackedEmbedding):
+            kept.append(_kept(name, "packed", "it is packed already"))
         kind = modules.kind_of(module)
         if not kind:
             matrices = [(leaf, p) for leaf, p in module.named_parameters(recurse=False) if p.dim() > 1]
@@ -164,8 +167,10 @@ def compress(model: Any, recipe: Any = "w8", calibration: Any = None, *, strict:
     """Pack a model's Linear, Conv1D and Embedding weights as `recipe` says.
 
     model: an nn.Module (changed in place; returns the Report), or a local Hugging Face directory (read shard by shard with at most
-    the packed model plus two dense layers in memory, unless there is calibration; returns (model, Report)). Weights that are tied stay tied. Parameters that
-    require grad are packed too: the packed weight is constant.
+    the packed model plus two dense layers in memory; returns (model, Report)). With calibration a directory needs the packed model,
+    one dense decoder block or the embedding and the head, and the activations of the windows; where the model's blocks form no
+    chain the dense model is loaded whole and the report's notes say why. Weights that are tied stay tied. Parameters that require
+    grad are packed too: the packed weight is constant.
     calibration: token windows, a LongTensor (windows, length), or an iterable of model inputs; turns on the second-order solver.
     progress: called with (done, total, name).
 
@@ -197,6 +202,7 @@ def compress(model: Any, recipe: Any = "w8", calibration: Any = None, *, strict:
         swap.rollback()
         raise
     swap.commit()
+    record(model, parsed.name)
     report.seconds = time.perf_counter() - start
     return Report(parsed.name, [report])
 

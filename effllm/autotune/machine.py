@@ -12,6 +12,8 @@ import torch
 
 BUFFER = 1 << 28  # bytes: beyond any last-level cache share of a small machine
 
+_SLACK = 1 << 24  # bytes that the process may grow by between a reset and the look at it
+
 
 def measure_bandwidth(threads: int | None = None, *, device: str = "cpu", nbytes: int = BUFFER, repeats: int = 5) -> float:
     """Read bandwidth in GB/s: the best of a few sums over a buffer of `nbytes`. Restores torch's thread count."""
@@ -58,12 +60,12 @@ def peak_rss() -> int:
 
 
 def reset_peak_rss() -> bool:
-    """Start a new peak at the present resident set; False where the kernel does not allow it."""
+    """Start a new peak at the present resident set; False where the kernel does not allow it, or takes the request and ignores it."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return False
-    return True
+    return 0 < peak_rss() <= _kib("/proc/self/status", "VmRSS") + _SLACK
 
 
 class OtherLoad:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from effllm.autotune import machine
+from effllm.errors import OptionError
 from effllm.hf import evaluate, measure, texts, variants
 from effllm.hf.measure import Times, spread
 from effllm.hf.models import chat_ids
@@ -17,12 +18,17 @@ from effllm.hf.size import weight_size
 from effllm.hf.variants import Shape, Variant
 
 PROMPT = "Explain in a few sentences why the sky is blue."
+PEAK = "of the process in the variant's own turns, less the weights that only other variants hold; copies inside compiled graphs (freezing) stay in"
+NO_PEAK = "not measured: this system does not reset the peak of the resident set (/proc/self/clear_refs)"
 Progress = Callable[[str, float], None]  # what is done now, and the share of the whole that is behind
 
 
 @dataclass
 class Plan:
-    """What to compare, and how long. `calibration` windows go to recipes named in `calibrated`; `windows` are scored."""
+    """What to compare, and how long. `calibration` windows go to recipes named in `calibrated`; `windows` are scored.
+
+    `packed` are models that are packed already, by the name of their recipe; they run as they are.
+    """
 
     recipes: Sequence[str]
     baselines: Sequence[str] = variants.BASELINES
@@ -33,6 +39,7 @@ class Plan:
     calibrated: Sequence[str] = ()
     compile_prefill: bool = True
     sample_tokens: int = 48
+    packed: Mapping[str, Any] = field(default_factory=dict)
 
 
 def _silent(what: str, share: float) -> None:
@@ -42,17 +49,21 @@ def _silent(what: str, share: float) -> None:
 def run(dense: Any, tokenizer: Any, plan: Plan, progress: Progress = _silent) -> dict[str, Any]:
     """{"machine": ..., "rows": [...]} as in the design; extra keys hold spreads and settings.
 
-    Raises OptionError for unknown baselines, RecipeError for unknown recipes, before anything is built.
+    `dense` may be None where the plan has only packed models; then there is no figure that compares to it (kl, top1_agreement).
+    Raises OptionError for unknown baselines and where a dense model is needed, RecipeError for unknown recipes, before anything
+    is built.
     """
     variants.check_baselines(list(plan.baselines))
     for what in plan.recipes:
         variants.Recipe.parse(what)
-    ids = _prompt_ids(dense, tokenizer, plan.shape)
+    if dense is None and (plan.recipes or plan.baselines or not plan.packed):
+        raise OptionError("E-OPT-DENSE", "recipes and baselines start from dense weights, and there are none", "give a dense model")
+    ids = _prompt_ids(next(iter(plan.packed.values())) if dense is None else dense, tokenizer, plan.shape)
     # shares of the whole, from measured runs: building takes most of the time
-    count = len(plan.recipes) + len(plan.baselines)
+    count = len(plan.recipes) + len(plan.baselines) + len(plan.packed)
     built: list[Variant] = []
     errors: dict[str, float] = {}
-    for i, name in enumerate([*plan.baselines, *plan.recipes]):
+    for i, name in enumerate([*plan.baselines, *plan.packed, *plan.recipes]):
         progress(f"building {name}", 0.7 * i / count)
         variant = _build(name, dense, plan)
         errors[variant.name] = measure.check(variant, ids, plan.shape)
@@ -66,14 +77,21 @@ def run(dense: Any, tokenizer: Any, plan: Plan, progress: Progress = _silent) ->
     quality = _quality(built, dense, plan, progress)
     progress("generating", 0.98)
     rows = [_row(v, times[v.name], errors[v.name], quality.get(v.name, {}), roof, tokenizer, plan) for v in built]
+    for v, row in zip(built, rows, strict=True):
+        row["peak_rss_bytes"] = _own_peak(times[v.name], v.model, [dense, *(b.model for b in built)])
     about = machine.describe() | {"read_bandwidth_gb_s": roof, "other_cores_busy": others}
     progress("done", 1.0)
-    return {"machine": about, "rows": rows, "settings": _settings(plan)}
+    settings = _settings(plan) | {"peak_rss": PEAK if all(r["peak_rss_bytes"] is not None for r in rows) else NO_PEAK}
+    return {"machine": about, "rows": rows, "settings": settings}
 
 
 def _build(name: str, dense: Any, plan: Plan) -> Variant:
     if name in variants.BASELINES:
         return variants.baseline(name, dense, plan.shape, compile_prefill=plan.compile_prefill)
+    if name in plan.packed:
+        made = variants.packed(name, plan.packed[name], plan.shape, compile_prefill=plan.compile_prefill)
+        made.notes = ["packed before"]
+        return made
     calibration = plan.calibration if name in plan.calibrated else None
     return variants.recipe(name, dense, plan.shape, calibration, compile_prefill=plan.compile_prefill)
 
@@ -85,7 +103,8 @@ def _quality(built: list[Variant], dense: Any, plan: Plan, progress: Progress) -
     windows = plan.windows
     distinct = {v.name: v.model for v in built if v.model is not dense}
     steps = iter(range(len(windows)))
-    found = evaluate.score({"": dense, **distinct}, dense, windows, lambda: progress("scoring text", 0.8 + 0.18 * next(steps) / len(windows)))
+    shared = {} if dense is None else {"": dense}
+    found = evaluate.score({**shared, **distinct}, dense, windows, lambda: progress("scoring text", 0.8 + 0.18 * next(steps) / len(windows)))
     return {v.name: found[v.name if v.name in distinct else ""] for v in built}
 
 
@@ -110,11 +129,19 @@ def _row(v: Variant, times: Times, error: float, quality: dict[str, float], roof
         "perplexity": quality.get("perplexity"),
         "kl": quality.get("kl"),
         "top1_agreement": quality.get("top1_agreement"),
-        "peak_rss_bytes": machine.peak_rss(),
         "checked_error": error,
         "notes": v.notes,
         "sample": sample(v, tokenizer, plan.sample_tokens),
     }
+
+
+def _own_peak(times: Times, model: Any, everybody: Sequence[Any]) -> int | None:
+    """Peak of the variant's own turns, less the weights in host memory that only the dense model and other variants hold."""
+    if times.peak is None:
+        return None
+    others = {id(m): m for m in everybody if m is not None and m is not model}.values()
+    host = [m for m in others if all(t.device.type == "cpu" for t in (*m.parameters(), *m.buffers()))]
+    return times.peak - sum(weight_size(m).held for m in host)
 
 
 def sample(v: Variant, tokenizer: Any, limit: int, prompt: str = PROMPT) -> str:
@@ -130,15 +157,15 @@ def sample(v: Variant, tokenizer: Any, limit: int, prompt: str = PROMPT) -> str:
     return text[:end] if end else text
 
 
-def _prompt_ids(dense: Any, tokenizer: Any, shape: Shape) -> Tensor:
+def _prompt_ids(model: Any, tokenizer: Any, shape: Shape) -> Tensor:
     """Ids (1, n) for timing: real text where the model can read it, since random ids would take the same time but say nothing in the check."""
     need = max(shape.prefill, shape.prompt)
     if tokenizer is not None:
         ids = texts.windows(tokenizer, texts.evaluation_text().text, need, 1)
     else:
-        vocabulary = dense.config.get_text_config(decoder=True).vocab_size
+        vocabulary = model.config.get_text_config(decoder=True).vocab_size
         ids = torch.randint(0, vocabulary, (1, need), generator=torch.Generator().manual_seed(0))
-    return ids.to(next(dense.parameters()).device)
+    return ids.to(next(t.device for t in (*model.parameters(), *model.buffers())))
 
 
 def _settings(plan: Plan) -> dict[str, Any]:
@@ -149,5 +176,4 @@ def _settings(plan: Plan) -> dict[str, Any]:
         "ttft": f"the {s.prefill}-token prefill until its first token is chosen",
         "rounds": plan.rounds,
         "windows": 0 if plan.windows is None else len(plan.windows),
-        "peak_rss": "of the process that holds all variants, when the row was written",
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,15 @@ from torch import Tensor, nn
 from effllm.compression import Progress, Site, Swap, decision, one_thread, plan, require
 from effllm.errors import CheckpointError, EffllmError
 from effllm.hf.skeleton import empty_model
+from effllm.hf.streaming import Resident, capture
 from effllm.recipe import Recipe
 from effllm.report import PassReport, Report
+from effllm.runtime import header
 from effllm.runtime.dense import is_transposed
-from effllm.solvers import solve
+from effllm.runtime.formats.base import Packed
+from effllm.runtime.recorded import record
+from effllm.solvers import blocks, solve
+from effllm.solvers.calibrate import calibrated
 
 
 class DenseReader:
@@ -63,7 +69,13 @@ def tied_names(model: nn.Module) -> dict[str, list[str]]:
 
 
 def compress_directory(directory: Path, recipe: Recipe, calibration: Any, *, strict: bool, progress: Progress | None) -> tuple[nn.Module, Report]:
-    """See effllm.compress. Peak memory: the packed model plus two dense layers; with calibration the dense model."""
+    """See effllm.compress. Peak memory: the packed model plus two dense layers; with calibration see `streaming`.
+
+    Where calibration cannot go block by block the dense model is loaded whole, and the report's notes say why.
+    """
+    if (directory / header.NAME).is_file():
+        step = "read it with effllm.load(directory, bits=...), or give the dense model's directory"
+        raise CheckpointError("E-CKP-PACKED", f"{directory} is packed already", step)
     if not (directory / "config.json").is_file():
         raise CheckpointError("E-CKP-NONE", f"{directory} is no Hugging Face directory (no config.json)", "give a directory written by save_pretrained")
     start = time.perf_counter()
@@ -74,15 +86,32 @@ def compress_directory(directory: Path, recipe: Recipe, calibration: Any, *, str
     aliases = tied_names(model)
     dtype = getattr(model.config, "dtype", None) or torch.float32
     source = {alias: next((n for n in names if n in reader), names[0]) for names in aliases.values() for alias in names}
-    if calibration is not None:
-        from effllm.compression import compress
+    swap, report, notes = Swap(model), PassReport("compress", kept), list[str]()
 
-        # calibration runs the model, so here the dense weights are all loaded first
-        fill(model, reader, source, dtype)
-        return model, compress(model, recipe, calibration, strict=strict, progress=progress)
-    swap, report = Swap(model), PassReport("compress", kept)
-    for done, site in enumerate(sorted(sites, key=lambda s: s.kind != "linear"), start=1):
+    def finish(site: Site, packed: Packed | None) -> None:
         meta = site.module.weight
+        weight = swap.install(site, packed)
+        weight.dtype = dtype
+        report.decisions.append(decision(site, meta.numel() * dtype.itemsize, weight, tied=packed is None))
+        if progress is not None:
+            progress(len(report.decisions) - len(kept), len(sites), site.name)
+
+    left = sites
+    if calibration is not None:
+        model.eval()
+        fill_buffers(model, reader)
+        covered = {s.name: s for s in sites if s.kind == "linear" and s.params.solver != "search"}
+        reason = _calibrate(model, reader, source, dtype, sites, covered, calibration, finish)
+        if reason:
+            from effllm.compression import compress
+
+            fill(model, reader, source, dtype)
+            whole = compress(model, recipe, calibration, strict=strict, progress=progress)
+            whole.notes.append(f"the dense model was loaded whole: {reason}")
+            return model, whole
+        notes.append("calibrated block by block: the dense model was never in memory as a whole")
+        left = [s for s in sites if s.name not in covered]
+    for site in sorted(left, key=lambda s: s.kind != "linear"):
         tied = swap.shared(site) is not None
         packed = None
         if not tied:
@@ -97,15 +126,33 @@ def compress_directory(directory: Path, recipe: Recipe, calibration: Any, *, str
             del dense
         if site.kind == "linear" and site.module.bias is not None:
             site.module.bias = nn.Parameter(reader.read(source[f"{site.name}.bias"]).to(dtype), requires_grad=False)
-        weight = swap.install(site, packed)
-        weight.dtype = dtype
-        report.decisions.append(decision(site, meta.numel() * dtype.itemsize, weight, tied=tied))
-        if progress is not None:
-            progress(done, len(sites), site.name)
+        finish(site, packed)
     swap.commit()
     fill(model, reader, source, dtype)
+    record(model, recipe.name)
     report.seconds = time.perf_counter() - start
-    return model.eval(), Report(recipe.name, [report])
+    return model.eval(), Report(recipe.name, [report], notes=notes)
+
+
+def _calibrate(
+    model: nn.Module, reader: DenseReader, source: dict[str, str], dtype: torch.dtype, sites: list[Site], covered: dict[str, Site],
+    calibration: Any, finish: Callable[[Site, Packed | None], None],
+) -> str:  # fmt: skip
+    """Solve and finish the covered sites block by block; or the reason why not, with nothing done."""
+    lists = blocks.lists(model, covered)
+    if len(lists) != 1:
+        return f"it has {len(lists)} lists of blocks, one is needed"
+    prefix, members = next(iter(lists.items()))
+    other = next((s.name for s in sites if s.name.startswith(f"{prefix}.") and s.name not in covered), None)
+    if other is not None:
+        return f"{other} inside of a block is packed without calibration"
+    resident = Resident(model, reader, source, dtype, prefix)
+    found = capture(model, members, blocks.batches(calibration), resident)
+    if isinstance(found, str):
+        return found
+    linears = {name: (s.module, s.params) for name, s in covered.items()}
+    calibrated(model, calibration, linears, lambda name, packed: finish(covered[name], packed), chains={prefix: found}, around=resident.around)
+    return ""
 
 
 def fill(model: nn.Module, reader: DenseReader, source: dict[str, str], dtype: torch.dtype) -> None:
@@ -116,6 +163,11 @@ def fill(model: nn.Module, reader: DenseReader, source: dict[str, str], dtype: t
             if id(p) not in loaded:
                 loaded[id(p)] = nn.Parameter(reader.read(source.get(name, name)).to(dtype), requires_grad=False)
             _set(model, name, loaded[id(p)])
+    fill_buffers(model, reader)
+
+
+def fill_buffers(model: nn.Module, reader: DenseReader) -> None:
+    """Load the buffers that the file has; the others were computed when the model was built."""
     for name, b in list(model.named_buffers()):
         if name in reader:
             _set(model, name, reader.read(name))

@@ -49,23 +49,21 @@ def score(
 ) -> dict[str, dict[str, float]]:
     """`compare` for several models at once, so that the dense logits of a window are computed once.
 
-    `tick` is called after each window.
+    Without a dense model (None) there is nothing to compare to: kl and top1_agreement are left out. `tick` is called after
+    each window.
     """
     sums = {name: _Sums() for name in models}
     for ids in windows:
-        reference = _logits(dense, ids)
+        reference = None if dense is None else _logits(dense, ids)
         for name, model in models.items():
-            _add(sums[name], reference if model is dense else _logits(model, ids), ids, reference)
+            _add(sums[name], reference if reference is not None and model is dense else _logits(model, ids), ids, reference)
         tick()
-    return {
-        name: {
-            "perplexity": math.exp(_tokens(s, s.nll)),
-            "kl": _tokens(s, s.kl),
-            "top1_agreement": s.same / s.tokens,
-            "tokens": s.tokens,
-        }
-        for name, s in sums.items()
-    }
+    return {name: _figures(s, compared=dense is not None) for name, s in sums.items()}
+
+
+def _figures(s: _Sums, *, compared: bool) -> dict[str, float]:
+    alone = {"perplexity": math.exp(_tokens(s, s.nll)), "tokens": s.tokens}
+    return alone | ({"kl": _tokens(s, s.kl), "top1_agreement": s.same / s.tokens} if compared else {})
 
 
 def _logits(model: Any, ids: Tensor) -> Tensor:

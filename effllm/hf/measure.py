@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from effllm.autotune import machine
 from effllm.errors import KernelError
 from effllm.hf.static import StaticRunner
 from effllm.hf.variants import Shape, Variant
@@ -20,10 +21,18 @@ TOLERANCE = 0.15  # relative L2 error of centred logits; bf16 rounding through 3
 
 @dataclass
 class Times:
-    """Seconds of each round: one decode run, one prefill."""
+    """Seconds of each round: one decode run, one prefill. `peaks`: highest resident set of the process in each turn, bytes; None
+    where the peak cannot be reset."""
 
     decode: list[float] = field(default_factory=list)
     prefill: list[float] = field(default_factory=list)
+    peaks: list[int | None] = field(default_factory=list)
+
+    @property
+    def peak(self) -> int | None:
+        """The highest of all turns; None where one of them has no figure."""
+        known = [p for p in self.peaks if p is not None]
+        return max(known) if known and len(known) == len(self.peaks) else None
 
 
 @dataclass(frozen=True)
@@ -69,8 +78,10 @@ def measure(variants: list[Variant], ids: Tensor, shape: Shape, rounds: int, tic
     times = {v.name: Times() for v in variants}
     for _ in range(rounds):
         for v in variants:
+            fresh = machine.reset_peak_rss()
             times[v.name].decode.append(_decode_seconds(v.runner, ids[:, : shape.prompt], shape.tokens))
             times[v.name].prefill.append(_prefill_seconds(v.runner, ids[:, : shape.prefill]))
+            times[v.name].peaks.append(machine.peak_rss() if fresh else None)
             tick()
     return times
 

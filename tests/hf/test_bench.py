@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from effllm.autotune import machine
 from effllm.errors import KernelError, OptionError, RecipeError
 from effllm.hf import bench, measure, plot, texts, variants
 from effllm.hf.static import StaticRunner
@@ -54,6 +55,35 @@ def test_rounds_are_interleaved():
     times = measure.measure(made, torch.randint(3, 64, (1, 16)), SHAPE, 3)
     assert "".join(order) == "ababab"
     assert all(len(t.decode) == len(t.prefill) == 3 and min(t.decode) > 0 for t in times.values())
+
+
+def test_peaks_are_of_the_own_turns_and_own_weights():
+    if not machine.reset_peak_rss():
+        pytest.skip("the peak cannot be reset here")
+    large, small = eager("large", tiny_llama()), eager("small", tiny_llama())
+    size, decode = 1 << 28, large.runner.decode
+
+    def greedy(*args):
+        torch.ones(size // 4).sum()
+        return decode(*args)
+
+    large.runner.decode = greedy  # type: ignore[method-assign]
+    times = measure.measure([large, small], torch.randint(3, 64, (1, 16)), SHAPE, 2)
+    assert times["large"].peak - times["small"].peak > 0.9 * size
+    # weights of another variant are not charged; those of its own and of nobody are
+    other = torch.nn.Linear(4096, 1024)
+    own = bench._own_peak(times["small"], small.model, [small.model, other, other, None])
+    assert times["small"].peak - own == other.weight.nbytes + other.bias.nbytes
+
+
+def test_no_reset_no_peak(monkeypatch):
+    monkeypatch.setattr(machine, "reset_peak_rss", lambda: False)
+    v = eager("a", tiny_llama())
+    times = measure.measure([v], torch.randint(3, 64, (1, 16)), SHAPE, 1)
+    assert times["a"].peak is None and bench._own_peak(times["a"], v.model, [v.model]) is None
+    plan = bench.Plan([], ["eager-bf16"], SHAPE, rounds=1, sample_tokens=2)
+    result = bench.run(tiny_llama(), tiny_tokenizer(), plan)
+    assert result["rows"][0]["peak_rss_bytes"] is None and "not measured" in result["settings"]["peak_rss"]
 
 
 def test_a_wrong_graph_is_refused_before_timing():

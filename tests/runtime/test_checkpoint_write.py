@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -112,7 +113,28 @@ def test_a_killed_process_leaves_the_old_checkpoint(tmp_path: Path) -> None:
     assert done.returncode == -signal.SIGKILL
     assert content(tmp_path / "m") == before
     assert torch.equal(logits(load(tmp_path / "m", model=skeleton(), kernel="reference")), logits(small()))
-    save(small(), tmp_path / "m")  # and the rest of the killed one is in nobody's way
+    (left,) = tmp_path.glob(".m.*.tmp")
+    assert any(left.iterdir())
+    alive = left.with_name(re.sub(r"-\d+-", f"-{os.getppid()}-", left.name))
+    elsewhere = left.with_name(re.sub(r"\.[0-9a-f]{8}-", ".00000000-", left.name))
+    other_target = left.with_name(left.name.replace(".m.", ".mm."))
+    foreign = tmp_path / ".m.notes.tmp"
+    for kept in (alive, elsewhere, other_target, foreign):
+        kept.mkdir()
+    save(small(), tmp_path / "m")
+    assert not left.exists()
+    # of a living process, of another machine, of another target, of somebody else
+    assert {p.name for p in tmp_path.glob(".m*")} == {p.name for p in (alive, elsewhere, other_target, foreign)}
+
+
+def test_a_checkpoint_that_was_moved_aside_is_not_stale(tmp_path: Path) -> None:
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    with atomic.staged_directory(tmp_path / "m") as staging:
+        aside = staging.with_name(staging.name.replace(f"-{os.getpid()}-", f"-{gone.pid}-").replace(".tmp", ".old"))
+        aside.mkdir()
+        assert atomic.remove_stale(tmp_path / "m") == [] and aside.exists()  # killed between two renames: the only copy
+    assert atomic.remove_stale(tmp_path / "m") == [aside] and not aside.exists()
 
 
 def test_models_that_cannot_be_saved(tmp_path: Path) -> None:

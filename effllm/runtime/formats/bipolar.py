@@ -20,7 +20,7 @@ Kp is K rounded up to a multiple of the group (per channel: to a multiple of 8).
 
 Truncation.  The first k planes of an n-bit weight are a valid k-bit weight with scale 2^(n-k) * scale and the same offset:
 v_n = 2^(n-k) v_k + (a bipolar number of the dropped planes), and that number has mean zero over its codes. `truncate` does
-it without touching the codes, so one artifact serves every precision up to its own.
+it without touching the codes, so one artifact serves every precision up to its own. Scales that would overflow fp16 become fp32.
 
 Source: arXiv 2409.17870, arXiv 2508.19087 (format); the affine form and truncation as above are ours.
 """
@@ -137,12 +137,21 @@ def truncate(packed: Packed, bits: int) -> Packed:
     tensors = {"planes": packed.tensors["planes"][:bits].contiguous()}
     scale = packed.tensors["scale"]
     # v_n = 2^drop v_k + dropped; the offset (scale * v + offset) stays, so the value of u = 0 rises by scale * (2^drop - 1).
-    tensors["scale"] = scale * 2**drop
+    wide = {"scale": scale.float() * 2**drop}
     if "minimum" in packed.tensors:
-        low = packed.tensors["minimum"].float() + scale.float() * (2**drop - 1)
-        tensors["minimum"] = low.to(scale.dtype)
+        wide["minimum"] = packed.tensors["minimum"].float() + scale.float() * (2**drop - 1)
+    tensors |= {key: t.to(_stored(scale.dtype, wide)) for key, t in wide.items()}
     attrs = dict(packed.attrs, bits=bits)
     return Packed(name, packed.version, packed.shape, tensors, attrs)
+
+
+def _stored(dtype: torch.dtype, wide: dict[str, Tensor]) -> torch.dtype:
+    """The dtype for the numbers of a truncated weight: the source's, or fp32 for all of them where one would overflow fp16."""
+    top = torch.finfo(dtype).max
+    for t in wide.values():
+        if not t.is_meta and t.numel() and float(t.abs().max()) > top:
+            return torch.float32
+    return dtype
 
 
 def nbytes(*, bits: int, group: int, grid: str = "symmetric", scale_bytes: int = 2, **_: Any) -> sympy.Expr:
