@@ -7,12 +7,14 @@ backend can trace it and nothing of it costs Python time in a compiled graph.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
-import sympy
 import torch
+
+if TYPE_CHECKING:
+    from effllm.autotune.cost import Prediction
 
 LIBRARY = torch.library.Library("effllm", "FRAGMENT")
 
@@ -29,6 +31,7 @@ class Verdict:
 
 
 YES = Verdict(True)
+Config = Mapping[str, Any]  # one way to run a problem: field name -> string or number
 
 
 @dataclass(frozen=True)
@@ -47,10 +50,34 @@ class Problem:
     device: str = "cpu"
     scale_dtype: torch.dtype = torch.float16
 
+    def at(self, m: int | None) -> Problem:
+        """The same problem with another number of rows."""
+        return replace(self, m=m)
+
+
+class Tuning(Protocol):
+    """The configurations of a provider: which there are, which may run, and what the cost model says of them."""
+
+    def configs(self, problem: Problem) -> Iterable[Config]:
+        """Every legal configuration of a problem with static rows."""
+        ...
+
+    def legal(self, problem: Problem, config: Config) -> Verdict:
+        """Whether a configuration can run, for one that comes from a store."""
+        ...
+
+    def predict(self, problem: Problem, config: Config) -> Prediction:
+        """The cost model's figures on this machine; dynamic rows count as one."""
+        ...
+
+    def first(self, problem: Problem) -> Config:
+        """The model's choice."""
+        ...
+
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to run an op. `call` takes the op's arguments; `cost` gives seconds on a machine as a sympy expression."""
+    """One way to run an op. `call` takes the op's arguments and `config`, a configuration or None for the provider's own choice."""
 
     name: str
     op: str
@@ -58,10 +85,9 @@ class Provider:
     layout: str
     supports: Callable[[Problem], Verdict]
     call: Callable[..., Any]
-    cost: Callable[[Problem], sympy.Expr] | None = None
+    tuning: Tuning | None = None
     prepare: Callable[[], None] | None = None  # builds or loads what `call` needs; raises KernelError
-    space: dict[str, tuple[Any, ...]] = field(default_factory=dict)
-    rank: int = 0  # among providers that support a problem and have no cost, the highest rank wins
+    rank: int = 0  # among providers that support a problem the highest rank wins
 
 
 @dataclass

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from effllm.errors import KernelError
 from effllm.kernels.cpu import build
 from effllm.kernels.cpu.build import ISAS, Isa
-from effllm.kernels.cpu.cost import cost
-from effllm.lowering.op import OPS, Problem, Provider, Verdict
+from effllm.kernels.cpu.choose import CpuTuning, arguments
+from effllm.lowering.op import OPS, Config, Problem, Provider, Verdict
 
 _loaded: set[str] = set()
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -58,13 +60,17 @@ def supports(problem: Problem, isa: Isa) -> Verdict:
 def _provider(op: str, isa: Isa, rank: int) -> Provider:
     short = op.removeprefix("bipolar_")
 
-    def call(*args: object) -> Tensor:
+    def run(*args: object, **more: object) -> Tensor:
         ensure(isa)
-        y: Tensor = getattr(getattr(torch.ops, isa.namespace), short)(*args)
+        y: Tensor = getattr(getattr(torch.ops, isa.namespace), short)(*args, **more)
         return y
 
-    price = None if op == "decode_attention" else lambda p: cost(p, isa.name)
-    return Provider(f"cpu-{isa.name}", op, "cpu", "tile16", lambda p: supports(p, isa), call, price, lambda: ensure(isa), rank=rank)
+    def linear(*args: Any, problem: Problem, config: Config | None = None) -> Tensor:
+        return run(*args, **arguments(problem, config, isa.name))
+
+    attention = op == "decode_attention"
+    tuning = None if attention else CpuTuning(isa.name)
+    return Provider(f"cpu-{isa.name}", op, "cpu", "tile16", lambda p: supports(p, isa), run if attention else linear, tuning, lambda: ensure(isa), rank=rank)
 
 
 def register() -> None:

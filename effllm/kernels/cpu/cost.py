@@ -1,37 +1,63 @@
-"""Predicted time of the CPU kernels, as a sympy expression over the machine's symbols (autotune/cost.py).
+"""Cost of the CPU kernels (bipolar.h, expand.h), one model per instruction set and path.
 
-bytes / bandwidth against issued vector instructions / issue rate, plus the call. Instructions per 64 codes: extraction (mask,
-shift, merge of parts) once per four tokens, one dot product per token and digit; per group and token a few more for the scales.
+    T = max(bytes / bandwidth(t), instructions / (issue t)) + quantization + call + wake [t > 1],    bandwidth(t) = min(t single, bandwidth)
+
+Instructions per 64 codes: extraction (mask, shift, merge of parts) `extract`, one dot product per token and digit; per 16 rows and
+segment a few to fold the sums with scale and offset.
+
+    registers  extracts again for every four tokens
+    unpack     extracts once, writes bytes and reads them for every token
+    expand     extracts once, writes bf16; PyTorch's product does the rest
 """
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
+
 import sympy
-import torch
 
-from effllm.autotune.cost import BANDWIDTH, CALL, ISSUE
-from effllm.lowering.op import Problem
-from effllm.runtime.layouts.tile16 import PARTS
+from effllm.autotune.cost import ACT, BANDWIDTH, BITS, CALL, DIGITS, GROUP, META, OUT, PARTS, WEIGHT_BYTES, K, M, Model, N
 
-_DOT = {"avx512": 1, "avx2": 6, "portable": 24}  # instructions of one 16-row x 4-column product
-_WIDTH = {"avx512": 1, "avx2": 2, "portable": 4}  # instructions per operation on 64 bytes
+SINGLE, ISSUE, PRODUCT, WAKE, THREADS = sympy.symbols("single issue product wake threads", positive=True)
+PATHS = ("registers", "unpack", "expand")
 
-
-def packed_bytes(problem: Problem) -> int:
-    """Bytes of the weight that one call reads."""
-    groups = problem.k // problem.group if problem.group else 1
-    per_group = (4 if problem.scale_dtype == torch.float32 else 2) * (2 if problem.affine else 1)
-    return problem.n * (problem.k * problem.bits // 8 + groups * per_group)
+_DOT = {"avx512": 1.0, "avx2": 6.0, "portable": 24.0}  # instructions of one 16-row x 4-column product
+_WIDTH = {"avx512": 1.0, "avx2": 2.0, "portable": 4.0}  # instructions per operation on 64 bytes
 
 
-def cost(problem: Problem, isa: str) -> sympy.Expr:
-    """Seconds of one call at problem.m rows (1 where dynamic)."""
-    m = problem.m or 1
-    digits = 1 if problem.act == "a8" else 3 if problem.dtype == torch.float32 else 2
-    units = problem.n * problem.k / 64
-    extract = 1 if problem.bits == 8 else 2.5 * len(PARTS[problem.bits])
-    segment = min(problem.group or problem.k, problem.k if problem.act == "a8" else 32)
-    fold = problem.n / 16 * problem.k / segment * (2 + 3 * m)
-    instructions = units * (extract * _WIDTH[isa] * -(-m // 4) + m * digits * _DOT[isa]) + fold * _WIDTH[isa]
-    traffic = packed_bytes(problem) + m * (problem.k + 4 * problem.n)
-    return sympy.Max(traffic / BANDWIDTH, instructions / ISSUE) + CALL
+@functools.cache
+def models(isa: str) -> Mapping[str, Model]:
+    """Path -> model of an instruction set's linear kernels."""
+    return {path: _model(path, isa) for path in PATHS}
+
+
+def _model(path: str, isa: str) -> Model:
+    dot, width = _DOT[isa], _WIDTH[isa]
+    steps = N * K / 64
+    extract = sympy.Piecewise((1, sympy.Eq(BITS, 8)), (2.5 * PARTS, True)) * width
+    # with 16-bit activations a segment is a block of 32 columns, with int8 ones a group
+    segment = sympy.Piecewise((sympy.Min(GROUP, K), sympy.Eq(DIGITS, 1)), (sympy.Min(GROUP, 32), True))
+    fold = N / 16 * K / segment * width
+    take = sympy.Piecewise((0.1 * M * K, sympy.Eq(DIGITS, 1)), (1.2 * M * K, True)) * width
+    if path == "registers":
+        instructions = steps * (extract * sympy.ceiling(M / 4) + M * DIGITS * dot) + fold * (3 + 3 * M) + take
+    elif path == "unpack":
+        instructions = steps * (extract + 2 * width + 1.15 * M * DIGITS * dot) + fold * (2 + 3 * M) + take
+    else:
+        instructions = steps * (extract + 20 * width)
+    nbytes = WEIGHT_BYTES + M * (K * ACT + N * OUT)
+    flops = 2 * M * N * K
+    rate = sympy.Min(THREADS * SINGLE, BANDWIDTH)
+    busy = instructions / (ISSUE * THREADS)
+    seconds = sympy.Max(nbytes / rate, busy) + CALL + sympy.Piecewise((0, THREADS <= 1), (WAKE, True))
+    # the products alone, 64 (expand: 32) multiply-adds an instruction
+    bound = sympy.Max(nbytes / BANDWIDTH, M * N * K * DIGITS * dot / 64 / (ISSUE * THREADS))
+    if path == "expand":
+        copies = 2 * M * N * OUT / (4 * BANDWIDTH)  # products are copied into place, in cache
+        seconds = seconds + M * N * K / (PRODUCT * THREADS) + copies + 3 * CALL + 2 * WAKE
+        bound = sympy.Max(nbytes / BANDWIDTH, M * N * K / (PRODUCT * THREADS))
+    return Model(nbytes, flops, instructions, seconds, bound)
+
+
+__all__ = ["META", "PATHS", "models"]
