@@ -1,0 +1,143 @@
+"""One measurement, and its line in a file: JSON with every field in clear, led by a checksum over the rest of the line.
+
+    {"sum":"8 hex digits","v":1,"seq":7,"op":...,"config":{...},"status":"ok","seconds":4.1e-05,...}
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from effllm.autotune.fingerprint import Environment, Scalar
+from effllm.autotune.key import Key, scalars
+from effllm.errors import TuneError, nearest
+
+VERSION = 1
+STATUSES = ("ok", "wrong", "error", "timeout", "oom")
+_HEAD = len(b'{"sum":"00000000",')
+_KEYS = ("op", "provider", "source", "problem", "m_bucket", "align")
+
+
+class LineError(ValueError):
+    """A line that cannot be used; the text says why. `newer` where it is of a later format and not damaged."""
+
+    def __init__(self, reason: str, newer: bool = False) -> None:
+        super().__init__(reason)
+        self.newer = newer
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """A configuration that was tried for a key on a machine.
+
+    `seconds` is the median and `spread` the interquartile range of `n` runs, in seconds; None unless the status is ok. `predicted` is
+    the cost model's time. `when` is the wall time in seconds since 1970. `seq` orders the lines of one file, also where the clock went
+    backwards; the store gives it.
+    """
+
+    key: Key
+    config: Mapping[str, Scalar]
+    status: str
+    environment: Environment
+    seconds: float | None = None
+    spread: float | None = None
+    n: int = 0
+    predicted: float | None = None
+    when: float = field(default_factory=time.time)
+    seq: int = 0
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise TuneError("E-TUN-STATUS", f"unknown status {self.status!r}", nearest(str(self.status), STATUSES))
+        timed = self.seconds is not None and math.isfinite(self.seconds) and self.seconds > 0
+        if (self.status == "ok") != timed:
+            raise TuneError("E-TUN-STATUS", f"status {self.status!r} with {self.seconds} seconds", "give a positive time for ok, and none otherwise")
+        object.__setattr__(self, "config", scalars("config", self.config))
+
+    @functools.cached_property
+    def config_text(self) -> str:
+        """The configuration as canonical JSON."""
+        return json.dumps(dict(self.config), sort_keys=True)
+
+    @property
+    def slot(self) -> tuple[str, str, str]:
+        """What a newer measurement replaces: same key, configuration and software (two installations may share a store)."""
+        return self.key.text, self.config_text, self.environment.soft_digest
+
+
+def encode(m: Measurement) -> bytes:
+    """The measurement's line, without the newline."""
+    data = {
+        "v": VERSION,
+        "seq": m.seq,
+        **m.key.to_dict(),
+        "config": dict(m.config),
+        "status": m.status,
+        "seconds": m.seconds,
+        "spread": m.spread,
+        "n": m.n,
+        "predicted": m.predicted,
+        "when": m.when,
+        "hard": dict(m.environment.hard),
+        "soft": dict(m.environment.soft),
+    }
+    body = json.dumps(data, separators=(",", ":"), allow_nan=False).encode()[1:]
+    return b'{"sum":"%08x",' % zlib.crc32(body) + body
+
+
+class Shared:
+    """Keys and environments that the lines of a file have in common."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
+
+    def key(self, data: Mapping[str, Any]) -> Key:
+        """The key in a line's data."""
+        values = {k: data[k] for k in _KEYS}
+        name = repr(values)
+        if name not in self._made:
+            if not (isinstance(data["m_bucket"], int) and isinstance(data["align"], int) and data["m_bucket"] > 0):
+                raise LineError("m_bucket or align is not a number")
+            self._made[name] = Key(**values)
+        made: Key = self._made[name]
+        return made
+
+    def environment(self, data: Mapping[str, Any]) -> Environment:
+        """The fingerprints in a line's data."""
+        name = repr((data["hard"], data["soft"]))
+        if name not in self._made:
+            self._made[name] = Environment(data["hard"], data["soft"])
+        made: Environment = self._made[name]
+        return made
+
+
+def decode(line: bytes, shared: Shared | None = None) -> Measurement:
+    """The measurement of a line. Raises LineError."""
+    try:
+        data: Any = json.loads(line)
+    except ValueError as error:
+        raise LineError(f"not JSON ({error})") from error
+    if not isinstance(data, dict) or "v" not in data:
+        raise LineError("not a measurement")
+    if isinstance(data["v"], int) and data["v"] > VERSION:
+        raise LineError(f"format {data['v']}, this version reads up to {VERSION}", newer=True)
+    if line[:_HEAD] != b'{"sum":"%08x",' % zlib.crc32(line[_HEAD:]):
+        raise LineError("the checksum does not match")
+    shared = shared or Shared()
+    try:
+        if not isinstance(data["seq"], int) or not isinstance(data["when"], int | float):
+            raise LineError("seq or when is not a number")
+        return Measurement(
+            shared.key(data), data["config"], data["status"], shared.environment(data),
+            data["seconds"], data["spread"], data["n"], data["predicted"], data["when"], data["seq"],
+        )  # fmt: skip
+    except (KeyError, TypeError, AttributeError) as error:
+        raise LineError(f"a field is missing or of the wrong type ({error!r})") from error
+    except TuneError as error:
+        raise LineError(error.cause) from error
