@@ -84,7 +84,7 @@ class Environment:
         """Short digest of the soft part."""
         return digest(self.soft)
 
-    @property
+    @functools.cached_property
     def kind(self) -> str:
         """The device type, such as cpu or cuda; a word, since it names a file."""
         return re.sub(r"\W", "", str(self.hard.get("kind") or "unknown"))
@@ -159,7 +159,7 @@ def of_properties(found: object) -> GpuHardware:
 def cpu_software() -> Software:
     """torch and the C++ compiler."""
     path = inductor_compiler()
-    return Software(torch.__version__, compiler=_first_line([path, "--version"]) if path else None)
+    return Software(str(torch.__version__), compiler=_first_line([path, "--version"]) if path else None)
 
 
 @functools.cache
@@ -171,7 +171,7 @@ def gpu_software() -> Software:
         text = _output([str(Path(folder) / "backends/nvidia/bin/ptxas"), "--version"])
         matched = re.search(r"V(\d+(?:\.\d+)+)", text or "")
         ptxas = matched[1] if matched else ptxas
-    return Software(torch.__version__, triton=_package("triton"), ptxas=ptxas, driver=_driver())
+    return Software(str(torch.__version__), triton=_package("triton"), ptxas=ptxas, driver=_driver())
 
 
 def _driver() -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -19,6 +20,7 @@ from effllm.lowering.op import Problem
 __all__ = ["BUCKETS", "SHAPE_FIELDS", "Key", "align_class", "bucket", "problem_fields", "provider_source", "source_hash"]
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
+_SCALARS = (str, int, float, bool, type(None))
 SHAPE_FIELDS = ("n", "k")  # two problems that differ only in these are neighbours
 
 
@@ -111,6 +113,6 @@ def scalars(what: str, values: Mapping[str, Any]) -> dict[str, Scalar]:
     """A copy of a mapping to strings, numbers, booleans and None. Raises TuneError (E-TUN-KEY) for anything else."""
     for name, value in values.items():
         # NaN and infinity have no JSON form
-        if not isinstance(name, str) or not isinstance(value, str | int | float | bool | None) or value in (float("inf"), float("-inf")) or value != value:
+        if not isinstance(name, str) or not isinstance(value, _SCALARS) or (isinstance(value, float) and not math.isfinite(value)):
             raise TuneError("E-TUN-KEY", f"{what}: {name}={value!r} cannot be stored", "use strings, finite numbers, booleans or None")
     return dict(values)

@@ -1,6 +1,6 @@
 """One measurement, and its line in a file: JSON with every field in clear, led by a checksum over the rest of the line.
 
-    {"sum":"8 hex digits","v":1,"seq":7,"op":...,"config":{...},"status":"ok","seconds":4.1e-05,...}
+    {"sum":"8 hex digits","v":1,"op":...,"align":16,"config":{...},"status":"ok","seconds":4.1e-05,...,"hard":{...},"soft":{...}}
 """
 
 from __future__ import annotations
@@ -73,9 +73,9 @@ class Measurement:
 
 def encode(m: Measurement) -> bytes:
     """The measurement's line, without the newline."""
+    # the order is part of the format: what lines share comes first and last, and is parsed once
     data = {
         "v": VERSION,
-        "seq": m.seq,
         **m.key.to_dict(),
         "config": dict(m.config),
         "status": m.status,
@@ -84,6 +84,7 @@ def encode(m: Measurement) -> bytes:
         "n": m.n,
         "predicted": m.predicted,
         "when": m.when,
+        "seq": m.seq,
         "hard": dict(m.environment.hard),
         "soft": dict(m.environment.soft),
     }
@@ -92,52 +93,60 @@ def encode(m: Measurement) -> bytes:
 
 
 class Shared:
-    """Keys and environments that the lines of a file have in common."""
+    """Keys and environments that the lines of a file have in common, by their text, each made once: files are read at compile time."""
 
     def __init__(self) -> None:
-        self._made: dict[str, Any] = {}
+        self._keys: dict[bytes, Key] = {}
+        self._environments: dict[bytes, Environment] = {}
 
-    def key(self, data: Mapping[str, Any]) -> Key:
-        """The key in a line's data."""
-        values = {k: data[k] for k in _KEYS}
-        name = repr(values)
-        if name not in self._made:
+    def key(self, text: bytes) -> Key:
+        """The key in the first part of a line."""
+        if text not in self._keys:
+            data = json.loads(b"{" + text + b"}")
             if not (isinstance(data["m_bucket"], int) and isinstance(data["align"], int) and data["m_bucket"] > 0):
                 raise LineError("m_bucket or align is not a number")
-            self._made[name] = Key(**values)
-        made: Key = self._made[name]
-        return made
+            self._keys[text] = Key(**{k: data[k] for k in _KEYS})
+        return self._keys[text]
 
-    def environment(self, data: Mapping[str, Any]) -> Environment:
-        """The fingerprints in a line's data."""
-        name = repr((data["hard"], data["soft"]))
-        if name not in self._made:
-            self._made[name] = Environment(data["hard"], data["soft"])
-        made: Environment = self._made[name]
-        return made
+    def environment(self, text: bytes) -> Environment:
+        """The fingerprints in the last part of a line."""
+        if text not in self._environments:
+            data = json.loads(b"{" + text)
+            self._environments[text] = Environment(data["hard"], data["soft"])
+        return self._environments[text]
 
 
 def decode(line: bytes, shared: Shared | None = None) -> Measurement:
     """The measurement of a line. Raises LineError."""
-    try:
-        data: Any = json.loads(line)
-    except ValueError as error:
-        raise LineError(f"not JSON ({error})") from error
-    if not isinstance(data, dict) or "v" not in data:
-        raise LineError("not a measurement")
-    if isinstance(data["v"], int) and data["v"] > VERSION:
-        raise LineError(f"format {data['v']}, this version reads up to {VERSION}", newer=True)
-    if line[:_HEAD] != b'{"sum":"%08x",' % zlib.crc32(line[_HEAD:]):
-        raise LineError("the checksum does not match")
+    start = b'{"sum":"%08x","v":%d,' % (zlib.crc32(line[_HEAD:]), VERSION)
+    if not line.startswith(start):
+        raise _refusal(line)
     shared = shared or Shared()
+    # all other values are scalars and quotes in strings are escaped, so these two can be nowhere else
+    config, hard = line.find(b',"config":{'), line.rfind(b',"hard":{')
     try:
+        data = json.loads(b"{" + line[config + 1 : hard] + b"}")
         if not isinstance(data["seq"], int) or not isinstance(data["when"], int | float):
             raise LineError("seq or when is not a number")
         return Measurement(
-            shared.key(data), data["config"], data["status"], shared.environment(data),
+            shared.key(line[len(start) : config]), data["config"], data["status"], shared.environment(line[hard + 1 :]),
             data["seconds"], data["spread"], data["n"], data["predicted"], data["when"], data["seq"],
         )  # fmt: skip
-    except (KeyError, TypeError, AttributeError) as error:
-        raise LineError(f"a field is missing or of the wrong type ({error!r})") from error
     except TuneError as error:
         raise LineError(error.cause) from error
+    except LineError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LineError(f"a field is missing or of the wrong type ({error!r})") from error
+
+
+def _refusal(line: bytes) -> LineError:
+    """Why a line does not begin as one of this format with a matching checksum."""
+    try:
+        data = json.loads(line)
+    except ValueError as error:
+        return LineError(f"not JSON ({error})")
+    version = data.get("v") if isinstance(data, dict) else None
+    if isinstance(version, int) and version > VERSION:
+        return LineError(f"format {version}, this version reads up to {VERSION}", newer=True)
+    return LineError("the checksum does not match" if version == VERSION else "not a measurement")
