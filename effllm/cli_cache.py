@@ -66,7 +66,8 @@ def compact(store: Where = None, json: Json = None) -> None:
 def _cells(row: dict[str, Any]) -> list[str]:
     time_ = "-" if row["seconds"] is None else f"{row['seconds'] * 1e6:.1f}"
     state = row["state"] if row["status"] == "ok" else f"{row['status']}, {row['state']}"
-    return [row["op"], f"{_pairs(row['problem'])} ({row['provider']})", str(row["m_bucket"]), _pairs(row["config"]), time_, str(row["tried"]), _when(row), state]
+    problem = f"{_pairs(row['problem'])} ({row['provider']})"
+    return [row["op"], problem, str(row["m_bucket"]), _pairs(row["config"]), time_, str(row["tried"]), _when(row), state]
 
 
 def _pairs(values: dict[str, Any]) -> str:

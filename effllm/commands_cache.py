@@ -147,7 +147,8 @@ def _shape(text: str, valid: set[str]) -> dict[str, Scalar]:
     for part in filter(None, (p.strip() for p in text.split(","))):
         name, equals, value = (p.strip() for p in part.partition("="))
         if not equals or not name or not value:
-            raise TuneError("E-TUN-SHAPE", f"cannot read {part!r} in the shape {text!r}", "write field=value parts with commas: m=1,n=576,k=1536,bits=4,group=32")
+            advice = "write field=value parts with commas: m=1,n=576,k=1536,bits=4,group=32"
+            raise TuneError("E-TUN-SHAPE", f"cannot read {part!r} in the shape {text!r}", advice)
         if name not in valid:
             raise TuneError("E-TUN-FIELD", f"unknown field {name!r}", nearest(name, valid))
         found[name] = _value(value)

@@ -30,10 +30,10 @@ def record(measurement: Measurement) -> None:
 
 def load(key: str, content: bytes) -> None:
     """Merge one artifact into the default store. What cannot be used or written is warned about, so that the other caches still load."""
-    from effllm.autotune.store import Store
+    from effllm.autotune.store import open_store
 
     try:
-        Store().merge([decode(content)])
+        open_store().merge([decode(content)])
     except LineError as error:
         warnings.warn(f"effllm: the tuning artifact {key} is skipped: {error}", stacklevel=2)
     except TuneError as error:

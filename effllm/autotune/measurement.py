@@ -12,7 +12,6 @@ import time
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from effllm.autotune.fingerprint import Environment, Scalar
 from effllm.autotune.key import Key, scalars

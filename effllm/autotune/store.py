@@ -6,6 +6,7 @@ is skipped, listed in `Store.damage` with file, line number and reason, and warn
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable
@@ -117,9 +118,10 @@ class Store:
         added = 0
         for path, group in groups.items():
             with journal.writing(path):
-                latest: dict[tuple[str, str, str], float] = {}
-                for m in self._read(path).index.entries:
-                    latest[m.slot] = max(m.when, latest.get(m.slot, m.when))
+                here, latest = self._read(path).index.by_key, {}
+                for text in {m.key.text for m in group}:
+                    for m in here.get(text, ()):
+                        latest[m.slot] = max(m.when, latest.get(m.slot, m.when))
                 fresh = []
                 for m in sorted(group, key=lambda m: m.when):
                     if m.slot not in latest or m.when > latest[m.slot]:
@@ -179,6 +181,16 @@ class Store:
             known = self._files[path] = _File(None, ladder.Index(), [Damage(path, 0, f"cannot be read: {error.strerror}")])
             _warn(known.damage)
         return known
+
+
+@functools.cache
+def _opened(directory: Path) -> Store:
+    return Store(directory)
+
+
+def open_store(directory: Path | None = None) -> Store:
+    """This process's one Store of a directory (default: the user's cache), so that a file is read again only after it changed."""
+    return _opened((directory or default_directory()).absolute())
 
 
 def _name(environment: Environment, op: str) -> str:

@@ -178,7 +178,7 @@ def test_two_files_that_swap_their_contents_are_other_sources(tree):
     ("name", "old", "new", "same"),
     [
         ("unit.cpp", "int f", "/* a\n comment */ int  f", True),
-        ("unit.cpp", "return A;", "return A; // done", True),
+        ("unit.cpp", "return A;", "return A; /* } */", True),
         ("unit.cpp", "return A", "return -A", False),
         ("a.h", "B + 1", "B + 2", False),
         ("b.h", "B 2", "B 3", False),

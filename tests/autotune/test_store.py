@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from effllm.autotune import journal
 from effllm.autotune.measurement import LineError, Measurement, decode, encode
-from effllm.autotune.store import Store
+from effllm.autotune.store import Store, open_store
 from effllm.errors import TuneError
 from tests.autotune.made import HERE, OTHER_HARD, OTHER_SOFT, key, took
 
@@ -315,3 +315,11 @@ def test_reading_two_thousand_lines_and_choosing_for_a_model_is_fast(store):
         assert all(again.find(k, environment=HERE).config == {"bn": 0} for k in keys)
         best = min(best, time.perf_counter() - start)
     assert best < 0.25  # 40 ms on a quiet core of 2023; the bound leaves room for a busy one
+
+
+def test_a_process_has_one_store_per_directory(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a"))
+    first = open_store()
+    assert first is open_store() and first.directory == tmp_path / "a" / "effllm" / "tuning"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
+    assert open_store() is not first and open_store(first.directory) is first
