@@ -65,7 +65,7 @@ def provider_source(provider: str, op: str) -> str:
 
     Cached: sources do not change under a running process.
     """
-    if provider == "triton":
+    if provider.split("-")[0] == "triton":
         # launch.py reaches every kernel; which configuration is chosen, and for what machine, is not part of how it runs
         modules = ("choose", "machine")
         return source_hash([KERNELS / "triton" / "launch.py"], without=[f"effllm.kernels.triton.{m}" for m in modules])

@@ -118,7 +118,8 @@ class Store:
         added = 0
         for path, group in groups.items():
             with journal.writing(path):
-                here, latest = self._read(path).index.by_key, {}
+                here = self._read(path).index.by_key
+                latest: dict[tuple[str, str, str], float] = {}
                 for text in {m.key.text for m in group}:
                     for m in here.get(text, ()):
                         latest[m.slot] = max(m.when, latest.get(m.slot, m.when))
