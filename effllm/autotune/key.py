@@ -54,7 +54,14 @@ class Key:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"\w+", self.op):  # names a file
             raise TuneError("E-TUN-KEY", f"the op's name {self.op!r} is not a word", "give the name of a registered op")
+        for name in ("m_bucket", "align"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise TuneError("E-TUN-KEY", f"{name}={value!r} is not a positive whole number", f"use {'bucket(m)' if name == 'm_bucket' else 'align_class'}")
         object.__setattr__(self, "problem", scalars("problem", self.problem))
+        taken = sorted(self.problem.keys() & {f.name for f in fields(self)})
+        if taken:  # a comparison field by field shows them side by side
+            raise TuneError("E-TUN-KEY", f"the problem has a field named {taken[0]!r}, as the key itself has", "give the field another name")
 
     @staticmethod
     def of(problem: Problem, provider: str, m: int | None = None, *, source: str | None = None, align: int = 16, **more: Scalar) -> Key:

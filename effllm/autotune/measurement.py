@@ -102,8 +102,6 @@ class Shared:
         """The key in the first part of a line."""
         if text not in self._keys:
             data = json.loads(b"{" + text + b"}")
-            if not (isinstance(data["m_bucket"], int) and isinstance(data["align"], int) and data["m_bucket"] > 0):
-                raise LineError("m_bucket or align is not a number")
             self._keys[text] = Key(**{k: data[k] for k in _KEYS})
         return self._keys[text]
 

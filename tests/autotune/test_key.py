@@ -60,6 +60,12 @@ def test_what_has_no_json_form_is_refused(value):
         key(n=value)
 
 
+@pytest.mark.parametrize("wrong", [{"m_bucket": 0}, {"m_bucket": True}, {"align": "16"}, {"align": None}, {"problem": {"source": "x"}}])
+def test_a_key_that_could_not_be_read_back_is_refused(wrong):
+    with pytest.raises(TuneError, match="E-TUN-KEY"):
+        Key(**{"op": "o", "provider": "p", "source": "s", "problem": {}, "m_bucket": 1, "align": 16} | wrong)
+
+
 @pytest.mark.parametrize("op", ["../../etc/passwd", "a/b", "", "a.b"])
 def test_an_op_that_is_no_word_is_refused(op):
     with pytest.raises(TuneError, match="E-TUN-KEY"):
