@@ -81,8 +81,10 @@ def test_the_nearest_bucket_in_log_space(find, wanted):
 
 
 def test_the_nearest_shape_in_log_space(find):
-    # 2000 is 424 from 1576 and 576 is 1000, but 700 is nearest by ratio
-    got = find(took(1.0, 1, of=key(n=100)), took(5.0, 2, of=key(n=700, k=1500)), took(2.0, 3, of=key(n=1200)), wanted=key(n=600))
+    # 100 is nearer to 600 by difference, 1150 by ratio
+    far = took(1.0, 1, of=key(n=100)), took(2.0, 3, of=key(n=1150))
+    assert find(*far, wanted=key(n=600)).config == {"bn": 3}
+    got = find(took(5.0, 2, of=key(n=700, k=1500)), wanted=key(n=600))
     assert (got.config, got.how) == ({"bn": 2}, "near shape")
     assert "n=700 for 600" in got.note and "k=1500 for 1536" in got.note
 
