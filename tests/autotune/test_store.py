@@ -326,3 +326,18 @@ def test_a_process_has_one_store_per_directory(tmp_path, monkeypatch):
     assert first is open_store() and first.directory == tmp_path / "a" / "effllm" / "tuning"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "b"))
     assert open_store() is not first and open_store(first.directory) is first
+
+
+def test_appending_does_not_hide_what_another_process_added_before(store):
+    store.append(took(30.0, bn=30))
+    Store(store.directory).append(took(10.0, bn=10))
+    store.append(took(20.0, bn=20))
+    assert store.find(key(), environment=HERE).config == {"bn": 10} and len(store.load()) == 3
+
+
+def test_numbers_go_on_after_a_long_damaged_tail(store):
+    for us in (1.0, 2.0, 3.0):
+        store.append(took(us))
+    with open(file_of(store), "ab") as file:
+        file.write(b"x" * (1 << 17))
+    assert store.append(took(4.0)).seq == 4
