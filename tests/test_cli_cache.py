@@ -106,6 +106,12 @@ def test_a_near_entry_is_used_and_the_difference_shown(store, tmp_path):
     assert found["used"] and "near M bucket" in found["line"] and [d["field"] for d in found["differences"]] == ["m_bucket"]
 
 
+def test_another_bucket_and_another_shape_at_once_are_too_far(store, tmp_path):
+    store.append(entry(8))
+    _, found = why(store, tmp_path, "m=1,n=600")
+    assert not found["used"] and {d["field"]: d["effect"] for d in found["differences"]} == {"n": "never used", "m_bucket": "never used"}
+
+
 def test_a_wrong_entry_is_the_reason(store, tmp_path):
     store.append(entry(us=None, status="wrong"))
     _, found = why(store, tmp_path)

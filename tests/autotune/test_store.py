@@ -330,6 +330,7 @@ def test_a_process_has_one_store_per_directory(tmp_path, monkeypatch):
 
 def test_appending_does_not_hide_what_another_process_added_before(store):
     store.append(took(30.0, bn=30))
+    assert len(store.load()) == 1
     Store(store.directory).append(took(10.0, bn=10))
     store.append(took(20.0, bn=20))
     assert store.find(key(), environment=HERE).config == {"bn": 10} and len(store.load()) == 3
