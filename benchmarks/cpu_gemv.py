@@ -28,13 +28,14 @@ def packed(n: int, k: int, bits: int, group: int, seed: int) -> dict[str, torch.
     return {"codes": codes, "scale": torch.rand(n // 16, k // group, 16, generator=g).half()}
 
 
-def check(run: object, weight: dict[str, torch.Tensor], x: torch.Tensor, n: int, bits: int, group: int) -> float:
+def check(run: object, weight: dict[str, torch.Tensor], x: torch.Tensor, problem: Problem) -> float:
+    n, bits, group = problem.n, problem.bits, problem.group
     zero = bipolar.zero_point(bits, "symmetric")
     u, s, _ = tile16.rows(weight["codes"], weight["scale"], None, None, n=n, bits=bits, group=group)
     w = bipolar.dequantize(u, s, None, zero, group).double()
     xq, xs = quantize_activation(x)
     true = (xq.double() @ w.T) * xs.double()
-    y = run(xq, xs, weight["codes"], weight["scale"], None, None, n, bits, group, zero, torch.float32)
+    y = run(xq, xs, weight["codes"], weight["scale"], None, None, n, bits, group, zero, torch.float32, problem=problem)
     return float((y.double() - true).norm() / true.norm())
 
 
@@ -55,15 +56,16 @@ def main() -> None:
     for bits in (8, 4, 3, 2, 1):
         size = n * k * bits // 8 + n * k // group * 2
         weights = [packed(n, k, bits, group, i) for i in range(max(2, COLD // size))]
-        errors.append(check(provider.call, weights[0], x, n, bits, group))
+        problem = Problem("bipolar_linear_a8", n, k, bits, group, False, "a8", 1, torch.float32)
+        errors.append(check(provider.call, weights[0], x, problem))
         if errors[-1] > 1e-5:
             raise SystemExit(f"W{bits}: relative error {errors[-1]:.2g}, not timed")
         turn = iter(range(10**9))
         zero = bipolar.zero_point(bits, "symmetric")
 
-        def call(weights=weights, bits=bits, zero=zero, turn=turn) -> None:  # type: ignore[no-untyped-def]
+        def call(weights=weights, bits=bits, zero=zero, turn=turn, problem=problem) -> None:  # type: ignore[no-untyped-def]
             w = weights[next(turn) % len(weights)]
-            provider.call(xq, xs, w["codes"], w["scale"], None, None, n, bits, group, zero, torch.float32)
+            provider.call(xq, xs, w["codes"], w["scale"], None, None, n, bits, group, zero, torch.float32, problem=problem)
 
         calls.append(call)
         sizes.append(size)

@@ -52,4 +52,11 @@ def _backend(*args: Any, **kwargs: Any) -> Any:
     return backend.effllm(*args, **kwargs)
 
 
+def _load_tuning(key: str, content: bytes) -> None:
+    from effllm.autotune import artifacts
+
+    artifacts.load(key, content)
+
+
 _compat.register_backend("effllm", _backend)
+_compat.register_artifact(_compat.TUNING_ARTIFACT, _load_tuning)

@@ -1,4 +1,4 @@
-"""The command `effllm`: compress, eval, bench, explain, doctor, demo. Thin: every command calls one function and prints its result."""
+"""The command `effllm`: compress, eval, bench, explain, doctor, demo, cache. Thin: every command calls one function and prints its result."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from effllm import commands, console
+from effllm import cli_cache, commands, console
 from effllm.errors import EffllmError, OptionError, nearest
 
 # typer's own copy of click or the real one, depending on its version: reached through its public class
@@ -46,12 +46,14 @@ class _Group(TyperGroup):
             return OptionError("E-OPT-KEY", f"unknown option {wrong!r}", nearest(str(wrong), names))
         if "No such command" in cause:
             word = cause.split("'")[1] if "'" in cause else ""
-            return OptionError("E-OPT-COMMAND", f"unknown command {word!r}", nearest(word, self.commands))
+            group = getattr(getattr(context, "command", None), "commands", self.commands)
+            return OptionError("E-OPT-COMMAND", f"unknown command {word!r}", nearest(word, group))
         command = getattr(context, "command_path", "effllm") if context is not None else "effllm"
         return OptionError("E-OPT-VALUE", cause.rstrip(".") or "no command was given", f"see `{command} --help`")
 
 
 app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Makes language models small and fast.")
+app.add_typer(cli_cache.app, name="cache")
 
 Model = Annotated[str, typer.Argument(help="a Hugging Face directory, an effllm checkpoint directory, or the word demo")]
 Bits = Annotated[int | None, typer.Option("--bits", min=1, max=8, help="read a checkpoint's weights at this many bits where they have more")]

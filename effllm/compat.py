@@ -188,6 +188,54 @@ def compiles_on_every_device(config: Any) -> bool:
     """Whether `compile_on_every_device` was called on the config."""
     return bool(getattr(config, "_compile_all_devices", None))
 
+TUNING_ARTIFACT = "effllm_tuning"
+
+
+def register_artifact(kind: str, load: Callable[[str, bytes], None]) -> None:
+    """Make `torch.compiler.load_cache_artifacts` call `load(key, content)` for artifacts of a kind; keeps what is registered.
+
+    Must run before loading: torch drops a whole bundle that holds an unknown kind. Does nothing where `artifact_problem` has a reason.
+    """
+    try:
+        from torch.compiler._cache import CacheArtifact, CacheArtifactFactory
+    except ImportError:
+        return
+    known = getattr(CacheArtifactFactory, "_artifact_types", None)
+    if known is None or kind in known:
+        return
+
+    class Artifact(CacheArtifact):
+        """Hands its content to `load`."""
+
+        @staticmethod
+        def type() -> str:
+            return kind
+
+        def populate_cache(self) -> None:
+            load(self.key, self.content)
+
+    CacheArtifactFactory.register(Artifact)
+
+
+def artifact_problem(kind: str) -> str:
+    """Why artifacts of a kind cannot be recorded; empty where they can."""
+    try:
+        from torch.compiler._cache import CacheArtifactFactory, CacheArtifactManager
+    except ImportError:
+        return f"torch {torch.__version__} has no extensible cache artifacts (torch.compiler._cache)"
+    if not hasattr(CacheArtifactManager, "record_artifact") or kind not in getattr(CacheArtifactFactory, "_artifact_types", {}):
+        return f"torch {torch.__version__} does not take cache artifacts of type {kind!r}"
+    return ""
+
+
+def record_artifact(kind: str, key: str, content: bytes) -> None:
+    """Let the next `torch.compiler.save_cache_artifacts` carry `content`, once; does nothing where `artifact_problem` has a reason."""
+    if not artifact_problem(kind):
+        from torch.compiler._cache import CacheArtifactManager
+
+        CacheArtifactManager.record_artifact(kind, key, content)
+
+
 
 def register_backend(name: str, backend: Callable[..., Any]) -> None:
     """Make `torch.compile(backend=name)` work without an installed entry point; keeps what is there.

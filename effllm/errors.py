@@ -43,6 +43,10 @@ class PassError(EffllmError):
     """A graph pass that broke its contract (codes E-PAS-*)."""
 
 
+class TuneError(EffllmError):
+    """A tuning result that cannot be kept, read or looked up (codes E-TUN-*)."""
+
+
 class OptionError(EffllmError):
     """An option of the backend or the command line that does not exist or has a wrong value (codes E-OPT-*)."""
 

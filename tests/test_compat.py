@@ -186,3 +186,26 @@ def test_transformers_reads_the_mark_of_a_compile_config() -> None:
     compat.compile_on_every_device(config)
     assert compat.compiles_on_every_device(config)
     assert "compile_config._compile_all_devices" in inspect.getsource(GenerationMixin._valid_auto_compile_criteria)
+
+
+
+
+def test_cache_artifacts_of_our_own_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.compiler._cache import CacheArtifactFactory, CacheArtifactManager
+
+    import effllm
+
+    assert effllm and compat.artifact_problem(compat.TUNING_ARTIFACT) == "", "importing effllm registers it"
+    assert "does not take" in compat.artifact_problem("effllm_test")
+    monkeypatch.setattr(CacheArtifactFactory, "_artifact_types", dict(CacheArtifactFactory._artifact_types))
+    loaded: list[tuple[str, bytes]] = []
+    for _ in range(2):  # the second call changes nothing
+        compat.register_artifact("effllm_test", lambda key, content: loaded.append((key, content)))
+    with CacheArtifactManager.with_fresh_cache():
+        for _ in range(2):
+            compat.record_artifact("effllm_test", "k", b"content")
+        compat.record_artifact("effllm_unknown", "k", b"content")
+        saved = torch.compiler.save_cache_artifacts()
+    assert saved is not None and dict(saved[1].artifacts) == {"effllm_test": ["k"]}
+    torch.compiler.load_cache_artifacts(saved[0])
+    assert loaded == [("k", b"content")]

@@ -35,7 +35,7 @@ def measure_bandwidth(threads: int | None = None, *, device: str = "cpu", nbytes
 def describe() -> dict[str, Any]:
     """CPU, threads, memory, versions and the present load of the machine."""
     info: dict[str, Any] = {
-        "cpu": _field("/proc/cpuinfo", "model name") or platform.processor() or platform.machine(),
+        "cpu": processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": isa(),
@@ -48,10 +48,18 @@ def describe() -> dict[str, Any]:
     return info
 
 
+def processor() -> str:
+    """The CPU's model name; on ARM, which has none, its implementer and part numbers."""
+    name = _field("/proc/cpuinfo", "model name")
+    part = " ".join(filter(None, (_field("/proc/cpuinfo", "CPU implementer"), _field("/proc/cpuinfo", "CPU part"))))
+    return name or " ".join(filter(None, (platform.processor() or platform.machine(), part)))
+
+
 def isa() -> list[str]:
     """The vector extensions that matter here, of those the CPU reports."""
-    flags = set((_field("/proc/cpuinfo", "flags") or "").split())
-    return [f for f in ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8") if f in flags]
+    flags = set((_field("/proc/cpuinfo", "flags") or _field("/proc/cpuinfo", "Features") or "").split())
+    x86 = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
+    return [f for f in (*x86, "asimddp", "i8mm", "bf16", "sve", "sve2") if f in flags]
 
 
 def peak_rss() -> int:

@@ -22,7 +22,7 @@ from effllm.kernels.cpu import build
 Constants = dict[str, float]
 
 # a present server core: good enough for ranking until the machine is calibrated
-DEFAULTS: Constants = {"bandwidth": 3e10, "single": 2.4e10, "issue": 4.5e9, "product": 1.0e11, "product32": 5e10, "call": 3e-6, "wake": 3e-6}
+DEFAULTS: Constants = {"bandwidth": 3e10, "single": 2.4e10, "issue": 3.3e9, "product": 1.0e11, "product32": 5e10, "call": 3e-6, "wake": 3e-6}
 NAMES = tuple(DEFAULTS)
 
 
@@ -47,6 +47,14 @@ def cpu() -> Constants:
     stored = _stored(threads)
     found = dict(stored) if stored else DEFAULTS | {"bandwidth": min(DEFAULTS["single"] * threads, DEFAULTS["single"] * (0.6 + 0.4 * min(threads, 8)))}
     return found | {"cores": float(threads)}
+
+
+def gpu(device: str) -> Constants:
+    """Constants of a GPU: bandwidth, call (s of a launch), and per second the flops of 16-bit, 8-bit and fp32 products."""
+    from effllm.kernels.triton import machine
+
+    found = machine.of(torch.device(device))
+    return {"bandwidth": found.bandwidth, "call": found.launch, "mma16": found.mma16, "mma8": found.mma8, "mma32": found.sms * 256 * found.clock}
 
 
 def is_calibrated() -> bool:

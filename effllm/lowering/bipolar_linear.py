@@ -9,11 +9,14 @@ All take the weight as codes + scale (+ minimum) in the layout of the named kern
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from effllm.autotune import use
 from effllm.errors import KernelError, nearest
-from effllm.lowering.op import OPS, YES, Op, Provider, define
+from effllm.lowering.op import OPS, YES, Op, Problem, Provider, define
 from effllm.runtime import layouts
 from effllm.runtime.formats import bipolar
 
@@ -81,20 +84,52 @@ def layout_of(op: str, kernel: str) -> str:
     return provider("bipolar_linear" if op == "bipolar_embedding" else op, kernel).layout
 
 
+def _rows(x: Tensor) -> int | None:
+    """Rows of an activation, None where dynamic."""
+    count = 1
+    for size in x.shape[:-1]:
+        if not isinstance(size, int):
+            return None
+        count *= size
+    return count
+
+
+def _run(op: str, kernel: str, args: tuple[Any, ...], x: Tensor, n: int, bits: int, group: int, scale: Tensor, affine: bool, dtype: torch.dtype) -> Tensor:
+    """Call a provider of a linear op; one that can be tuned gets the problem, and the configuration that is known to be best."""
+    found = provider(op, kernel)
+    if found.tuning is None:
+        y: Tensor = found.call(*args)
+        return y
+    act = "a8" if x.dtype == torch.int8 else "a16"
+    problem = Problem(op, n, x.shape[-1], bits, group, affine, act, _rows(x), dtype, x.device.type, scale.dtype)
+    y = found.call(*args, problem=problem, config=use.choose(found, problem).config)
+    return y
+
+
 def _linear(x, codes, scale, minimum, bias, n, bits, group, zero, kernel):  # type: ignore[no-untyped-def]
-    return provider("bipolar_linear", kernel).call(x, codes, scale, minimum, bias, n, bits, group, zero)
+    args = (x, codes, scale, minimum, bias, n, bits, group, zero)
+    return _run("bipolar_linear", kernel, args, x, n, bits, group, scale, minimum is not None, x.dtype)
 
 
 def _linear_a8(xq, xs, codes, scale, minimum, bias, n, bits, group, zero, dtype, kernel):  # type: ignore[no-untyped-def]
-    return provider("bipolar_linear_a8", kernel).call(xq, xs, codes, scale, minimum, bias, n, bits, group, zero, dtype)
+    args = (xq, xs, codes, scale, minimum, bias, n, bits, group, zero, dtype)
+    return _run("bipolar_linear_a8", kernel, args, xq, n, bits, group, scale, minimum is not None, dtype)
 
 
 def _linear_many(x, codes, scale, minimum, bits, group, zero, kernel):  # type: ignore[no-untyped-def]
-    return provider("bipolar_linear_many", kernel).call(x, codes, scale, minimum, bits, group, zero)
+    n = sum(outputs("bipolar_linear_many", kernel, c) for c in codes)
+    return _run("bipolar_linear_many", kernel, (x, codes, scale, minimum, bits, group, zero), x, n, bits, group, scale[0], bool(minimum), x.dtype)
 
 
 def _linear_a8_many(xq, xs, codes, scale, minimum, bits, group, zero, dtype, kernel):  # type: ignore[no-untyped-def]
-    return provider("bipolar_linear_a8_many", kernel).call(xq, xs, codes, scale, minimum, bits, group, zero, dtype)
+    n = sum(outputs("bipolar_linear_a8_many", kernel, c) for c in codes)
+    args = (xq, xs, codes, scale, minimum, bits, group, zero, dtype)
+    return _run("bipolar_linear_a8_many", kernel, args, xq, n, bits, group, scale[0], bool(minimum), dtype)
+
+
+def outputs(op: str, kernel: str, codes: Tensor) -> int:
+    """Rows of a weight whose codes are in a kernel's layout; tiles are full where weights are merged."""
+    return layouts.get(layout_of(op, kernel)).full_rows(codes)
 
 
 def linear_many_reference(x: Tensor, codes: list[Tensor], scale: list[Tensor], minimum: list[Tensor], bits: int, group: int, zero: float) -> Tensor:

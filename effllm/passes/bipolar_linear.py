@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from effllm import compat
-from effllm.autotune import cost
+from effllm.autotune import dense
 from effllm.errors import EffllmError
 from effllm.lowering import providers
 from effllm.lowering.op import Problem, Provider
@@ -172,10 +172,9 @@ def _apply(graph: fx.Graph, site: _Site, real: Tensor, module: str, rule: Rule, 
 
 
 def _predict(problem: Problem, provider: Provider) -> tuple[float | None, float | None]:
-    if provider.cost is None:
+    if provider.tuning is None:
         return None, None
-    dense = cost.seconds(cost.dense(problem.m or 1, problem.n, problem.k, problem.dtype), problem.device)
-    return dense, cost.seconds(provider.cost(problem), problem.device)
+    return dense.seconds(problem), provider.tuning.predict(problem, provider.tuning.first(problem)).seconds
 
 
 def _bind(graph: fx.Graph, site: _Site, packed: Packed, params: Bipolar, layout: str, device: torch.device, context: Context) -> dict[str, fx.Node | None]:

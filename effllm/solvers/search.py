@@ -29,6 +29,9 @@ _RATIOS: dict[int, tuple[float, ...]] = {
 }
 _WIDE = (1.0, 0.92, 0.84, 0.76, 0.68, 0.6, 0.52, 0.44, 0.36)
 _SWEEPS = {1: 1, 2: 4, 3: 3, 4: 2, 5: 2, 6: 1, 7: 1, 8: 0}
+# At equal error the grid without a zero keeps a model better (Whisper tiny.en, 4 bits: KL 0.75 against 1.6), so the integer grid has
+# to fit clearly better, as it does for weights that were shipped on one (Q4_0, Q8_0).
+_INTEGER = 0.75
 _GRID = {"none": "symmetric", "integer": "integer", "affine": "affine"}
 
 
@@ -173,7 +176,7 @@ def choose(w: Tensor, params: Bipolar, dtype: torch.dtype, weight: Tensor | None
     # which grid suits a matrix shows on a sample of its rows
     sample = w[:: max(1, n // 128)] if n > 256 else w
     errors = {g: solve_grid(sample, params, g, dtype, weight)[1] for g in grids}
-    grid = min((g for g in grids if g != "affine"), key=errors.__getitem__)
+    grid = "integer" if "integer" in errors and errors["integer"] < _INTEGER * errors["symmetric"] else "symmetric"
     return "affine" if pays(errors["affine"], errors[grid], params.group, k, params.bits) else grid
 
 

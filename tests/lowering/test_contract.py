@@ -14,7 +14,7 @@ from torch import Tensor
 import effllm.lowering.attention
 import effllm.lowering.bipolar_linear as ops
 from effllm.lowering import providers
-from effllm.lowering.op import OPS, Problem, Provider
+from effllm.lowering.op import OPS, Config, Problem, Provider
 from effllm.runtime.formats import bipolar
 from tests.lowering.cases import Case, all_cases, arguments, make_packed
 
@@ -29,13 +29,14 @@ def problem(op: str, case: Case) -> Problem:
     return Problem(op, case.n, case.k, case.bits, case.group, case.grid == "affine", act, case.m, case.dtype, "cpu", case.scale_dtype)
 
 
-def run(op: str, provider: Provider, case: Case, x: Tensor, bias: Tensor | None, **change: Tensor) -> Tensor:
+def run(op: str, provider: Provider, case: Case, x: Tensor, bias: Tensor | None, config: Config | None = None, **change: Tensor) -> Tensor:
     codes, scale, minimum, zero = arguments(make_packed(case), provider.layout)
     scale = change.get("scale", scale)
+    more = {} if provider.tuning is None else {"problem": problem(op, case), "config": config}
     if op == "bipolar_linear":
-        return provider.call(x, codes, scale, minimum, bias, case.n, case.bits, case.group, zero)
+        return provider.call(x, codes, scale, minimum, bias, case.n, case.bits, case.group, zero, **more)
     xq, xs = ops.quantize_activation(x)
-    return provider.call(xq, xs, codes, scale, minimum, bias, case.n, case.bits, case.group, zero, case.dtype)
+    return provider.call(xq, xs, codes, scale, minimum, bias, case.n, case.bits, case.group, zero, case.dtype, **more)
 
 
 def exact(op: str, case: Case, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -73,11 +74,13 @@ def supported(op: str, provider: Provider, case: Case) -> None:
 def test_value(op: str, provider: Provider, case: Case) -> None:
     supported(op, provider, case)
     x, bias = data(case)
-    y = run(op, provider, case, x, bias)
     true, plain = exact(op, case, x, bias)
-    assert y.shape == true.shape and y.dtype == case.dtype
-    if case.m:
-        assert distance(y, true) <= 2 * distance(plain, true) + OPS[op].tolerance[case.dtype]
+    own = [] if provider.tuning is None or not case.m else list(provider.tuning.configs(problem(op, case)))
+    for config in [None, *own]:
+        y = run(op, provider, case, x, bias, config)
+        assert y.shape == true.shape and y.dtype == case.dtype
+        if case.m:
+            assert distance(y, true) <= 2 * distance(plain, true) + OPS[op].tolerance[case.dtype], config
 
 
 @pytest.mark.parametrize(("op", "provider"), HERE, ids=IDS)
@@ -153,8 +156,9 @@ def test_merged_equals_apart(name: str) -> None:
     head = ops.quantize_activation(x) if a8 else (x,)
     tail = (torch.float32,) if a8 else ()
     lists = [[p[i] for p in packs] for i in range(3)]
-    merged = OPS[f"{op}_many"].providers[kernel].call(*head, *lists, 4, 32, packs[0][3], *tail)
-    apart = [OPS[op].providers[kernel].call(*head, *p[:3], None, c.n, 4, 32, p[3], *tail) for p, c in zip(packs, cases, strict=True)]
+    one = problem(op, cases[0])
+    merged = OPS[f"{op}_many"].providers[kernel].call(*head, *lists, 4, 32, packs[0][3], *tail, problem=one)
+    apart = [OPS[op].providers[kernel].call(*head, *p[:3], None, c.n, 4, 32, p[3], *tail, problem=one) for p, c in zip(packs, cases, strict=True)]
     assert torch.equal(merged, torch.cat(apart, -1))
 
 

@@ -45,7 +45,7 @@ def _model(path: str, isa: str) -> Model:
     elif path == "unpack":
         instructions = steps * (extract + 2 * width + 1.15 * M * DIGITS * dot) + fold * (2 + 3 * M) + take
     else:
-        instructions = steps * (extract + 20 * width)
+        instructions = steps * (extract + 40 * width)
     nbytes = WEIGHT_BYTES + M * (K * ACT + N * OUT)
     flops = 2 * M * N * K
     rate = sympy.Min(THREADS * SINGLE, BANDWIDTH)
@@ -55,7 +55,7 @@ def _model(path: str, isa: str) -> Model:
     bound = sympy.Max(nbytes / BANDWIDTH, M * N * K * DIGITS * dot / 64 / (ISSUE * THREADS))
     if path == "expand":
         copies = 2 * M * N * OUT / (4 * BANDWIDTH)  # products are copied into place, in cache
-        seconds = seconds + M * N * K / (PRODUCT * THREADS) + copies + 3 * CALL + 2 * WAKE
+        seconds = seconds + M * N * K / (0.94 * PRODUCT * THREADS)  + copies + 3 * CALL + 2 * WAKE
         bound = sympy.Max(nbytes / BANDWIDTH, M * N * K / (PRODUCT * THREADS))
     return Model(nbytes, flops, instructions, seconds, bound)
 

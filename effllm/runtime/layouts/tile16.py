@@ -101,6 +101,11 @@ def restore(tensors: dict[str, Tensor], shape: tuple[int, int], attrs: dict[str,
     return Packed(bipolar.name, bipolar.version, shape, own, dict(attrs))
 
 
+def full_rows(codes: Tensor) -> int:
+    """Rows of the tiles of `codes`: those of the weight where its tiles are full."""
+    return codes.shape[0] * 16
+
+
 def rows(codes: Tensor, scale: Tensor, minimum: Tensor | None, index: Tensor | None, *, n: int, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Unsigned codes (R, KB * 32) and scales (R, GB) of the rows in `index` (all rows without it)."""
     if index is None:
