@@ -101,7 +101,7 @@ def _run(op: str, kernel: str, args: tuple[Any, ...], x: Tensor, n: int, bits: i
         y: Tensor = found.call(*args)
         return y
     act = "a8" if x.dtype == torch.int8 else "a16"
-    problem = Problem(op, n, x.shape[-1], bits, group, affine, act, _rows(x), dtype, x.device.type, scale.dtype)
+    problem = Problem(op, n, int(x.shape[-1]), bits, group, affine, act, _rows(x), dtype, x.device.type, scale.dtype)
     y = found.call(*args, problem=problem, config=use.choose(found, problem).config)
     return y
 

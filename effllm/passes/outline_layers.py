@@ -66,14 +66,13 @@ class OutlineLayers:
         if not chosen:
             reason = reasons[0] if reasons else f"{len(members)} layers of {len(alike)} kinds; {_LEAST} of a kind are needed"
             return Decision(prefix, prefix, "kept", "not-repeated", reason)
+        assert graph.owning_module is not None
+        for i, group in enumerate(chosen):  # all bodies first: a call replaces what later layers read
+            graph.owning_module.add_submodule(_attribute(prefix, i), _body(graph, group[0]))
         moved: dict[fx.Node, fx.Node] = {}  # outputs of layers that are calls now
         for i, group in enumerate(chosen):
-            body = _body(graph, group[0])
-            attribute = _attribute(prefix, i)
-            assert graph.owning_module is not None
-            graph.owning_module.add_submodule(attribute, body)
             for region in group:
-                _call(graph, region, attribute, moved)
+                _call(graph, region, _attribute(prefix, i), moved)
         count = sum(len(g) for g in chosen)
         return Decision(prefix, prefix, "applied", "outlined", f"{count} of {len(members)} layers compiled as {len(chosen)}")
 

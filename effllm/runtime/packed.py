@@ -53,6 +53,8 @@ class PackedWeight(functional.Refusing, nn.Module):
         self.shape, self.attrs = packed.shape, dict(packed.attrs)
         self.bits, self.group = int(packed.attrs["bits"]), int(packed.attrs["group"])
         self.zero = bipolar.zero_point(self.bits, packed.attrs["grid"], packed.attrs["source_bits"])
+        # what calls read, as one constant: Dynamo guards every attribute that it sees, at every call
+        self._form = (self.act, *packed.shape, self.bits, self.group, self.zero, self.kernel)
         tensors = layouts.get(self.layout).repack(packed)
         for key in ("codes", "scale", "minimum"):
             self.register_buffer(key, tensors.get(key))
@@ -82,22 +84,18 @@ class PackedWeight(functional.Refusing, nn.Module):
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., K) times the transposed weight, plus bias."""
-        n = self.shape[0]
-        if self.act == "a8":
+        act, n, _, bits, group, zero, kernel = self._form
+        if act == "a8":
             xq, xs = torch.ops.effllm.quantize_activation(x)
-            y: Tensor = torch.ops.effllm.bipolar_linear_a8(
-                xq, xs, self.codes, self.scale, self.minimum, bias, n, self.bits, self.group, self.zero, x.dtype, self.kernel
-            )
+            y: Tensor = torch.ops.effllm.bipolar_linear_a8(xq, xs, self.codes, self.scale, self.minimum, bias, n, bits, group, zero, x.dtype, kernel)
             return y
-        y = torch.ops.effllm.bipolar_linear(x, self.codes, self.scale, self.minimum, bias, n, self.bits, self.group, self.zero, self.kernel)
+        y = torch.ops.effllm.bipolar_linear(x, self.codes, self.scale, self.minimum, bias, n, bits, group, zero, kernel)
         return y
 
     def gather(self, ids: Tensor) -> Tensor:
         """Rows `ids` (...) as (..., K)."""
-        n, k = self.shape
-        y: Tensor = torch.ops.effllm.bipolar_embedding(
-            ids, self.codes, self.scale, self.minimum, n, k, self.bits, self.group, self.zero, self.dtype, self.kernel
-        )
+        _, n, k, bits, group, zero, kernel = self._form
+        y: Tensor = torch.ops.effllm.bipolar_embedding(ids, self.codes, self.scale, self.minimum, n, k, bits, group, zero, self.dtype, kernel)
         return y
 
     @classmethod

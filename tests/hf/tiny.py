@@ -12,11 +12,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 WORDS = [f"w{i}" for i in range(61)]
 
 
-def tiny_llama(dtype: torch.dtype = torch.bfloat16, tied: bool = True) -> Any:
-    """Two layers, hidden 64, vocabulary 64, random weights from a fixed seed."""
+def tiny_llama(dtype: torch.dtype = torch.bfloat16, tied: bool = True, layers: int = 2) -> Any:
+    """Two layers unless asked, hidden 64, vocabulary 64, random weights from a fixed seed."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=layers, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=1024, tie_word_embeddings=tied, bos_token_id=1, eos_token_id=2, pad_token_id=2, initializer_range=0.2,
     )  # fmt: skip
     return LlamaForCausalLM(config).to(dtype).eval()
