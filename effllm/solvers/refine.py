@@ -23,7 +23,7 @@ from torch import Tensor
 from effllm.runtime.formats import bipolar
 
 _BLOCK = 64
-_BUDGET = 1 << 24  # elements of the largest temporary of the refit
+_BUDGET = 1 << 21  # elements of the largest temporary of the refit: larger ones fall out of the cache
 _RIDGE = 1e-6  # relative; keeps groups with equal codes solvable
 
 
