@@ -148,10 +148,14 @@ def explain(model: Model, recipe: Annotated[str | None, _RECIPE] = None, bits: B
 
 
 @app.command()
-def doctor(json: Json = None) -> None:
-    """What the machine has, which kernels will be used, and why not the others."""
+def doctor(
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="Measure the cost model's constants (about ten seconds) and keep them.")] = False,
+    threads: Threads = None,
+    json: Json = None,
+) -> None:
+    """What the machine has, which kernels will be used, and why not the others; the constants of the cost model."""
     console.writable(json)
-    result = commands.doctor()
+    result = commands.doctor(calibrate, threads)
     console.doctor(result)
     console.write_json(result, json)
 

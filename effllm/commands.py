@@ -179,10 +179,18 @@ def explain(model: str, recipe: str | None, bits: int | None = None) -> dict[str
     return report.to_dict() | {"text": str(report), "preview": parsed.preview(given)}
 
 
-def doctor() -> dict[str, Any]:
-    """The findings of `effllm.doctor`."""
+def doctor(calibrate: bool = False, threads: int | None = None) -> dict[str, Any]:
+    """The findings of `effllm.doctor`, after measuring the cost model's constants if asked."""
     from effllm.doctor import examine
 
+    _threads(threads)
+    if calibrate:
+        from effllm.autotune import calibrate as calibration
+        from effllm.autotune import machines
+
+        with console.progress("calibrate") as show:
+            show("measuring", 0.0)
+            machines.keep(calibration.measure())
     return examine()
 
 

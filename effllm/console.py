@@ -115,6 +115,9 @@ def doctor(found: dict[str, Any]) -> None:
     console = out()
     about = found["machine"] | found["packages"] | {"compiler": found["compiler"] or "none found: the slow reference kernels run", "demo model": found["demo"]}
     console.print(table("machine", ["what", "value"], [[k, _plain(v)] for k, v in about.items()]))
+    model = found["cost_model"]
+    state = "measured here" if model["calibrated"] else "defaults; effllm doctor --calibrate measures them"
+    console.print(table(f"cost model ({state})", ["constant", "value"], [[k, f"{v:.3g}"] for k, v in model["constants"].items()]))
     rows = []
     for r in found["kernels"]:
         state = "used" if r["used"] else ("works" if r["ok"] else "refused")

