@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -198,19 +199,20 @@ def demo(threads: int | None) -> dict[str, Any]:
     """The bench of `make demo`: eager prefill, w3 calibrated on a short text; "settings" says so, and how long it all took."""
     from effllm.hf import bench as harness
     from effllm.hf import models, texts
+    from effllm.hf.background import Packing
 
     start = time.monotonic()
     _threads(threads)
-    with console.progress("demo") as show:
+    packing = Packing("w3", DEMO_CALIBRATION)
+    with contextlib.closing(packing), console.progress("demo") as show:
         show("loading", 0.0)
         dense, tokenizer = models.resolve("demo")
         corpus = texts.evaluation_text()
         plan = harness.Plan(
-            recipes=("w8", "w4", "w4a8", "w3"),
+            recipes=("w8", "w4", "w4a8"),
             baselines=("eager-bf16", "inductor-bf16-freezing", "inductor-fp32-autotune"),
             windows=texts.windows(tokenizer, corpus.text, 512, SCORED),
-            calibration=texts.windows(tokenizer, texts.calibration_text().text, 512, DEMO_CALIBRATION),
-            calibrated=("w3",),
+            packed={"w3": packing},
             compile_prefill=False,
         )
         result = harness.run(dense, tokenizer, plan, show)

@@ -12,6 +12,7 @@ from torch import Tensor
 from effllm.autotune import machine
 from effllm.errors import OptionError
 from effllm.hf import evaluate, measure, texts, variants
+from effllm.hf.background import Packing
 from effllm.hf.measure import Times, spread
 from effllm.hf.models import chat_ids
 from effllm.hf.size import weight_size
@@ -27,7 +28,7 @@ Progress = Callable[[str, float], None]  # what is done now, and the share of th
 class Plan:
     """What to compare, and how long. `calibration` windows go to recipes named in `calibrated`; `windows` are scored.
 
-    `packed` are models that are packed already, by the name of their recipe; they run as they are.
+    `packed` are models that are packed already, by the name of their recipe; they run as they are. A `Packing` is waited for.
     """
 
     recipes: Sequence[str]
@@ -63,7 +64,8 @@ def run(dense: Any, tokenizer: Any, plan: Plan, progress: Progress = _silent) ->
     count = len(plan.recipes) + len(plan.baselines) + len(plan.packed)
     built: list[Variant] = []
     errors: dict[str, float] = {}
-    for i, name in enumerate([*plan.baselines, *plan.packed, *plan.recipes]):
+    waiting = [n for n, m in plan.packed.items() if isinstance(m, Packing)]  # last: they get ready meanwhile
+    for i, name in enumerate([*plan.baselines, *(n for n in plan.packed if n not in waiting), *plan.recipes, *waiting]):
         progress(f"building {name}", 0.7 * i / count)
         variant = _build(name, dense, plan)
         errors[variant.name] = measure.check(variant, ids, plan.shape)
@@ -89,8 +91,10 @@ def _build(name: str, dense: Any, plan: Plan) -> Variant:
     if name in variants.BASELINES:
         return variants.baseline(name, dense, plan.shape, compile_prefill=plan.compile_prefill)
     if name in plan.packed:
-        made = variants.packed(name, plan.packed[name], plan.shape, compile_prefill=plan.compile_prefill)
-        made.notes = ["packed before"]
+        ready = plan.packed[name]
+        waited = isinstance(ready, Packing)
+        made = variants.packed(name, ready.model() if waited else ready, plan.shape, compile_prefill=plan.compile_prefill)
+        made.notes = ["calibrated"] if waited else ["packed before"]
         return made
     calibration = plan.calibration if name in plan.calibrated else None
     return variants.recipe(name, dense, plan.shape, calibration, compile_prefill=plan.compile_prefill)
@@ -99,9 +103,9 @@ def _build(name: str, dense: Any, plan: Plan) -> Variant:
 def _quality(built: list[Variant], dense: Any, plan: Plan, progress: Progress) -> dict[str, dict[str, float]]:
     if plan.windows is None:
         return {}
-    # baselines that share the dense weights share its figures too
+    # baselines hold the dense weights, in whatever dtype: they share its figures
     windows = plan.windows
-    distinct = {v.name: v.model for v in built if v.model is not dense}
+    distinct = {v.name: v.model for v in built if v.recipe is not None}
     steps = iter(range(len(windows)))
     shared = {} if dense is None else {"": dense}
     found = evaluate.score({**shared, **distinct}, dense, windows, lambda: progress("scoring text", 0.8 + 0.18 * next(steps) / len(windows)))
