@@ -48,7 +48,7 @@ def models() -> Mapping[str, Model]:
 
 def values(problem: Problem, machine: Mapping[str, float]) -> dict[str, float]:
     """The symbols of a problem on a machine (machines.gpu); those of a configuration are its fields."""
-    return values_of(problem) | machine | {"span": problem.group or 1 << 40}
+    return {**values_of(problem), **machine, "span": problem.group or 1 << 40}
 
 
 def shared_bytes(problem: Problem, bm: int, bn: int, bk: int, stages: int) -> float:

@@ -50,10 +50,12 @@ def drawn(draw: st.DrawFn) -> tuple[Problem, Tiles, Gpu]:
         draw(st.sampled_from((0, 16, 32, 64, 128))), draw(st.booleans()), draw(st.sampled_from(("a8", "a16"))),
         draw(st.integers(1, 5000)), draw(st.sampled_from(DTYPES)), "cuda", draw(st.sampled_from((torch.float16, torch.float32))),
     )  # fmt: skip
-    power = {name: st.integers(low, high).map(lambda e: 1 << e) for name, low, high in (("bm", 0, 7), ("bn", 5, 8), ("bk", 5, 10), ("split", 0, 5), ("warps", 0, 3))}
+    powers = (("bm", 0, 7), ("bn", 5, 8), ("bk", 5, 10), ("split", 0, 5), ("warps", 0, 3))
+    power = {name: st.integers(low, high).map(lambda e: 1 << e) for name, low, high in powers}
     config = Tiles(draw(st.sampled_from(("gemv", "gemm", "dense"))), **{name: draw(value) for name, value in power.items()}, stages=draw(st.integers(1, 3)))
     base = draw(st.sampled_from(list(CLASSES.values())))
-    gpu = replace(base, sms=draw(st.integers(1, 304)), bandwidth=draw(st.floats(1e11, 1e13)), l2=draw(st.integers(0, 1 << 28)) or 1, latency=draw(st.floats(1e-7, 2e-6)))
+    rates = {"bandwidth": draw(st.floats(1e11, 1e13)), "latency": draw(st.floats(1e-7, 2e-6))}
+    gpu = replace(base, sms=draw(st.integers(1, 304)), l2=draw(st.integers(1, 1 << 28)), **rates)
     return problem, config, gpu
 
 
