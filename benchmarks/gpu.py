@@ -1,9 +1,11 @@
 """Packed GEMV and GEMM on a CUDA or ROCm GPU: verified, tuned over the cost model's best candidates, timed with a cold L2 cache.
 
 Every timing is a CUDA graph of one call per weight copy; the copies together exceed four times the L2 cache, so each call reads
-its weight from memory. Achieved bandwidth (packed bytes over time) stands next to the device's measured copy bandwidth.
+its weight from memory. Each is kept in the tuning store, wrong results and failures as such. Achieved bandwidth (packed bytes over
+time) stands next to the device's measured copy bandwidth, and the time next to the bound that no kernel can beat.
 
-    python benchmarks/gpu.py [--json FILE] [--rows 1 16] [--top 12]
+    python -m benchmarks.gpu [--json FILE] [--rows 1 16] [--top 12]
+    python -m benchmarks.gpu --predict [cuda:90]     what the cost model says of a GPU that need not be there
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from torch import Tensor
 
 SHAPES = ((4096, 4096), (8192, 8192), (11008, 4096))  # (N, K)
 BITS = (8, 4, 2, 1)
-GROUP = 128
 RESULTS = Path(__file__).parent / "results"
 
 
@@ -72,84 +73,101 @@ def weight(n: int, k: int, bits: int, group: int, grid: str, seed: int) -> Any:
     return bipolar.make(codes, scale, low, k=k, bits=bits, group=group, grid=grid)
 
 
-def error(packed: Any, x: Tensor, config: Any = None) -> tuple[float, float]:
-    """Relative errors of the Triton kernel and of plain torch in x's dtype against fp64."""
+def checker(packed: Any, x: Tensor, act: str = "a16") -> Callable[[Any], tuple[float, float]]:
+    """A function of a configuration: relative errors of the Triton kernel and of plain torch in x's dtype against fp64."""
     from effllm.kernels.triton import launch
-    from effllm.runtime.formats import bipolar
-    from effllm.runtime.layouts import words
-
-    a, t = packed.attrs, words.repack(packed)
-    out = torch.full((x.shape[0], packed.shape[0]), float("nan"), dtype=x.dtype, device="cuda")
-    zero = bipolar.zero_point(a["bits"], a["grid"], a["source_bits"])
-    y = launch.linear(
-        x, None, t["codes"], t["scale"], t.get("minimum"), None,
-        n=packed.shape[0], bits=a["bits"], group=a["group"], zero=zero, dtype=x.dtype, config=config, out=out,
-    )  # fmt: skip
-    w = bipolar.unpack(packed, torch.float64)
-    exact, plain = x.double() @ w.t(), x @ w.to(x.dtype).t()
-    size = exact.norm()
-    return float((y.double() - exact).norm() / size), float((plain.double() - exact).norm() / size)
-
-
-def verify() -> list[dict[str, Any]]:
-    """Every width, grid and kernel against fp64; raises where the kernel errs more than twice as much as plain torch."""
-    from effllm.kernels.triton import choose
-
-    rows = []
-    half, brain = torch.float16, torch.bfloat16
-    problems = ((1, 32, "symmetric", brain), (2, 128, "affine", half), (17, 64, "integer", brain), (129, 0, "affine", half))
-    for bits in range(1, 9):
-        for m, group, grid, dtype in problems:
-            packed = weight(1000, 1056 if group == 32 else 1024, bits, group, grid, bits)
-            x = torch.randn(m, packed.shape[1], device="cuda").to(dtype)
-            problem = choose.Shape(m, *packed.shape, bits, group, grid == "affine")
-            for kind in dict.fromkeys(c.kind for c in choose.candidates(problem)):
-                config = next(c for _, c in choose.ranked(problem, choose_machine()) if c.kind == kind)
-                got, plain = error(packed, x, config)
-                if not got <= 2 * plain + 2.0**-14:
-                    raise SystemExit(f"wrong result: {config} on {problem}: {got:.2e}, plain torch {plain:.2e}")
-                rows.append({"bits": bits, "m": m, "group": group, "grid": grid, "kind": kind, "error": got, "plain": plain})
-    return rows
-
-
-def choose_machine() -> Any:
-    """The cost model's view of this GPU."""
-    from effllm.kernels.triton import machine
-
-    return machine.of(torch.device("cuda"))
-
-
-def time_shape(n: int, k: int, bits: int, m: int, top: int, copy: float, act: str = "a16") -> dict[str, Any]:
-    """Tune over the `top` cheapest candidates and time the best; predicted and measured times stand side by side."""
-    from effllm.kernels.triton import choose, launch
     from effllm.lowering.bipolar_linear import quantize_activation
     from effllm.runtime.formats import bipolar
     from effllm.runtime.layouts import words
 
-    device = choose_machine()
+    a, t = packed.attrs, words.repack(packed)
+    zero = bipolar.zero_point(a["bits"], a["grid"], a["source_bits"])
+    xq, xs = quantize_activation(x) if act == "a8" else (x, None)
+    w = bipolar.unpack(packed, torch.float64)
+    exact = (xq.double() if xs is None else xq.double() * xs.double()) @ w.t()
+    rounded = exact.to(x.dtype) if act == "a8" else x @ w.to(x.dtype).t()
+    size = exact.norm()
+    plain = float((rounded.double() - exact).norm() / size)
+
+    def check(config: Any) -> tuple[float, float]:
+        out = torch.full((x.shape[0], packed.shape[0]), float("nan"), dtype=x.dtype, device=x.device)
+        y = launch.linear(
+            xq, xs, t["codes"], t["scale"], t.get("minimum"), None,
+            n=packed.shape[0], bits=a["bits"], group=a["group"], zero=zero, dtype=x.dtype, config=config, out=out,
+        )  # fmt: skip
+        return float((y.double() - exact).norm() / size), plain
+
+    return check
+
+
+def verify() -> list[dict[str, Any]]:
+    """Every width, grid and kernel against fp64; raises where the kernel errs more than twice as much as plain torch."""
+    from benchmarks.gpu_tuning import problem_of, right
+    from effllm.kernels.triton.choose import TritonTuning
+
+    rows = []
+    half, brain = torch.float16, torch.bfloat16
+    cases = ((1, 32, "symmetric", brain), (2, 128, "affine", half), (17, 64, "integer", brain), (129, 0, "affine", half))
+    for bits in range(1, 9):
+        for m, group, grid, dtype in cases:
+            packed = weight(1000, 1056 if group == 32 else 1024, bits, group, grid, bits)
+            check = checker(packed, torch.randn(m, packed.shape[1], device="cuda").to(dtype))
+            ranked = TritonTuning().ranked(problem_of(*packed.shape, bits, m, group=group, affine=grid == "affine"))
+            for kind in dict.fromkeys(tiles.kind for _, tiles in ranked):
+                tiles = next(tiles for _, tiles in ranked if tiles.kind == kind)
+                found = check(tiles)
+                if not right(found):
+                    raise SystemExit(f"wrong result: {tiles}, m={m} w{bits} g{group} {grid}: {found[0]:.2e}, plain torch {found[1]:.2e}")
+                rows.append({"bits": bits, "m": m, "group": group, "grid": grid, "kind": kind, "error": found[0], "plain": found[1]})
+    return rows
+
+
+def l2_bytes() -> int:
+    """The L2 cache of this GPU."""
+    from effllm.autotune import machines
+
+    return int(machines.gpu("cuda")["l2"])
+
+
+def time_shape(n: int, k: int, bits: int, m: int, top: int, copy: float, act: str = "a16") -> dict[str, Any]:
+    """Tune over the `top` cheapest candidates and time the best; predicted and measured times stand side by side."""
+    from benchmarks.gpu_tuning import GROUP, measure, problem_of
+    from effllm.autotune import fingerprint, use
+    from effllm.autotune.store import open_store
+    from effllm.kernels.triton import launch
+    from effllm.kernels.triton.choose import TritonTuning
+    from effllm.lowering.bipolar_linear import provider, quantize_activation
+    from effllm.runtime.formats import bipolar
+    from effllm.runtime.layouts import words
+
     packed = weight(n, k, bits, GROUP, "symmetric", 0)
     first = words.repack(packed)
     nbytes = sum(t.numel() * t.element_size() for t in first.values())
-    tensors = [first] + [{key: t.clone() for key, t in first.items()} for _ in range(copies(nbytes, device.l2) - 1)]
+    tensors = [first] + [{key: t.clone() for key, t in first.items()} for _ in range(copies(nbytes, l2_bytes()) - 1)]
     x: Tensor = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     xq, xs = quantize_activation(x) if act == "a8" else (x, None)
     zero = bipolar.zero_point(bits, "symmetric")
-    problem = choose.Shape(m, n, k, bits, GROUP, False, 1 if act == "a8" else 2)
-    measured = []
-    for predicted, config in choose.ranked(problem, device)[:top]:
 
-        def call(t: dict[str, Tensor], config: Any = config) -> Tensor:
-            return launch.linear(xq, xs, t["codes"], t["scale"], None, None, n=n, bits=bits, group=GROUP, zero=zero, dtype=x.dtype, config=config)
+    def clock(tiles: Any) -> tuple[float, float]:
+        def call(t: dict[str, Tensor]) -> Tensor:
+            return launch.linear(xq, xs, t["codes"], t["scale"], None, None, n=n, bits=bits, group=GROUP, zero=zero, dtype=x.dtype, config=tiles)
 
-        seconds, spread = graph_seconds([lambda t=t, call=call: call(t) for t in tensors])
-        measured.append({"config": vars(config), "us": seconds * 1e6, "spread": spread, "predicted_us": predicted * 1e6})
-    best = min(measured, key=lambda row: row["us"])
-    dense = [torch.randn(n, k, device="cuda", dtype=x.dtype) for _ in range(copies(2 * n * k, device.l2))]
+        return graph_seconds([lambda t=t: call(t) for t in tensors])
+
+    problem, tuning = problem_of(n, k, bits, m, act), TritonTuning()
+    timed = measure(problem, tuning.ranked(problem)[:top], checker(packed, x, act), clock, open_store(), fingerprint.environment("cuda"))
+    use.forget()
+    if not timed:
+        raise SystemExit(f"no configuration of {problem} computes a right result; `effllm cache` lists what was tried")
+    best = min(timed, key=lambda row: row["us"])
+    dense = [torch.randn(n, k, device="cuda", dtype=x.dtype) for _ in range(copies(2 * n * k, l2_bytes()))]
     dense_seconds, _ = graph_seconds([lambda w=w: torch.nn.functional.linear(x, w) for w in dense])
     rate = nbytes / best["us"] * 1e6
+    bound = tuning.predict(problem, best["config"]).bound
     return {
-        "n": n, "k": k, "m": m, "bits": bits, "group": GROUP, "act": act, "bytes": nbytes, **best, "first_choice_us": measured[0]["us"],
-        "gb_s": rate / 1e9, "of_copy": rate / copy, "dense_bf16_us": dense_seconds * 1e6, "tuned": measured,
+        "n": n, "k": k, "m": m, "bits": bits, "group": GROUP, "act": act, "bytes": nbytes, **best, "first_choice_us": timed[0]["us"],
+        "gb_s": rate / 1e9, "of_copy": rate / copy, "bound_us": bound * 1e6, "of_bound": bound * 1e6 / best["us"],
+        "dense_bf16_us": dense_seconds * 1e6, "chosen": use.choose(provider(problem.op, "triton"), problem).note, "tuned": timed,
     }  # fmt: skip
 
 
@@ -157,11 +175,11 @@ def time_gemlite(n: int, k: int, bits: int, m: int) -> float | None:
     """Seconds of gemlite's kernel on the same problem in fp16, where it is installed."""
     if importlib.util.find_spec("gemlite") is None:
         return None
+    from benchmarks.gpu_tuning import GROUP
     from gemlite.core import DType, GemLiteLinear
 
     layers = []
-    l2 = choose_machine().l2
-    for _ in range(copies(n * k * bits // 8, l2)):
+    for _ in range(copies(n * k * bits // 8, l2_bytes())):
         layer = GemLiteLinear(W_nbits=bits, group_size=GROUP, in_features=k, out_features=n, input_dtype=DType.FP16, output_dtype=DType.FP16)
         groups = (n * k // GROUP, 1)
         codes = torch.randint(0, 2**bits, (n, k), device="cuda", dtype=torch.uint8)
@@ -173,9 +191,11 @@ def time_gemlite(n: int, k: int, bits: int, m: int) -> float | None:
 
 def time_tinygemm(n: int, k: int, m: int) -> float:
     """Seconds of torch's int4 kernel, the one torchao's int4 weight-only uses."""
+    from benchmarks.gpu_tuning import GROUP
+
     inner = 8
     weights = []
-    for _ in range(copies(n * k // 2, choose_machine().l2)):
+    for _ in range(copies(n * k // 2, l2_bytes())):
         codes = torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8)
         weights.append(torch._convert_weight_to_int4pack(codes, inner))
     scales = torch.rand(k // GROUP, n, 2, device="cuda", dtype=torch.bfloat16)
@@ -189,7 +209,7 @@ def versions() -> dict[str, Any]:
 
     p = torch.cuda.get_device_properties(0)
     return {
-        "gpu": p.name, "sms": p.multi_processor_count, "l2_bytes": choose_machine().l2, "memory_bytes": p.total_memory, "capability": f"{p.major}.{p.minor}",
+        "gpu": p.name, "sms": p.multi_processor_count, "l2_bytes": l2_bytes(), "memory_bytes": p.total_memory, "capability": f"{p.major}.{p.minor}",
         "torch": torch.__version__, "cuda": torch.version.cuda, "hip": torch.version.hip, "triton": triton.__version__,
     }  # fmt: skip
 
@@ -200,7 +220,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rows", type=int, nargs="+", default=[1])
     parser.add_argument("--top", type=int, default=12, help="candidates of the cost model to time")
+    parser.add_argument("--predict", nargs="?", const="cuda:90", metavar="CLASS", help="print the cost model's figures and measure nothing")
     args = parser.parse_args(argv)
+    if args.predict:
+        from benchmarks.gpu_tuning import print_predictions
+
+        print_predictions(args.predict)
+        return 0
     if not torch.cuda.is_available():
         print("no GPU: nothing measured")
         return 0
@@ -219,7 +245,7 @@ def main(argv: list[str] | None = None) -> int:
                 report["rows"].append(row)
                 peers = ", ".join(f"{name} {row[f'{name}_us']:.1f}" for name in ("gemlite", "tinygemm") if row.get(f"{name}_us"))
                 print(
-                    f"m={m} {n}x{k} w{bits}{act}: {row['us']:.2f} us ±{row['spread']:.0%}, {row['gb_s']:.0f} GB/s, {row['of_copy']:.0%} of copy, "
+                    f"m={m} {n}x{k} w{bits}{act}: {row['us']:.2f} us ±{row['spread']:.0%}, {row['gb_s']:.0f} GB/s, {row['of_copy']:.0%} of copy, {row['of_bound']:.0%} of bound, "
                     f"predicted {row['predicted_us']:.2f}, model's first {row['first_choice_us']:.2f}, dense bf16 {row['dense_bf16_us']:.1f} {peers}",
                     flush=True,
                 )

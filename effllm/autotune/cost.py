@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import sympy
 import torch
@@ -62,13 +63,22 @@ class Model:
 
     @functools.cached_property
     def _compiled(self) -> Callable[..., tuple[float, ...]]:
-        parts = (self.nbytes, self.flops, self.instructions, self.seconds, self.bound)
-        found: Callable[..., tuple[float, ...]] = sympy.lambdify([sympy.Symbol(s) for s in self.symbols], _plain(parts), modules="math")
-        return found
+        return self._function((self.nbytes, self.flops, self.instructions, self.seconds, self.bound))
 
     @functools.cached_property
     def _time(self) -> Callable[..., float]:
-        found: Callable[..., float] = sympy.lambdify([sympy.Symbol(s) for s in self.symbols], _plain((self.seconds,))[0], modules="math")
+        return self._function(sympy.sympify(self.seconds))
+
+    def _function(self, parts: sympy.Expr | tuple[sympy.Expr, ...]) -> Callable[..., Any]:
+        """Plain Python of expressions, common parts computed once; takes the values in the order of `symbols`."""
+        plain = sympy.Tuple(*parts) if isinstance(parts, tuple) else parts
+        named = {s: sympy.Symbol(str(s)) for s in plain.free_symbols}
+        if len(set(named.values())) < len(named):  # names alone identify symbols, whatever is assumed of them
+            plain = plain.subs(named)
+            named = {s: s for s in plain.free_symbols}
+        order = {str(s): s for s in named}
+        arguments = [order.get(name, sympy.Symbol(name)) for name in self.symbols]
+        found: Callable[..., Any] = sympy.lambdify(arguments, plain, modules="math", cse=True)
         return found
 
     def evaluate(self, values: Values) -> Prediction:
@@ -78,11 +88,6 @@ class Model:
     def time(self, values: Values) -> float:
         """Seconds alone: what ranking needs thousands of."""
         return float(self._time(*(values[s] for s in self.symbols)))
-
-
-def _plain(parts: tuple[sympy.Expr, ...]) -> tuple[sympy.Expr, ...]:
-    """The same expressions with symbols that carry no assumptions, so that names alone identify them."""
-    return tuple(sympy.sympify(e).subs({s: sympy.Symbol(str(s)) for s in sympy.sympify(e).free_symbols}) for e in parts)
 
 
 def values_of(problem: Problem, m: int | None = None) -> dict[str, float]:

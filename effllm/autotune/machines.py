@@ -5,6 +5,8 @@ CPU constants, per second unless marked:
     issue       vector instructions of one thread    product     multiply-adds of one thread in PyTorch's 16-bit matrix product
     product32   the same in fp32                     call        s to call an op          wake   s to hand work to further threads
     cores       threads in use
+
+GPU constants are the fields of gpus.Gpu; those measured replace those of the data sheet one by one.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from effllm.autotune import fingerprint
+from effllm.autotune import fingerprint, gpus
 from effllm.kernels.cpu import build
 
 Constants = dict[str, float]
@@ -50,29 +52,52 @@ def cpu() -> Constants:
 
 
 def gpu(device: str) -> Constants:
-    """Constants of a GPU: bandwidth, call (s of a launch), and per second the flops of 16-bit, 8-bit and fp32 products."""
-    from effllm.kernels.triton import machine
+    """Constants of a GPU, for CPU tensors (Triton's interpreter) and without a GPU those of gpus.DEFAULT.
 
-    found = machine.of(torch.device(device))
-    return {"bandwidth": found.bandwidth, "call": found.launch, "mma16": found.mma16, "mma8": found.mma8, "mma32": found.sms * 256 * found.clock}
+    bandwidth, call (s of a launch), sms, clock, latency, l2, smem (bytes per multiprocessor), and the flops per second of 16-bit, 8-bit and
+    fp32 products: mma16, mma8, mma32.
+    """
+    where = torch.device(device)
+    if where.type != "cuda" or not torch.cuda.is_available():
+        return gpus.constants(gpus.DEFAULT)
+    return dict(_gpu(torch.cuda.current_device() if where.index is None else where.index))
 
 
-def is_calibrated() -> bool:
-    """Whether `cpu` returns measured constants."""
-    return _stored(torch.get_num_threads()) is not None
+@functools.cache
+def _gpu(index: int) -> Constants:
+    with torch.cuda.device(index):
+        return gpus.constants(gpus.of(torch.device("cuda", index))) | measured_gpu(fingerprint.environment("cuda"))
 
 
-def keep(constants: Constants) -> Path:
-    """Store measured constants for this CPU and number of threads. Raises KernelError (E-KRN-CACHE) where that is not possible."""
+def measured_gpu(environment: fingerprint.Environment) -> Constants:
+    """Those constants of a GPU that a calibration has stored; empty without one, or where its file is damaged."""
+    try:
+        found = json.loads(path_of(environment).read_text())["constants"]
+        return {name: float(value) for name, value in found.items() if name in gpus.NAMES and float(value) > 0}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def is_calibrated(device: str = "cpu") -> bool:
+    """Whether `cpu`, or `gpu` of a device, returns measured constants."""
+    if torch.device(device).type == "cpu":
+        return _stored(torch.get_num_threads()) is not None
+    return torch.cuda.is_available() and bool(measured_gpu(fingerprint.environment(device)))
+
+
+def keep(constants: Constants, device: str = "cpu") -> Path:
+    """Store measured constants: of this CPU with its number of threads, or of a GPU. Raises KernelError (E-KRN-CACHE) where that is not possible."""
     from effllm.errors import KernelError
 
-    where = path_of(fingerprint.environment("cpu"))
+    environment = fingerprint.environment(device)
+    where = path_of(environment)
     try:
         where.parent.mkdir(parents=True, exist_ok=True)
         temporary = where.with_name(f".{where.name}.{os.getpid()}")
-        temporary.write_text(json.dumps({"constants": constants, "environment": dict(fingerprint.environment("cpu").hard)}, indent=1))
+        temporary.write_text(json.dumps({"constants": constants, "environment": dict(environment.hard)}, indent=1))
         os.replace(temporary, where)
     except OSError as error:
         raise KernelError("E-KRN-CACHE", f"cannot write {where}: {error.strerror}", "make it writable, or set XDG_CACHE_HOME") from error
     _stored.cache_clear()
+    _gpu.cache_clear()
     return where

@@ -67,7 +67,7 @@ def provider_source(provider: str, op: str) -> str:
     """
     if provider.split("-")[0] == "triton":
         # launch.py reaches every kernel; which configuration is chosen, and for what machine, is not part of how it runs
-        modules = ("choose", "machine")
+        modules = ("choose", "cost", "space")
         return source_hash([KERNELS / "triton" / "launch.py"], without=[f"effllm.kernels.triton.{m}" for m in modules])
     if provider.startswith("cpu-"):
         units = sorted((KERNELS / "cpu").glob("*.cpp"))

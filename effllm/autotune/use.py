@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 from effllm.autotune.key import Key
 from effllm.autotune.store import Store, open_store
@@ -34,9 +37,19 @@ def _cached(name: str, problem: Problem) -> Choice:
     return look_up(_providers[name, problem.op], problem)
 
 
+_forgetters: list[Callable[[], object]] = []
+
+
+def on_forget(clear: Callable[[], object]) -> None:
+    """Register what empties a cache of choices elsewhere, such as one in front of a launch."""
+    _forgetters.append(clear)
+
+
 def forget() -> None:
     """Look everything up again."""
     _cached.cache_clear()
+    for clear in _forgetters:
+        clear()
 
 
 def look_up(provider: Provider, problem: Problem, store: Store | None = None) -> Choice:
@@ -48,6 +61,8 @@ def look_up(provider: Provider, problem: Problem, store: Store | None = None) ->
         return Choice(None, "dynamic", "dynamic rows: the kernel switches paths where the cost model says")
     if problem.m == 0:
         return Choice(tuning.first(problem.at(1)), "model", "no rows")
+    if torch.device(problem.device).type == "cuda" and not torch.cuda.is_available():  # traced for a GPU that is elsewhere
+        return Choice(tuning.first(problem), "model", "cost model; no GPU here whose measurements could apply")
     try:
         found = (store or open_store()).find(Key.of(problem, provider.name), lambda config: tuning.legal(problem, config))
     except TuneError as error:  # sources that cannot be hashed, such as a provider from outside of effllm

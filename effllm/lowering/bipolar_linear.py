@@ -95,9 +95,9 @@ def _rows(x: Tensor) -> int | None:
 
 
 def _run(op: str, kernel: str, args: tuple[Any, ...], x: Tensor, n: int, bits: int, group: int, scale: Tensor, affine: bool, dtype: torch.dtype) -> Tensor:
-    """Call a provider of a linear op; one that can be tuned gets the problem, and the configuration that is known to be best."""
+    """Call a provider of a linear op; one that is tuned per graph gets the problem, and the configuration that is known to be best."""
     found = provider(op, kernel)
-    if found.tuning is None:
+    if found.tuning is None or found.late:
         y: Tensor = found.call(*args)
         return y
     act = "a8" if x.dtype == torch.int8 else "a16"

@@ -87,6 +87,7 @@ class Provider:
     call: Callable[..., Any]
     tuning: Tuning | None = None
     prepare: Callable[[], None] | None = None  # builds or loads what `call` needs; raises KernelError
+    late: bool = False  # picks its configuration at each call, for the rows that come, not when a graph is traced
     rank: int = 0  # among providers that support a problem the highest rank wins
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -229,13 +230,15 @@ def test_an_edge_that_leads_nowhere_is_an_error(tree):
 
 
 def test_the_kernels_of_this_package():
-    def names(*files: str, without: tuple[str, ...] = ()) -> set[str]:
+    def names(*files: str, without: Iterable[str] = ()) -> set[str]:
         return {p.name for p in source.reachable([source.KERNELS / f for f in files], without=without)}
 
     compiled = {p.name for p in (source.KERNELS / "triton").glob("*.py") if "@triton.jit" in p.read_text()}
-    triton = names("triton/launch.py", without=("effllm.kernels.triton.choose", "effllm.kernels.triton.machine"))
+    chosen_by = [f"effllm.kernels.triton.{m}" for m in ("choose", "cost", "space")]
+    triton = names("triton/launch.py", without=chosen_by)
     assert compiled <= triton, "a Triton kernel that no hash covers"
-    assert not {"choose.py", "machine.py"} & triton
+    assert "config.py" in triton and not {"choose.py", "cost.py", "space.py"} & triton
+    assert provider_source("triton", "bipolar_linear") == source_hash([source.KERNELS / "triton" / "launch.py"], without=chosen_by)
     assert {"bipolar.cpp", "bipolar.h", "vector.h"} <= names("cpu/bipolar.cpp") and "attention.cpp" not in names("cpu/bipolar.cpp")
     hashes = [provider_source(p, o) for p, o in (("triton", "bipolar_linear"), ("cpu-avx2", "bipolar_linear_a8"), ("cpu-avx2", "decode_attention"))]
     assert len(set(hashes)) == 3 and all(len(h) == 16 for h in hashes)

@@ -5,11 +5,15 @@
 
 from __future__ import annotations
 
-import torch
+from typing import Any
 
-from effllm.kernels.triton import ops
+import torch
+from torch import Tensor
+
+from effllm.kernels.triton import launch, ops
+from effllm.kernels.triton.choose import TritonTuning
 from effllm.lowering import bipolar_linear
-from effllm.lowering.op import YES, Problem, Provider, Verdict
+from effllm.lowering.op import YES, Config, Problem, Provider, Verdict
 from effllm.runtime.formats import bipolar
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -30,7 +34,28 @@ def supports(problem: Problem) -> Verdict:
     return YES
 
 
+def _linear(
+    x: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None, n: int, bits: int, group: int, zero: float,
+    problem: Problem | None = None, config: Config | None = None,
+) -> Tensor:  # fmt: skip
+    """The graph op, which chooses when it runs; with `config` (a tuner's, outside of graphs) the launch itself."""
+    if config is None:
+        return ops.linear(x, codes, scale, minimum, bias, n, bits, group, zero)
+    return launch.linear(x, None, codes, scale, minimum, bias, n=n, bits=bits, group=group, zero=zero, dtype=x.dtype, config=config)
+
+
+def _linear_a8(
+    xq: Tensor, xs: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None,
+    n: int, bits: int, group: int, zero: float, dtype: torch.dtype, problem: Problem | None = None, config: Config | None = None,
+) -> Tensor:  # fmt: skip
+    """As `_linear`, with int8 activations."""
+    if config is None:
+        return ops.linear_a8(xq, xs, codes, scale, minimum, bias, n, bits, group, zero, dtype)
+    return launch.linear(xq, xs, codes, scale, minimum, bias, n=n, bits=bits, group=group, zero=zero, dtype=dtype, config=config)
+
+
 def register() -> None:
     """Add the provider "triton" to both linear ops; calling it again changes nothing."""
-    bipolar_linear.LINEAR.register(Provider("triton", "bipolar_linear", "cuda", "words", supports, ops.linear, rank=10))
-    bipolar_linear.LINEAR_A8.register(Provider("triton", "bipolar_linear_a8", "cuda", "words", supports, ops.linear_a8, rank=10))
+    calls: dict[str, Any] = {"bipolar_linear": _linear, "bipolar_linear_a8": _linear_a8}
+    for op in (bipolar_linear.LINEAR, bipolar_linear.LINEAR_A8):
+        op.register(Provider("triton", op.name, "cuda", "words", supports, calls[op.name], TritonTuning(), late=True, rank=10))

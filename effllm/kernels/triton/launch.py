@@ -6,14 +6,19 @@ import torch
 import triton
 from torch import Tensor
 
-from effllm.kernels.triton import machine
-from effllm.kernels.triton.choose import Config, Shape, choose
+from effllm.autotune import use
+from effllm.kernels.triton import choose
+from effllm.kernels.triton.config import Tiles
 from effllm.kernels.triton.gemm import gemm_kernel
 from effllm.kernels.triton.gemv import gemv_kernel
 from effllm.kernels.triton.splitk import reduce_kernel
 from effllm.kernels.triton.unpack import dense_kernel
+from effllm.lowering.op import Config, Problem
 
 ONE = 0x3F800000  # fp32 1.0
+
+_chosen: dict[tuple[object, ...], Tiles] = {}  # spares a call all but one lookup
+use.on_forget(_chosen.clear)
 
 
 def dense(codes: Tensor, scale: Tensor, minimum: Tensor | None, *, n: int, k: int, bits: int, group: int, zero: float, dtype: torch.dtype) -> Tensor:
@@ -27,7 +32,7 @@ def dense(codes: Tensor, scale: Tensor, minimum: Tensor | None, *, n: int, k: in
 
 def _run(
     x: Tensor, xs: Tensor | None, codes: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None, y: Tensor,
-    config: Config, bits: int, group: int, zero: float,
+    config: Tiles, bits: int, group: int, zero: float,
 ) -> None:  # fmt: skip
     """Launch the kernels of `config`: x (M, K) with unit inner stride to y (M, N)."""
     (m, k), n, dtype = x.shape, y.shape[1], y.dtype
@@ -55,13 +60,27 @@ def _run(
         reduce_kernel[(triton.cdiv(n, 256), m)](target, bias, rows, y, m, n, SPLIT=config.split, BN=256, num_warps=2)
 
 
+def choice(
+    m: int, n: int, k: int, bits: int, group: int, affine: bool, x: torch.dtype, y: torch.dtype, scale: torch.dtype, device: torch.device
+) -> Tiles:  # fmt: skip
+    """What runs m rows of dtype `x` (int8: with row scales) to `y` where the caller asks for nothing; about a microsecond once known."""
+    key = (m, n, k, bits, group, affine, x, y, scale, device)
+    found = _chosen.get(key)
+    if found is None:
+        a8 = x == torch.int8
+        op = "bipolar_linear_a8" if a8 else "bipolar_linear"
+        problem = Problem(op, n, k, bits, group, affine, "a8" if a8 else "a16", m, y, str(device), scale)
+        found = _chosen[key] = choose.tiles_for(problem)
+    return found
+
+
 def linear(
     x: Tensor, xs: Tensor | None, codes: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None,
-    *, n: int, bits: int, group: int, zero: float, dtype: torch.dtype, config: Config | None = None, out: Tensor | None = None,
+    *, n: int, bits: int, group: int, zero: float, dtype: torch.dtype, config: Config | Tiles | None = None, out: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """x (..., K), with row scales xs (..., 1) where it is int8, times the packed weight: (..., N) in `dtype`.
 
-    `config` overrides the choice; `out` (M, N) is written in place of a new tensor, so that tests can poison it.
+    `config` overrides the choice (choose.py); `out` (M, N) is written in place of a new tensor, so that tests can poison it.
     """
     k = x.shape[-1]
     flat = x.reshape(-1, k)
@@ -71,9 +90,10 @@ def linear(
     y = torch.empty(m, n, dtype=dtype, device=x.device) if out is None else out
     if y.numel() == 0:
         return y.reshape(*x.shape[:-1], n)
-    if config is None:
-        shape = Shape(m, n, k, bits, group, minimum is not None, x.element_size(), y.element_size())
-        config = choose(shape, machine.of(x.device), machine.class_of(x.device.index or 0) if x.device.type == "cuda" else "")
     with torch.cuda.device_of(x):  # Triton launches on the current device; no effect on CPU tensors
-        _run(flat, xs, codes, scale, minimum, bias, y, config, bits, group, zero)
+        if config is None:
+            tiles = choice(m, n, k, bits, group, minimum is not None, x.dtype, dtype, scale.dtype, x.device)
+        else:
+            tiles = config if isinstance(config, Tiles) else Tiles.of(config)
+        _run(flat, xs, codes, scale, minimum, bias, y, tiles, bits, group, zero)
     return y.reshape(*x.shape[:-1], n)

@@ -75,7 +75,7 @@ def run(case: Case, *, swap: bool = False) -> dict[str, object]:
     import torch
 
     from effllm.kernels.triton import launch
-    from effllm.kernels.triton.choose import Config
+    from effllm.kernels.triton.config import Tiles
     from effllm.lowering import bipolar_linear as ops
     from effllm.runtime.formats import bipolar
     from effllm.runtime.layouts import words
@@ -100,9 +100,9 @@ def run(case: Case, *, swap: bool = False) -> dict[str, object]:
     # the interpreter truncates where the hardware rounds to bf16, so bf16 activations are checked with an fp32 output
     out_dtype = torch.float32 if dtype == torch.bfloat16 else dtype
     configs = {
-        "gemv": Config("gemv", {1: 1, 2: 2}.get(case.m, 4), 32, 64, case.split),
-        "gemm": Config("gemm", 16, 32, 64 if case.group in (64, 128) else 32, case.split),
-        "dense": Config("dense"),
+        "gemv": Tiles("gemv", {1: 1, 2: 2}.get(case.m, 4), 32, 64, case.split),
+        "gemm": Tiles("gemm", 16, 32, 64 if case.group in (64, 128) else 32, case.split),
+        "dense": Tiles("dense"),
     }
     guard = 64
     buffer = torch.full((case.m * case.n + guard,), float("nan"), dtype=out_dtype)
