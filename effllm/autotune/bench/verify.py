@@ -10,6 +10,7 @@ from torch import Tensor
 from effllm.autotune.bench.candidate import Candidate
 
 PRODUCTS = 1 << 33  # multiply-adds that a check may take in fp64; beyond it, outputs are sampled
+ELEMENTS = 1 << 25  # of the weight that a check holds in fp64
 ROWS = 64  # of the activations that are compared; all are computed
 
 
@@ -32,7 +33,7 @@ def verify(candidate: Candidate, x: Tensor, dense: Tensor | None) -> Result:
     y = candidate.output()
     n, k, m = y.shape[-1], x.shape[-1], x.shape[0]
     few = torch.arange(m, device=x.device)[:: max(1, m // ROWS)]
-    index = sample(n, max(256, PRODUCTS // (k * len(few))), x.device)
+    index = sample(n, max(256, min(PRODUCTS // (k * len(few)), ELEMENTS // k)), x.device)
     stored = candidate.stored(index)
     if stored is None and dense is None:
         return Result(float("nan"), 0.0, "nothing", "its weight cannot be read back, and there is no dense weight to compare with")
