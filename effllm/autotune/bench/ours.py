@@ -57,11 +57,7 @@ class Kernel(Rotating):
         """The provider, without the dispatcher of the composite op, which a compiled graph does not pass through either."""
         p = self.problem
         tail = (weight["codes"], weight["scale"], None, None, p.n, p.bits, p.group, self.zero)
-        y: Tensor
-        if self.scales is None:
-            y = self.provider.call(x, *tail, **self.more)
-        else:
-            y = self.provider.call(x, self.scales, *tail, p.dtype, **self.more)
+        y: Tensor = self.provider.call(x, *tail, **self.more) if self.scales is None else self.provider.call(x, self.scales, *tail, p.dtype, **self.more)
         return y
 
     def stored(self, index: Tensor) -> Tensor:

@@ -35,8 +35,8 @@ class Int8(Bitsandbytes):
         layer.weight = nn.Int8Params(weight.clone(), requires_grad=False, has_fp16_weights=False)
         layer = layer.to(weight.device).eval()
         with torch.no_grad():
-            layer(torch.zeros(1, k, dtype=weight.dtype, device=weight.device))  # the first call moves its state into place
-        made = Modules(layer, n * k + 4 * n, cache, _int8_values)
+            layer(torch.zeros(1, k, dtype=torch.float16, device=weight.device))  # the first call moves its state into place
+        made = Modules(layer, n * k + 4 * n, cache, _int8_values, dtype=torch.float16)  # it casts others, with a warning
         label(made, self, 8, "int8")
         made.floor = 0.03  # int8 activations
         return made
@@ -66,11 +66,9 @@ class Nf4(Bitsandbytes):
         layer.weight = bnb.nn.Params4bit(weight.clone(), requires_grad=False, quant_type="nf4", blocksize=BLOCK, compress_statistics=False)
         layer = layer.to(weight.device).eval()
 
-        def values(layer: Any) -> Tensor:
-            found: Tensor = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-            return found.view(n, k)
-
-        made = Modules(layer, n * k // 2 + 4 * n * k // BLOCK, cache, values)
+        # now: with AVX-512 the first forward packs the codes anew, and the library's dequantizer no longer reads them
+        values: Tensor = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).view(n, k)
+        made = Modules(layer, n * k // 2 + 4 * n * k // BLOCK, cache, lambda layer: values)
         label(made, self, 4, "bf16")
         return made
 

@@ -13,11 +13,17 @@ from effllm.autotune.bench.candidate import Rotating, copies
 
 
 class Modules(Rotating):
-    """`layer` in as many copies as exceed the cache. `dequantize` gives the stored weight (N, K) of a layer."""
+    """`layer` in as many copies as exceed the cache. `dequantize` gives the stored weight (N, K) of a layer; `dtype` is of its activations."""
 
-    def __init__(self, layer: torch.nn.Module, nbytes: int, cache: int, dequantize: Callable[[Any], Tensor] | None = None) -> None:
+    def __init__(
+        self, layer: torch.nn.Module, nbytes: int, cache: int, dequantize: Callable[[Any], Tensor] | None = None, dtype: torch.dtype = torch.bfloat16
+    ) -> None:
         super().__init__([layer] + [copy.deepcopy(layer) for _ in range(copies(nbytes, cache) - 1)], nbytes)
-        self._dequantize = dequantize
+        self._dequantize, self._dtype = dequantize, dtype
+
+    def load(self, x: Tensor) -> None:
+        """Take the activations in the module's dtype."""
+        self.x = x.to(self._dtype)
 
     def call(self, weight: Any, x: Tensor) -> Tensor:
         """The module's forward."""
