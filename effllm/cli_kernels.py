@@ -27,6 +27,7 @@ def run(kernels: Given, model: Given, threads: int | None, device: str, json: Pa
     wrong = [name for name, value in model.items() if value]
     if wrong:
         raise OptionError("E-OPT-KERNELS", f"--kernels times kernels and no model, so {', '.join(wrong)} does not apply", "leave one of them out")
+    commands_kernels.drawable(png)
     result = commands_kernels.bench(
         kernels["--model-shapes"], kernels["--bits"], kernels["--rows"], kernels["--op"], kernels["--peers"],
         32 if kernels["--group"] is None else kernels["--group"], kernels["--seconds"] or 2.0, threads, device,

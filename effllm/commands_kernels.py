@@ -37,12 +37,16 @@ def draw(result: dict[str, Any], path: Path | None) -> None:
         return
     from effllm.autotune.bench import plot
 
-    if path.suffix != ".png":
-        raise OptionError("E-OPT-WRITE", f"{path} does not end in .png", "give a file name that ends in .png")
     try:
         plot.png(result, path)
     except OSError as error:
         raise OptionError("E-OPT-WRITE", f"cannot write {path}: {error}", "give a path in a folder that exists and is writable") from error
+
+
+def drawable(path: Path | None) -> None:
+    """Raise OptionError (E-OPT-WRITE) before a long run for a file that is not a PNG."""
+    if path is not None and path.suffix != ".png":
+        raise OptionError("E-OPT-WRITE", f"{path} does not end in .png", "give a file name that ends in .png")
 
 
 def show(result: dict[str, Any]) -> None:
@@ -53,8 +57,11 @@ def show(result: dict[str, Any]) -> None:
     title = f"{where}, reads {about['read_bandwidth_gb_s']:.0f} GB/s"
     if about["other_cores_busy"] is not None:
         title += f", {about['other_cores_busy']:.2f} cores busy with other work"
-    names = ["layer", "N x K", "M", "kernel", "version", "us", "quartiles", "GB/s", "% of bound", "predicted us", "x torch bf16", "x best peer", "best peer"]
-    out.print(console.table(title, names, [_cells(r) for r in result["rows"] if r["status"] == "timed"]))
+    names = ["layer, N x K", "M", "kernel", "us", "quartiles", "GB/s", "% of bound", "predicted", "x torch bf16", "x best peer", "best peer"]
+    for model in dict.fromkeys(r["model"] for r in result["rows"]):
+        own = [r for r in result["rows"] if r["model"] == model and r["status"] == "timed"]
+        out.print(console.table(f"{model} on {title}", names, [_cells(r) for r in own]))
+    out.print("versions: " + ", ".join(f"{p['name']} {p['version']}" for p in result["peers"] if p["version"]), markup=False, highlight=False)
     for line in lines(result):
         out.print(line, markup=False, highlight=False, soft_wrap=True)
 
@@ -85,7 +92,7 @@ def _cells(r: dict[str, Any]) -> list[str]:
         return form.format(by * r[key]) if r.get(key) is not None else "-"
 
     return [
-        f"{r['model']} {'/'.join(r['layers'])}", f"{r['n']} x {r['k']}", str(r["m"]), r["name"], r["version"],
+        f"{'/'.join(r['layers'])}, {r['n']} x {r['k']}", str(r["m"]), r["name"],
         f"{r['us']:.1f}", f"{low:.1f}..{high:.1f}", f"{r['gb_s']:.1f}", share("of_bound", "{:.0f}", 100), share("predicted_us", "{:.1f}"),
         share("times_torch_bf16", "{:.2f}"), share("times_best_peer", "{:.2f}"), r.get("best_peer", "-"),
     ]  # fmt: skip

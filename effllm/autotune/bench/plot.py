@@ -51,6 +51,9 @@ def _roofline(axis: Any, rows: list[dict[str, Any]], machine: dict[str, Any], st
     low, high = min(places) / 1.5, max(places) * 1.5
     band = machine["read_bandwidth_gb_s"]
     tops = {"bf16 product of torch": machine["bf16_gflops"], "fp32 product of torch": machine["fp32_gflops"]}
+    constants = machine.get("constants") or {}
+    if {"issue", "cores"} <= set(constants):
+        tops["int8 dot products (cost model)"] = 128 * constants["issue"] * constants["cores"] / 1e9  # 64 multiply-adds an instruction
     axis.plot([low, high], [band * low, band * high], color="#333333", lw=1)
     axis.annotate(f"{band:.0f} GB/s", (low, band * low), fontsize=8, xytext=(2, 8), textcoords="offset points")
     for name, top in tops.items():
