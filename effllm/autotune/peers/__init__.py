@@ -14,7 +14,7 @@ from effllm.errors import OptionError, nearest
 # module -> its peers, by name; the modules themselves import no library
 MODULES: dict[str, tuple[str, ...]] = {
     "dense": ("torch-bf16", "torch-fp32"),
-    "torchao": ("torchao-int8", "torchao-int4", "torchao-int8-dynamic"),
+    "torchao": ("torchao-int8", "torchao-int4", "torchao-int8-dyn"),
     "bitsandbytes": ("bitsandbytes-int8", "bitsandbytes-nf4"),
     "ggml": ("llama.cpp-q8_0", "llama.cpp-q4_0"),
     "gemlite": ("gemlite-w8a16", "gemlite-w4a16"),

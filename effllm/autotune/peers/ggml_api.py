@@ -32,6 +32,7 @@ class Traits(ctypes.Structure):
 
 # function -> (result, arguments)
 _BASE: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "ggml_log_set": (None, (c_void_p, c_void_p)),
     "ggml_init": (c_void_p, (InitParams,)),
     "ggml_free": (None, (c_void_p,)),
     "ggml_tensor_overhead": (c_size_t, ()),
@@ -85,6 +86,8 @@ class Ggml:
                 function = getattr(library, name)  # AttributeError: another version of ggml
                 function.restype, function.argtypes = result, list(arguments)
                 setattr(self, name.removeprefix("ggml_"), function)
+        self._silent = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)(lambda level, text, data: None)  # it logs every weight
+        self.log_set(ctypes.cast(self._silent, c_void_p), None)
         self.backend = self.backend_cpu_init()
         registry = self.backend_cpu_reg()
         self.device = self.backend_reg_dev_get(registry, 0)

@@ -45,7 +45,7 @@ class Int8(Torchao):
 class Int8Dynamic(Torchao):
     """Int8DynamicActivationInt8WeightConfig: activations quantized per token inside the call."""
 
-    name = "torchao-int8-dynamic"
+    name = "torchao-int8-dyn"
 
     def build(self, weight: Tensor, group: int, cache: int) -> Candidate:
         """Quantize with torchao's own rounding."""

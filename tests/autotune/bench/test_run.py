@@ -88,7 +88,10 @@ def test_a_kernel_of_ours_that_mixes_up_rows_is_found_wrong(tiny, monkeypatch):
     assert {r["status"] for r in rows(result, kind="effllm")} == {"wrong"}
 
 
-@pytest.mark.parametrize(("plan", "code"), [({"models": ["nope"]}, "E-OPT-SHAPES"), ({"ops": ["bipolar_liner"]}, "E-OPT-OP"), ({"peers": ["torhao"]}, "E-OPT-PEER")])
+@pytest.mark.parametrize(
+    ("plan", "code"),
+    [({"models": ["nope"]}, "E-OPT-SHAPES"), ({"ops": ["bipolar_liner"]}, "E-OPT-OP"), ({"peers": ["torhao"]}, "E-OPT-PEER")],
+)
 def test_unknown_names_end_the_run_before_it_starts(plan, code):
     with pytest.raises(OptionError) as caught:
         run.run(run.Plan(**plan), lambda what, share: pytest.fail("started"))

@@ -6,7 +6,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 from effllm.autotune import peers
 from effllm.autotune.bench.run import random_activations, random_weight
