@@ -30,7 +30,7 @@ def run(kernels: Given, model: Given, threads: int | None, device: str, json: Pa
     commands_kernels.drawable(png)
     result = commands_kernels.bench(
         kernels["--model-shapes"], kernels["--bits"], kernels["--rows"], kernels["--op"], kernels["--peers"],
-        32 if kernels["--group"] is None else kernels["--group"], kernels["--seconds"] or 2.0, threads, device,
+        32 if kernels["--group"] is None else kernels["--group"], kernels["--seconds"] or 2.0, threads, device, json,
     )  # fmt: skip
     commands_kernels.show(result)
     console.write_json(result, json)

@@ -12,9 +12,9 @@ from effllm.errors import OptionError
 
 def bench(
     models: Sequence[str] | None, bits: Sequence[int] | None, rows: Sequence[int] | None, ops: Sequence[str] | None, peers: Sequence[str] | None,
-    group: int, seconds: float, threads: int | None, device: str,
+    group: int, seconds: float, threads: int | None, device: str, json: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """The result of `autotune.bench.run`. None stands for the plan's default; `models` may hold "all"."""
+    """The result of `autotune.bench.run`, written to `json` after every shape. None stands for the plan's default; `models` may hold "all"."""
     from effllm.autotune import shapes
     from effllm.autotune.bench import run as harness
     from effllm.runtime.formats import bipolar
@@ -28,7 +28,7 @@ def bench(
     given = {k: tuple(dict.fromkeys(v)) for k, v in chosen.items() if v}
     plan = harness.Plan(**given, group=group, device=commands.device_of(device), seconds=seconds)
     with console.progress("kernels") as show:
-        return harness.run(plan, show)
+        return harness.run(plan, show, lambda so_far: console.write_json(so_far, json))
 
 
 def draw(result: dict[str, Any], path: Path | None) -> None:

@@ -18,6 +18,7 @@ from effllm.autotune.bench.candidate import Candidate
 BURST = 2e-3  # seconds
 PAUSE = 1e-3  # seconds
 LEAST = 5  # rounds, however long they take
+LONG = 10 * BURST  # a call that takes this long needs no call before it that is not timed
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,9 @@ def interleaved(candidates: Sequence[Candidate], seconds: float, most: int = 40,
         return []
     bursts = [_gpu_burst(c) if device == "cuda" else _cpu_burst(c) for c in candidates]
     start = time.perf_counter()
-    for burst, _ in bursts:
-        burst()
+    samples = [[burst()] for burst, _ in bursts]
     rounds = max(LEAST, min(most, int(seconds / (time.perf_counter() - start))))
-    samples: list[list[float]] = [[] for _ in bursts]
-    for _ in range(rounds):
+    for _ in range(rounds - 1):
         for kept, (burst, _) in zip(samples, bursts, strict=True):
             kept.append(burst())
     return [Times(tuple(kept), how) for kept, (_, how) in zip(samples, bursts, strict=True)]
@@ -64,11 +63,13 @@ def _cpu_burst(candidate: Candidate) -> Burst:
     candidate.run()
     start = time.perf_counter()
     candidate.run()
-    count = runs(time.perf_counter() - start)
+    took = time.perf_counter() - start
+    count = runs(took)
 
     def burst() -> float:
         time.sleep(PAUSE)
-        candidate.run()
+        if took < LONG:
+            candidate.run()
         start = time.perf_counter()
         for _ in range(count):
             candidate.run()

@@ -36,8 +36,11 @@ class Plan:
     seconds: float = 2.0
 
 
-def run(plan: Plan, progress: Progress = lambda what, share: None) -> dict[str, Any]:
-    """The result described in docs/kernel-benchmarks.md. Raises OptionError for an unknown model, op or peer before anything runs."""
+def run(plan: Plan, progress: Progress = lambda what, share: None, keep: Callable[[dict[str, Any]], None] = lambda so_far: None) -> dict[str, Any]:
+    """The result described in docs/kernel-benchmarks.md; `keep` gets it after every shape, so that a run that is stopped loses one shape.
+
+    Raises OptionError for an unknown model, op or peer before anything runs.
+    """
     ours.check(list(plan.ops))
     wanted = [site for model in plan.models for site in sites(model)]
     rivals, peer_rows = present(peers.chosen(plan.peers), plan.device)
@@ -46,6 +49,12 @@ def run(plan: Plan, progress: Progress = lambda what, share: None) -> dict[str, 
     cache, load = last_level_cache(plan.device), machine.OtherLoad()
     found: list[dict[str, Any]] = []
     skipped: list[dict[str, Any]] = []
+
+    def result() -> dict[str, Any]:
+        now = about | {"last_level_cache_bytes": cache, "other_cores_busy": load.cores()}
+        parts = {"peers": peer_rows, "rows": found, "skipped": skipped, "correlation": correlation.by_group(found)}
+        return {"machine": now, "settings": settings(plan), **parts}
+
     for i, site in enumerate(wanted):
         at = {"model": site.model, "layers": list(site.layers), "n": site.n, "k": site.k}
         share = i / len(wanted)
@@ -60,15 +69,9 @@ def run(plan: Plan, progress: Progress = lambda what, share: None) -> dict[str, 
             found += rows.finish(time_one(built, at | {"m": m}, dense, plan))
         built.clear()
         gc.collect()
+        keep(result())
     progress("done", 1.0)
-    return {
-        "machine": about | {"last_level_cache_bytes": cache, "other_cores_busy": load.cores()},
-        "settings": settings(plan),
-        "peers": peer_rows,
-        "rows": found,
-        "skipped": skipped,
-        "correlation": correlation.by_group(found),
-    }
+    return result()
 
 
 def present(wanted: Sequence[Peer], device: str) -> tuple[list[Peer], list[dict[str, Any]]]:
