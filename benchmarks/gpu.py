@@ -175,8 +175,9 @@ def time_gemlite(n: int, k: int, bits: int, m: int) -> float | None:
     """Seconds of gemlite's kernel on the same problem in fp16, where it is installed."""
     if importlib.util.find_spec("gemlite") is None:
         return None
-    from benchmarks.gpu_tuning import GROUP
     from gemlite.core import DType, GemLiteLinear
+
+    from benchmarks.gpu_tuning import GROUP
 
     layers = []
     for _ in range(copies(n * k * bits // 8, l2_bytes())):

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from effllm import cli_cache, commands, console
+from effllm import cli_cache, cli_kernels, commands, console
 from effllm.errors import EffllmError, OptionError, nearest
 
 # typer's own copy of click or the real one, depending on its version: reached through its public class
@@ -111,26 +111,49 @@ def evaluate(
 
 @app.command()
 def bench(
-    model: Model,
+    model: Annotated[str | None, typer.Argument(help="a Hugging Face directory, an effllm checkpoint directory, or the word demo; none with --kernels")] = None,
     recipe: Annotated[list[str] | None, typer.Option("--recipe", help="a recipe, or several (default w8, w4, w4a8; none for a checkpoint)")] = None,
     baseline: Annotated[list[str] | None, typer.Option("--baseline", help="a baseline, or none; may be given several times (default all four)")] = None,
-    rounds: Annotated[int, typer.Option("--rounds", min=1, help="interleaved rounds")] = 3,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, help="decoded tokens per round")] = 64,
-    prefill: Annotated[int, typer.Option("--prefill", min=1, help="prefill tokens")] = 512,
+    rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="interleaved rounds (default 3)")] = None,
+    tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="decoded tokens per round (default 64)")] = None,
+    prefill: Annotated[int | None, typer.Option("--prefill", min=1, help="prefill tokens (default 512)")] = None,
     eager_prefill: Annotated[bool, typer.Option("--eager-prefill", help="do not compile the prefill graph: half the compile time")] = False,
     text: Text = None,
     windows: Windows = None,
     calibrate: Calibrate = None,
-    bits: Bits = None,
+    bits: cli_kernels.Widths = None,
     reference: Reference = None,
     threads: Threads = None,
     device: Device = "cpu",
     json: Json = None,
     png: Png = None,
+    kernels: cli_kernels.Kernels = False,
+    model_shapes: cli_kernels.Shapes = None,
+    rows: cli_kernels.Rows = None,
+    op: cli_kernels.Ops = None,
+    peers: cli_kernels.Peers = None,
+    group: cli_kernels.Group = None,
+    seconds: cli_kernels.Seconds = None,
 ) -> None:
-    """Decode and prefill speed of several recipes and baselines, interleaved in one run. A checkpoint runs as it is."""
+    """Decode and prefill speed of several recipes and baselines, interleaved in one run. A checkpoint runs as it is.
+
+    With --kernels: kernels on layer shapes of real models, verified, then timed in turns with those of peers.
+    """
     console.writable(json, png)
-    result = commands.bench(model, recipe, baseline, rounds, tokens, prefill, not eager_prefill, text, windows, calibrate, threads, device, bits, reference)
+    own = {"--model-shapes": model_shapes, "--bits": bits, "--rows": rows, "--op": op, "--peers": peers, "--group": group, "--seconds": seconds}
+    if kernels:
+        other: dict[str, Any] = {
+            "MODEL": model, "--recipe": recipe, "--baseline": baseline, "--rounds": rounds, "--tokens": tokens, "--prefill": prefill,
+            "--eager-prefill": eager_prefill, "--text": text, "--windows": windows, "--calibrate": calibrate, "--reference": reference,
+        }  # fmt: skip
+        cli_kernels.run(own, other, threads, device, json, png)
+        return
+    width = cli_kernels.only_with_kernels(own, bits)
+    if model is None:
+        raise OptionError("E-OPT-VALUE", "Missing argument 'MODEL'", "name a model, or add --kernels; see `effllm bench --help`")
+    result = commands.bench(
+        model, recipe, baseline, rounds or 3, tokens or 64, prefill or 512, not eager_prefill, text, windows, calibrate, threads, device, width, reference
+    )
     console.out().print(console.bench_table(result))
     if "comparison" in result["settings"]:
         console.out().print(result["settings"]["comparison"], markup=False, highlight=False)

@@ -70,7 +70,7 @@ def evaluate(
     subject.check_options(model, reference, calibrate=calibrate)
     if given and calibrate is not None:
         raise OptionError("E-OPT-PACKED", f"{model!r} is packed already, so --calibrate does not apply", "leave --calibrate out")
-    _threads(threads)
+    use_threads(threads)
     with console.progress("eval") as show:
         show("loading", 0.0)
         if given:
@@ -128,7 +128,7 @@ def bench(
     alone = given and reference is None
     if given and calibrate is not None and not wanted:
         raise OptionError("E-OPT-PACKED", f"{model!r} is packed already, so --calibrate does not apply", "leave --calibrate out, or add --recipe")
-    _threads(threads)
+    use_threads(threads)
     with console.progress("bench") as show:
         show("loading", 0.0)
         packed = {}
@@ -136,11 +136,11 @@ def bench(
             loaded = subject.load(model, bits, reference)
             dense, tokenizer = loaded.reference, loaded.tokenizer
             name = loaded.recipe if loaded.recipe not in wanted else f"{loaded.recipe} (checkpoint)"
-            packed[name] = loaded.model.to(_device(device))
+            packed[name] = loaded.model.to(device_of(device))
         else:
             dense, tokenizer = models.resolve(model, bits=bits)
         if dense is not None:
-            dense.to(_device(device))
+            dense.to(device_of(device))
         scored = _windows(text, tokenizer, model, windows or SCORED) if text is not None or model == "demo" else None
         calibration = _calibration(calibrate, tokenizer, model)
         plan = harness.Plan(
@@ -184,7 +184,7 @@ def doctor(calibrate: bool = False, threads: int | None = None) -> dict[str, Any
     """The findings of `effllm.doctor`, after measuring the cost model's constants if asked."""
     from effllm.doctor import examine
 
-    _threads(threads)
+    use_threads(threads)
     if calibrate:
         from effllm.autotune import calibrate as calibration
         from effllm.autotune import machines
@@ -202,7 +202,7 @@ def demo(threads: int | None) -> dict[str, Any]:
     from effllm.hf.background import Packing
 
     start = time.monotonic()
-    _threads(threads)
+    use_threads(threads)
     packing = Packing("w3", DEMO_CALIBRATION)
     with contextlib.closing(packing), console.progress("demo") as show:
         show("loading", 0.0)
@@ -265,7 +265,8 @@ def _read(path: Path) -> str:
         raise OptionError("E-OPT-TEXT", f"cannot read {path}: {error}", "give an existing UTF-8 text file") from error
 
 
-def _device(name: str) -> str:
+def device_of(name: str) -> str:
+    """The name, checked. Raises OptionError (E-OPT-DEVICE)."""
     import torch
 
     if name not in ("cpu", "cuda"):
@@ -275,7 +276,8 @@ def _device(name: str) -> str:
     return name
 
 
-def _threads(count: int | None) -> None:
+def use_threads(count: int | None) -> None:
+    """Set torch's number of threads; None leaves it."""
     if count is not None:
         import torch
 
