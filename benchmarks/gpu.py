@@ -246,7 +246,8 @@ def main(argv: list[str] | None = None) -> int:
                 report["rows"].append(row)
                 peers = ", ".join(f"{name} {row[f'{name}_us']:.1f}" for name in ("gemlite", "tinygemm") if row.get(f"{name}_us"))
                 print(
-                    f"m={m} {n}x{k} w{bits}{act}: {row['us']:.2f} us ±{row['spread']:.0%}, {row['gb_s']:.0f} GB/s, {row['of_copy']:.0%} of copy, {row['of_bound']:.0%} of bound, "
+                    f"m={m} {n}x{k} w{bits}{act}: {row['us']:.2f} us ±{row['spread']:.0%}, {row['gb_s']:.0f} GB/s, {row['of_copy']:.0%} of copy, "
+                    f"{row['of_bound']:.0%} of bound, "
                     f"predicted {row['predicted_us']:.2f}, model's first {row['first_choice_us']:.2f}, dense bf16 {row['dense_bf16_us']:.1f} {peers}",
                     flush=True,
                 )
