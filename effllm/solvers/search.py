@@ -32,6 +32,7 @@ _SWEEPS = {1: 1, 2: 4, 3: 3, 4: 2, 5: 2, 6: 1, 7: 1, 8: 0}
 # At equal error the grid without a zero keeps a model better (Whisper tiny.en, 4 bits: KL 0.75 against 1.6), so the integer grid has
 # to fit clearly better, as it does for weights that were shipped on one (Q4_0, Q8_0).
 _INTEGER = 0.75
+_SHIPPED = 4  # bits of the affine grids that weights are shipped on (Q4_1)
 _GRID = {"none": "symmetric", "integer": "integer", "affine": "affine"}
 
 
@@ -72,6 +73,8 @@ def fit(x: Tensor, bits: int, grid: str, dtype: torch.dtype, weight: Tensor | No
             start = (reach * ratio, None)
         best = _better(best, _code(x, *start, bits, grid, dtype, weight))
     assert best is not None
+    if grid == "affine" and _SHIPPED < bits < 8:  # weights that were shipped on 16 levels lie on every finer grid of the same step
+        best = _better(best, _code(x, (hi - lo) / (2 * (2**_SHIPPED - 1)), lo, bits, grid, dtype, weight))
     for _ in range(_SWEEPS[bits] * (3 if wide else 1)):
         best = _better(best, _code(x, *_least_squares(x, best.codes, bits, grid, weight), bits, grid, dtype, weight))
     return best

@@ -207,3 +207,16 @@ def test_gptq_without_statistics() -> None:
     with pytest.raises(CalibrationError) as caught:
         solve(torch.ones(4, 32), Bipolar(solver="gptq"))
     assert caught.value.code == "E-CAL-NONE"
+
+
+@pytest.mark.parametrize("bits", [5, 6, 7])
+def test_weights_shipped_on_sixteen_levels_are_stored_almost_exactly(bits: int) -> None:
+    """A finer affine grid holds a Q4_1 grid, up to the fp16 rounding of scale and minimum."""
+    g = torch.Generator().manual_seed(bits)
+    step, low = 0.01 + torch.rand(24, 4, 1, generator=g), torch.randn(24, 4, 1, generator=g)
+    codes = torch.randint(0, 16, (24, 4, 32), generator=g)
+    codes[..., 0], codes[..., 1] = 0, 15  # a quantizer uses both ends of its range
+    w = (codes * step.half().float() + low.half().float()).view(24, 128)
+    packed = search(w, Bipolar(bits, group=32))
+    assert packed.attrs["grid"] == "affine"
+    assert float((bipolar.unpack(packed) - w).abs().max()) < 2e-3 * float(w.abs().max())
