@@ -217,6 +217,6 @@ def test_weights_shipped_on_sixteen_levels_are_stored_almost_exactly(bits: int) 
     codes = torch.randint(0, 16, (24, 4, 32), generator=g)
     codes[..., 0], codes[..., 1] = 0, 15  # a quantizer uses both ends of its range
     w = (codes * step.half().float() + low.half().float()).view(24, 128)
-    packed = search(w, Bipolar(bits, group=32))
+    packed = solve(w, Bipolar(bits, group=32))
     assert packed.attrs["grid"] == "affine"
     assert float((bipolar.unpack(packed) - w).abs().max()) < 2e-3 * float(w.abs().max())
