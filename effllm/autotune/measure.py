@@ -48,12 +48,16 @@ class Timing:
 
 @dataclass(frozen=True)
 class Session:
-    """Timings in the order of the candidates; empty with a reason where the machine was too busy. `dropped` of `windows` drifted."""
+    """Timings in the order of the candidates; empty with a reason where the machine was too busy. `dropped` of `windows` drifted.
+
+    `failed` is set where a candidate ended the session, which one is not known.
+    """
 
     timings: tuple[Timing, ...] = ()
     refused: str = ""
     windows: int = 0
     dropped: int = 0
+    failed: Outcome | None = None
 
 
 def failure(error: BaseException) -> Outcome:
