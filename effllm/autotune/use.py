@@ -19,6 +19,17 @@ class Choice:
     how: str
     note: str
 
+    @property
+    def source(self) -> str:
+        """How the configuration was found, in a word or two: "measured", "stale", "near", "cost model", "dynamic" or "fixed"."""
+        words = {"exact": "measured", "soft-stale": "stale", "near M bucket": "near", "near shape": "near", "model": "cost model"}
+        return words.get(self.how, self.how)
+
+    @property
+    def reason(self) -> str:
+        """The note where something was measured, for a Decision; empty where there is nothing to add to `source`."""
+        return "" if self.how in ("model", "dynamic", "fixed") and "no measurements" not in self.note else self.note
+
 
 _providers: dict[tuple[str, str], Provider] = {}  # by name and op: problems alone are the cache's key
 
