@@ -14,6 +14,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -67,7 +68,9 @@ def failure(error: BaseException) -> Outcome:
     return Outcome("oom" if memory else "error", text)
 
 
-def verify(provider: Provider, problem: Problem, config: Config | None, operands: Operands | None = None, expected: Sequence[Expected] | None = None) -> Outcome:
+def verify(
+    provider: Provider, problem: Problem, config: Config | None, operands: Operands | None = None, expected: Sequence[Expected] | None = None
+) -> Outcome:
     """Compare one call with the exact result: at most twice the error of plain torch, plus the op's floor.
 
     Raises TuneError where the problem itself cannot be run (see inputs.make); whatever the candidate raises is its outcome.
@@ -103,13 +106,14 @@ def distance(y: torch.Tensor, true: torch.Tensor) -> float:
 def poisoned() -> Iterator[None]:
     """Within it torch fills new uninitialized tensors with NaN, so that an element that a kernel left out shows."""
     before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    flags: Any = torch.utils.deterministic
+    filled = flags.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    flags.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        flags.fill_uninitialized_memory = filled
         torch.use_deterministic_algorithms(before, warn_only=warn)
 
 

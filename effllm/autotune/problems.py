@@ -73,7 +73,9 @@ def _count(gm: fx.GraphModule) -> Counter[tuple[Problem, str]]:
         if node.target is compat.INVOKE_SUBGRAPH:
             body = node.args[0]
             assert isinstance(body, fx.Node)
-            found += _count(gm.get_submodule(str(body.target)))
+            inner = gm.get_submodule(str(body.target))
+            assert isinstance(inner, fx.GraphModule)
+            found += _count(inner)
         elif node.target in readers:
             found[readers[node.target](*fx.node.map_arg(_arguments(node), compat.example_value))] += 1
     return found

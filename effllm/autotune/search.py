@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from effllm.autotune import fingerprint, journal, space
 from effllm.autotune.key import Key
@@ -23,6 +23,8 @@ from effllm.errors import TuneError
 from effllm.lowering.op import Config, Problem, Provider
 
 TOP, DIVERSE = 4, 2  # first candidates: the best ranked, and of other kinds
+_LARGE = 64  # configurations from which a space gets twice as many
+_ROUND = 4  # neighbours of a round, and as many of the best by what was learned
 NEAR_BOUND = 0.92  # share of the bound at which a search stops
 LEAST_GAIN = 0.01  # of a round of descent
 RANKED = 0.7  # Spearman below which the cost model is not trusted
@@ -125,7 +127,7 @@ class Search:
 
     def take(self, configs: Sequence[Config]) -> bool:
         """Try configurations that were not tried yet; False where the budget ended or the machine was too busy before all were."""
-        waiting = []
+        waiting: list[Config] = []
         for config in configs:
             text = space.text_of(config)
             if text in self.tried or any(space.text_of(w) == text for w in waiting):
@@ -191,6 +193,15 @@ class Search:
         self.tried[space.text_of(trial.config)] = trial
         self.result.trials.append(trial)
 
+    def next(self, best: Config) -> list[Config]:
+        """The round after `best`: untried neighbours, and what now ranks highest, both by predictions corrected from the trials so far."""
+        learned = self.space.corrected([(t.config, t.seconds) for t in self.result.trials if t.seconds is not None])
+        fresh = [c for c in sorted(self.space.neighbours(best), key=learned) if space.text_of(c) not in self.tried][:_ROUND]
+        taken = {*self.tried, *(space.text_of(c) for c in fresh)}
+        if len(self.space.ranked) > _LARGE:
+            fresh += [c for c in sorted(self.space.ranked, key=learned) if space.text_of(c) not in taken][:_ROUND]
+        return fresh
+
     def ranking(self) -> float | None:
         """Spearman correlation of predicted and measured times; None for fewer than four."""
         pairs = [(t.predicted, t.seconds) for t in self.result.trials if t.seconds is not None]
@@ -215,6 +226,8 @@ def tune(
     """
     search = Search(provider, problem, store, budget_s, runner, key=key, environment=environment, clock=clock)
     found = search.space
+    if len(found.ranked) > _LARGE:
+        top, diverse = 2 * top, 2 * diverse
     first = found.start(provider.tuning.first(problem) if provider.tuning else None, top, diverse)
     if not search.take(first):
         return search.finish("budget")
@@ -231,7 +244,7 @@ def tune(
         if search.result.bound >= NEAR_BOUND * best.seconds:
             return search.finish(f"within {1 - NEAR_BOUND:.0%} of the bound")
         before = len(search.tried)
-        if not search.take(found.neighbours(best.config)):
+        if not search.take(search.next(best.config)):
             return search.finish("budget")
         if len(search.tried) == before:
             return search.finish("no neighbour is left")
@@ -241,26 +254,19 @@ def tune(
             return search.finish(f"under {LEAST_GAIN:.0%} gained in a round")
 
 
-def exhaustive(provider: Provider, problem: Problem, store: Store, runner: Runner, *, budget_s: float = 1e9, **more: object) -> Result:
+def exhaustive(provider: Provider, problem: Problem, store: Store, runner: Runner, *, budget_s: float = 1e9, **more: Any) -> Result:
     """Try every legal configuration."""
-    search = Search(provider, problem, store, budget_s, runner, **_extra(more))
+    search = Search(provider, problem, store, budget_s, runner, **more)
     search.take(search.space.ranked)
     return search.finish("all tried")
 
 
 def random_search(
-    provider: Provider, problem: Problem, store: Store, runner: Runner, trials: int, *, seed: int = 0, budget_s: float = 1e9, **more: object
+    provider: Provider, problem: Problem, store: Store, runner: Runner, trials: int, *, seed: int = 0, budget_s: float = 1e9, **more: Any
 ) -> Result:
     """Try `trials` legal configurations in random order."""
-    search = Search(provider, problem, store, budget_s, runner, **_extra(more))
+    search = Search(provider, problem, store, budget_s, runner, **more)
     order = sorted(search.space.ranked, key=space.text_of)
     random.Random(seed).shuffle(order)
     search.take(order[:trials])
     return search.finish("all tried" if trials >= len(order) else f"{trials} trials")
-
-
-def _extra(more: Mapping[str, object]) -> dict[str, object]:
-    unknown = more.keys() - {"key", "environment", "clock"}
-    if unknown:
-        raise TypeError(f"unexpected arguments {sorted(unknown)}")
-    return dict(more)

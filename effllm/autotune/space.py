@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from effllm.lowering.op import Config
 
+_PASSES, _SHRINK = 8, 1.0  # of the fit of factors; trials' worth of belief in the cost model
 _HOPELESS = 16.0  # times the best prediction: not worth a trial for diversity's sake
 
 
@@ -50,6 +51,27 @@ class Space:
             hope.remove(far)
         return chosen
 
+    def corrected(self, measured: Iterable[tuple[Config, float]]) -> Callable[[Config], float]:
+        """The prediction times a factor per value of each field, fitted to what was measured and drawn towards 1 where that is little.
+
+        A cost model is mostly wrong about kinds of configurations, not about single ones.
+        """
+        rest = [(c, math.log(seconds / self.predicted(c))) for c, seconds in measured]
+        mean = sum(r for _, r in rest) / max(1, len(rest))
+        factors: dict[tuple[str, object], float] = {}
+
+        def fitted(config: Config) -> float:
+            return mean + sum(factors.get((f, v), 0.0) for f, v in config.items())
+
+        for _ in range(_PASSES):
+            for f in self._fields:
+                sums: dict[object, list[float]] = {}
+                for c, r in rest:
+                    sums.setdefault(c.get(f), []).append(r - fitted(c) + factors.get((f, c.get(f)), 0.0))
+                for v, left in sums.items():
+                    factors[f, v] = sum(left) / (len(left) + _SHRINK)
+        return lambda c: self.predicted(c) * math.exp(fitted(c))
+
     def _apart(self, a: Config, b: Config) -> float:
         return sum((100.0 if isinstance(a.get(f), str) else 1.0) for f in self._fields if a.get(f) != b.get(f))
 
@@ -78,8 +100,10 @@ class Space:
         steps = 0.0
         for f in others:
             x, y = a.get(f), b.get(f)
-            both = isinstance(x, int | float) and isinstance(y, int | float) and x > 0 and y > 0
-            steps += abs(math.log2(x / y)) if both else 4.0
+            if isinstance(x, int | float) and isinstance(y, int | float) and x > 0 and y > 0:
+                steps += abs(math.log2(x / y))
+            else:
+                steps += 4.0
         return len(others), steps
 
 

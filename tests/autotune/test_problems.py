@@ -22,6 +22,7 @@ def own_store(tmp_path, monkeypatch):
     monkeypatch.setattr("effllm.autotune.store.default_directory", lambda: tmp_path / "tuning")
     monkeypatch.setattr("effllm.autotune.dense.seconds", lambda problem: 1.0)  # portable kernels are rewritten to on any machine
     use.forget()
+    torch._dynamo.reset()  # sizes that differ between tests must not become dynamic
     yield
     use.forget()
 
