@@ -25,7 +25,7 @@ from torch import fx, nn
 from effllm import compat
 from effllm.autotune import problems
 from effllm.autotune.budget import parse_budget
-from effllm.errors import EffllmError, OptionError, PassError, nearest
+from effllm.errors import EffllmError, OptionError, PassError, TuneError, nearest
 from effllm.passes import manager, pipeline
 from effllm.passes.base import Context
 from effllm.recipe import Recipe
@@ -152,7 +152,12 @@ def _tuned(gm: fx.GraphModule, done: Rewritten, options: Options, budget_s: floa
     from effllm import tuning  # keeps worker processes and the search out of what never asked for them
 
     start = time.perf_counter()
-    result = tuning.tune_sites(problems.of_graph(done.gm), budget_s)
+    try:
+        result = tuning.tune_sites(problems.of_graph(done.gm), budget_s)
+    except TuneError as error:  # a store that cannot be written must not keep a model from running
+        warnings.warn(f"effllm: not tuned: {error}", stacklevel=4)
+        done.report.notes.append(f"not tuned: [{error.code}] {error.cause}")
+        return done
     again = rewrite(gm, options) if result.measured else done
     again.report.measured["autotune_s"] = time.perf_counter() - start
     again.report.notes += result.notes

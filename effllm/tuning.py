@@ -26,6 +26,7 @@ from effllm.lowering import providers
 
 DECODE_STEPS = 128  # steps per prefill, for weighing the two
 _LEAST = 0.25  # s: the budget of a problem is at least this, or what is left
+_OF_THE_PROBLEM = ("E-TUN-PROVIDER", "E-TUN-OP", "E-TUN-SHAPE")  # such as a kernel from outside of effllm: the others can still be tuned
 Progress = Callable[[str, float], None]
 
 
@@ -115,7 +116,14 @@ def tune_sites(
             # at least an even share: what is left over goes to those behind anyway
             weights = [s.seconds for s in sites[i:]]
             share = max(weights[0] / max(sum(weights), 1e-12), 1 / len(weights))
-            result = search.tune(site.provider, site.problem, where, max(share * left, min(_LEAST, left)), runner or worker or Worker())
+            try:
+                result = search.tune(site.provider, site.problem, where, max(share * left, min(_LEAST, left)), runner or worker or Worker())
+            except TuneError as error:
+                if error.code not in _OF_THE_PROBLEM:
+                    raise
+                done.results.append(None)
+                done.notes.append(f"{label(site)}: {error.cause}")
+                continue
             done.results.append(result)
             done.notes += [f"{label(site)}: {n}" for n in result.notes]
     finally:
@@ -159,5 +167,5 @@ def _row(site: Site, result: Result | None) -> dict[str, Any]:
         "trials": len(result.trials) if result is not None else 0,
         "new": result.measured if result is not None else 0,
         "spearman": result.spearman if result is not None else None,
-        "stopped": result.stopped if result is not None else "budget",
+        "stopped": result.stopped if result is not None else "not reached",
     }

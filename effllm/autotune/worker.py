@@ -74,7 +74,7 @@ class Worker:
         self.close()
 
     def check(self, provider: Provider, problem: Problem, config: Config, timeout: float | None = None) -> Outcome:
-        """What became of a candidate within `timeout` seconds (default 60)."""
+        """What became of a candidate within `timeout` seconds (default 60). Raises TuneError where the problem itself cannot be run."""
         request = {"do": "check", "provider": provider.name, "problem": problem_to_dict(problem), "config": dict(config)}
         try:
             answer = self._ask(request, timeout or self._timeout)
@@ -108,7 +108,10 @@ class Worker:
     def _ask(self, request: dict[str, Any], timeout: float) -> dict[str, Any]:
         if self._process is None:
             self._start()
-        return self._exchange(request, timeout)
+        answer = self._exchange(request, timeout)
+        if "code" in answer:
+            raise TuneError(answer["code"], answer["cause"], answer["next_step"])
+        return answer
 
     def _start(self) -> None:
         path = os.pathsep.join(p for p in sys.path if p) or os.getcwd()

@@ -12,13 +12,18 @@ import torch
 
 from effllm.autotune.measure import Local, failure
 from effllm.autotune.worker import problem_from_dict
-from effllm.errors import EffllmError
+from effllm.errors import TuneError, nearest
 from effllm.lowering import providers
 from effllm.lowering.op import OPS, Problem, Provider
 
 
 def _provider(name: str, problem: Problem) -> Provider:
     providers.load(torch.device(problem.device).type)
+    if problem.op not in OPS:
+        raise TuneError("E-TUN-OP", f"unknown op {problem.op!r}", nearest(problem.op, OPS))
+    if name not in OPS[problem.op].providers:
+        cause = f"the worker process has no kernel {name!r} for {problem.op}"
+        raise TuneError("E-TUN-PROVIDER", cause, "give the worker the modules whose register() adds it")
     return OPS[problem.op].providers[name]
 
 
@@ -37,10 +42,11 @@ def _answer(local: Local, request: dict[str, Any]) -> dict[str, Any]:
             outcome = local.check(provider, problem, request["config"])
             return {"status": outcome.status, "reason": outcome.reason}
         session = local.time(provider, problem, request["configs"])
+    except TuneError as error:  # of the problem, not of the candidate: nothing to store
+        return {"code": error.code, "cause": error.cause, "next_step": error.next_step}
     except Exception as error:  # noqa: BLE001 - the candidate's own error is its result; the process lives on
         outcome = failure(error)
-        text = error.cause if isinstance(error, EffllmError) else outcome.reason
-        return {"status": outcome.status, "reason": text}
+        return {"status": outcome.status, "reason": outcome.reason}
     timings = [[t.seconds, t.spread, t.n] for t in session.timings]
     return {"timings": timings, "refused": session.refused, "windows": session.windows, "dropped": session.dropped}
 

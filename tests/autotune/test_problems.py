@@ -86,7 +86,7 @@ def test_a_budget_that_ends_early_says_what_is_open():
     sites = tuning.sites_of(tiny_llama(), options(), 7, None)
     done = tuning.tune_sites(sites, 1e-9, runner=Flat())
     assert len(done.results) == len(sites) and "not finished: run again" in tuning.summary(done) and done.measured == 0
-    assert all(r["stopped"] == "budget" for r in done.to_dict()["rows"])
+    assert all(r["stopped"] == "not reached" for r in done.to_dict()["rows"])
 
 
 def test_merged_linears_tell_how_their_own_configuration_was_found():
@@ -118,6 +118,18 @@ def test_the_backend_tunes_its_graph_when_asked(monkeypatch):
     report = effllm.last_report()
     assert made.checked and open_store().load() and report.measured["autotune_s"] > 0
     assert report.applied[0].config["tuned"] == "measured"
+
+
+def test_a_store_that_cannot_be_written_does_not_stop_a_compilation(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr("effllm.autotune.store.default_directory", lambda: tmp_path / "file" / "tuning")
+    monkeypatch.setattr(tuning, "Worker", lambda: _Closing(Flat()))
+    options = {"recipe": "w8", "inner": "eager", "kernel": "cpu-portable", "autotune": "5s"}
+    with torch.no_grad(), pytest.warns(UserWarning, match="E-TUN-WRITE"):
+        torch.compile(One(), backend="effllm", options=options)(torch.randn(2, 64))
+    assert any("E-TUN-WRITE" in n for n in effllm.last_report().notes) and effllm.last_report().applied
+    with pytest.raises(TuneError, match="E-TUN-WRITE"):
+        effllm.tune(One(), "w8", budget=5, inputs=torch.randn(2, 64), kernel="cpu-portable")
 
 
 class _Closing:

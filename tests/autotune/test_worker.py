@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -61,10 +63,12 @@ def test_a_search_over_all_of_them_ends_with_the_right_one(worker, tmp_path, mon
     assert again.measured == 0 and again.best is not None and again.best.config == {"way": "right"}
 
 
-def test_an_unknown_kernel_is_an_outcome(worker):
-    import dataclasses
-
-    assert worker.check(dataclasses.replace(PROVIDER, name="gone"), PROBLEM, {"way": "right"}).status == "error"
+@pytest.mark.parametrize(
+    ("provider", "change", "code"), [({"name": "gone"}, {}, "E-TUN-PROVIDER"), ({}, {"op": "bipolar_liner"}, "E-TUN-OP"), ({}, {"bits": 9}, "E-TUN-SHAPE")]
+)
+def test_what_the_worker_cannot_run_at_all_is_no_result(worker, provider, change, code):
+    with pytest.raises(TuneError, match=code):
+        worker.check(dataclasses.replace(PROVIDER, **provider), dataclasses.replace(PROBLEM, **change), {"way": "right"})
 
 
 def test_a_worker_that_cannot_start_says_so(monkeypatch):
@@ -99,7 +103,5 @@ def test_copies_exceed_the_cache_and_are_apart():
      ({"m": None}, "E-TUN-SHAPE"), ({"op": "bipolar_linear_many", "n": 33}, "E-TUN-SHAPE")],
 )  # fmt: skip
 def test_what_cannot_be_measured_is_refused(change, code):
-    import dataclasses
-
     with pytest.raises(TuneError, match=code):
         inputs.make(dataclasses.replace(PROBLEM, **change), "planes")
