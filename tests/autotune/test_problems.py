@@ -166,6 +166,6 @@ def test_real_kernels_of_a_tiny_model_end_to_end(tmp_path):
     with Worker(seconds=0.01, slack=None) as worker:  # whatever else this machine does
         done = tuning.tune_sites(found, 100, store=Store(tmp_path / "own"), runner=worker)
         again = tuning.tune_sites(found, 100, store=Store(tmp_path / "own"), runner=worker)
-    finished = [r for r in done.results if r is not None and r.best is not None]
-    assert finished and all(t.status == "ok" for r in finished for t in r.trials)
-    assert done.measured and again.measured <= sum("not measured" in r.stopped for r in done.results)
+    finished = [(r, s) for r, s in zip(done.results, again.results, strict=True) if "not measured" not in r.stopped]  # a busy machine refuses some
+    assert finished and all(t.status == "ok" for r, _ in finished for t in r.trials)
+    assert all(r.measured and not s.measured for r, s in finished)
