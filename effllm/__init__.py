@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from effllm.compression import compress
     from effllm.hf.demo import load_demo
     from effllm.runtime.checkpoint import load, save
+    from effllm.tuning import tune
 
 __version__ = "0.1.0"
-__all__ = ["Decision", "EffllmError", "Recipe", "Report", "compress", "explain", "last_report", "load", "load_demo", "refresh", "save"]
+__all__ = ["Decision", "EffllmError", "Recipe", "Report", "compress", "explain", "last_report", "load", "load_demo", "refresh", "save", "tune"]
 
 _WHERE = {
     "explain": "effllm.backend",
@@ -32,6 +33,7 @@ _WHERE = {
     "load": "effllm.runtime.checkpoint",
     "save": "effllm.runtime.checkpoint",
     "load_demo": "effllm.hf.demo",
+    "tune": "effllm.tuning",
 }
 
 

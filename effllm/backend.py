@@ -5,7 +5,8 @@
 Options: recipe (any form that Recipe.parse takes; default "w8"), weights ("checked" or "frozen"), strict (raise where a rule
 applied to nothing), kernel (force a provider by name), inner ("inductor", or "eager" to run the rewritten graph uncompiled),
 mode (one of Inductor's modes), inductor (dict of Inductor's options), layers ("once": compile isomorphic layers once, about
-half the compile time; "inline": every layer by itself, a few percent faster to run; "auto": once on CPU).
+half the compile time; "inline": every layer by itself, a few percent faster to run; "auto": once on CPU), autotune (a budget such
+as "30s": the kernels of the graph are tuned for at most that long before it is compiled; nothing is ever measured without it).
 `mode=` may be one of Inductor's modes or a one-line recipe.
 """
 
@@ -22,7 +23,9 @@ import torch
 from torch import fx, nn
 
 from effllm import compat
-from effllm.errors import EffllmError, OptionError, PassError, nearest
+from effllm.autotune import problems
+from effllm.autotune.budget import parse_budget
+from effllm.errors import EffllmError, OptionError, PassError, TuneError, nearest
 from effllm.passes import manager, pipeline
 from effllm.passes.base import Context
 from effllm.recipe import Recipe
@@ -46,6 +49,7 @@ class Options:
     mode: str | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
     layers: str = "auto"
+    autotune: float | None = None
 
     @staticmethod
     def parse(options: dict[str, Any] | None, mode: str | None) -> Options:
@@ -58,6 +62,8 @@ class Options:
             given["mode" if mode in compat.inductor_modes() else "recipe"] = mode
         if "recipe" in given:
             given["recipe"] = Recipe.parse(given["recipe"])
+        if given.get("autotune") is not None:
+            given["autotune"] = parse_budget(given["autotune"])
         made = Options(**given)
         if made.weights not in ("checked", "frozen"):
             raise OptionError("E-OPT-VALUE", f"weights={made.weights!r}", 'weights is "checked" or "frozen"')
@@ -125,6 +131,8 @@ def effllm(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[s
     chosen = Options.parse(options, mode)
     start = time.perf_counter()
     done = rewrite(gm, chosen)
+    if chosen.autotune is not None:
+        done = _tuned(gm, done, chosen, chosen.autotune)
     done.report.measured["rewrite_s"] = time.perf_counter() - start
     reports.append(done.report)
     _complain(done.report, chosen)
@@ -137,6 +145,23 @@ def effllm(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[s
     if keep == list(range(len(keep))) and len(keep) == len(example_inputs):
         return lambda *args: compiled(*args, *binding(args))
     return lambda *args: compiled(*[args[i] for i in keep], *binding(args))
+
+
+def _tuned(gm: fx.GraphModule, done: Rewritten, options: Options, budget_s: float) -> Rewritten:
+    """Tune the kernels of a graph; rewritten once more where that found anything, so that the Decisions say what runs."""
+    from effllm import tuning  # keeps worker processes and the search out of what never asked for them
+
+    start = time.perf_counter()
+    try:
+        result = tuning.tune_sites(problems.of_graph(done.gm), budget_s)
+    except TuneError as error:  # a store that cannot be written must not keep a model from running
+        warnings.warn(f"effllm: not tuned: {error}", stacklevel=4)
+        done.report.notes.append(f"not tuned: [{error.code}] {error.cause}")
+        return done
+    again = rewrite(gm, options) if result.measured else done
+    again.report.measured["autotune_s"] = time.perf_counter() - start
+    again.report.notes += result.notes
+    return again
 
 
 def _complain(report: Report, options: Options) -> None:
@@ -167,21 +192,21 @@ def last_report() -> Report:
     return reports[-1]
 
 
-def explain(model: nn.Module, inputs: Any, recipe: Any = "w8", **options: Any) -> Report:
-    """What the backend would do to `model(*inputs)` (or `model(**inputs)` for a dict), without compiling or running a step.
+def capture(model: nn.Module, inputs: Any, options: Options, *, dynamic: bool | None = None) -> Rewritten | None:
+    """The rewritten graph of `model(*inputs)` (or `model(**inputs)` for a dict), without compiling or running a step.
 
-    Raises EffllmError where the model cannot be captured in one graph.
+    `dynamic` is that of torch.compile: False keeps sizes static that differed in an earlier call. None where the model calls no tensor
+    operation. Raises EffllmError where it cannot be captured in one graph.
     """
-    chosen = Options.parse({"recipe": recipe, **options}, None)
-    found: list[Report] = []
+    found: list[Rewritten] = []
 
     def look(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        found.append(rewrite(gm, chosen).report)
+        found.append(rewrite(gm, options))
         raise compat.StopTracing
 
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else ((inputs,) if isinstance(inputs, torch.Tensor) else tuple(inputs), {})
     # a fresh function object: neither cached graphs of the model nor ours are touched
-    compiled = torch.compile(lambda *a, **k: model(*a, **k), backend=look, fullgraph=True)
+    compiled = torch.compile(lambda *a, **k: model(*a, **k), backend=look, fullgraph=True, dynamic=dynamic)
     try:
         with torch.no_grad():
             compiled(*args, **kwargs)
@@ -191,9 +216,17 @@ def explain(model: nn.Module, inputs: Any, recipe: Any = "w8", **options: Any) -
                 raise
             cause = f"the model cannot be captured in one graph: {str(error).splitlines()[0]}"
             raise PassError("E-PAS-CAPTURE", cause, "compile parts of it, or remove the graph break") from error
-    if not found:
-        return Report(chosen.recipe.name, notes=["the model calls no tensor operation"])
-    return found[0]
+    return found[0] if found else None
+
+
+def explain(model: nn.Module, inputs: Any, recipe: Any = "w8", **options: Any) -> Report:
+    """What the backend would do to `model(*inputs)` (or `model(**inputs)` for a dict), without compiling or running a step.
+
+    Raises EffllmError where the model cannot be captured in one graph.
+    """
+    chosen = Options.parse({"recipe": recipe, **options}, None)
+    done = capture(model, inputs, chosen)
+    return Report(chosen.recipe.name, notes=["the model calls no tensor operation"]) if done is None else done.report
 
 
 def refresh(model: nn.Module) -> int:

@@ -1,4 +1,4 @@
-"""The command `effllm`: compress, eval, bench, explain, doctor, demo, cache. Thin: every command calls one function and prints its result."""
+"""The command `effllm`: compress, eval, bench, explain, tune, doctor, demo, cache. Thin: every command calls one function and prints its result."""
 
 from __future__ import annotations
 
@@ -167,6 +167,29 @@ def explain(model: Model, recipe: Annotated[str | None, _RECIPE] = None, bits: B
     console.writable(json)
     result = commands.explain(model, recipe, bits)
     console.out().print(result.pop("text"), markup=False, highlight=False, soft_wrap=True)
+    console.write_json(result, json)
+
+
+@app.command()
+def tune(
+    model: Model,
+    recipe: Annotated[str | None, _RECIPE] = None,
+    budget: Annotated[str, typer.Option("--budget", help="how long to measure at most: 120, 120s, 2m")] = "120s",
+    prefill: Annotated[int, typer.Option("--prefill", min=1, help="length of the prompt to tune for, beside decoding")] = 512,
+    bits: Bits = None,
+    threads: Threads = None,
+    device: Device = "cpu",
+    store: Annotated[Path | None, typer.Option("--store", help="directory of the store (default: in the user's cache directory)")] = None,
+    json: Json = None,
+) -> None:
+    """Find the fastest kernel configurations for MODEL on this machine; every later compilation uses them. Can be cut short and resumed."""
+    from effllm import commands_tune
+
+    console.writable(json)
+    result = commands_tune.tune(model, recipe, budget, prefill, threads, bits, store, device)
+    console.out().print(commands_tune.table(result))
+    for note in result["notes"]:
+        console.out().print(note, markup=False, highlight=False, soft_wrap=True)
     console.write_json(result, json)
 
 

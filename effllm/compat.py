@@ -20,6 +20,13 @@ LINEAR: tuple[Any, ...] = (torch._C._nn.linear, torch.nn.functional.linear)
 ATTENTION: tuple[Any, ...] = (torch._C._nn.scaled_dot_product_attention, torch.nn.functional.scaled_dot_product_attention)
 EMBEDDING: tuple[Any, ...] = (torch.nn.functional.embedding,)
 ADDMM: tuple[Any, ...] = (torch.addmm,)
+INVOKE_SUBGRAPH: Any = getattr(torch.ops.higher_order, "invoke_subgraph", None)
+
+
+def argument_names(target: Any) -> list[str]:
+    """Names of an op's arguments in order; `target` is an overload, or a packet whose default overload is meant."""
+    overload = target if isinstance(target, torch._ops.OpOverload) else target.default
+    return [a.name for a in overload._schema.arguments]
 
 
 def inductor_compiler() -> str | None:

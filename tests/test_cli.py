@@ -41,6 +41,9 @@ def call(*args: object) -> tuple[int, str]:
         (["eval", "demo", "--json", "no-such-folder/x.json"], "E-OPT-WRITE", "folder that exists"),
         (["eval", "demo", "--recipe", "bipolar(bit=4)"], "E-RCP-KEY", "did you mean 'bits'"),
         (["compress", "demo"], "E-OPT-VALUE", "'out'"),
+        (["tune", "demo", "--budget", "soon"], "E-OPT-BUDGET", "120s"),
+        (["tune", "demo", "--budget", "0"], "E-OPT-BUDGET", "no time"),
+        (["tune", "demo", "--budget", "-2m"], "E-OPT-BUDGET", "no time"),
         (["explain", "demo", "--recipe", "w9"], "E-RCP-METHOD", "w8"),
     ],
 )

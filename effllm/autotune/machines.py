@@ -24,7 +24,7 @@ from effllm.kernels.cpu import build
 Constants = dict[str, float]
 
 # a present server core: good enough for ranking until the machine is calibrated
-DEFAULTS: Constants = {"bandwidth": 3e10, "single": 2.4e10, "issue": 3.3e9, "product": 1.0e11, "product32": 5e10, "call": 3e-6, "wake": 3e-6}
+DEFAULTS: Constants = {"bandwidth": 3e10, "single": 2.4e10, "issue": 3.3e9, "product": 1.0e11, "product32": 5e10, "call": 8e-6, "wake": 3e-6}
 NAMES = tuple(DEFAULTS)
 
 

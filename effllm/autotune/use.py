@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
+from effllm.autotune import machines
+from effllm.autotune.fingerprint import environment
 from effllm.autotune.key import Key
 from effllm.autotune.store import Store, open_store
 from effllm.errors import TuneError
-from effllm.lowering.op import Config, Problem, Provider
+from effllm.lowering.op import OPS, Config, Problem, Provider
 
 
 @dataclass(frozen=True)
@@ -22,6 +26,20 @@ class Choice:
     how: str
     note: str
 
+    @property
+    def source(self) -> str:
+        """How the configuration was found, in a word or two: "measured", "stale", "near", "cost model", "dynamic" or "fixed"."""
+        words = {"exact": "measured", "soft-stale": "stale", "near M bucket": "near", "near shape": "near", "model": "cost model"}
+        return words.get(self.how, self.how)
+
+    @property
+    def reason(self) -> str:
+        """The note where something was measured, for a Decision; empty where there is nothing to add to `source`."""
+        return "" if self.how in ("model", "dynamic", "fixed") and "no measurements" not in self.note else self.note
+
+
+_ROOT = Path(__file__).resolve().parents[1]
+_CODE = (_ROOT / "kernels" / "cpu", _ROOT / "lowering", _ROOT / "autotune")  # what turns a graph op into a call
 
 _providers: dict[tuple[str, str], Provider] = {}  # by name and op: problems alone are the cache's key
 
@@ -45,9 +63,28 @@ def on_forget(clear: Callable[[], object]) -> None:
     _forgetters.append(clear)
 
 
+@functools.lru_cache(maxsize=8)
+def stamp(device: str) -> str:
+    """Eight hex digits that change with the measurements and machine constants of a device type, and with the code of its kernels."""
+    digest = hashlib.sha256()
+    for path in _CODE:
+        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+            digest.update(file.read_bytes())
+    where = environment(device)
+    constants = machines.path_of(where)
+    digest.update(constants.read_bytes() if constants.exists() else b"")
+    store = open_store()
+    for op in sorted(OPS):
+        journal = store.path(where, op)
+        digest.update(f"{op} {journal.stat().st_size if journal.exists() else 0}".encode())
+    digest.update(str(torch.get_num_threads()).encode())
+    return digest.hexdigest()[:8]
+
+
 def forget() -> None:
     """Look everything up again."""
     _cached.cache_clear()
+    stamp.cache_clear()
     for clear in _forgetters:
         clear()
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effllm.autotune import use
+from effllm.autotune import inputs, use
 from effllm.errors import KernelError, nearest
 from effllm.lowering.op import OPS, YES, Op, Problem, Provider, define
 from effllm.runtime import layouts
@@ -66,7 +66,8 @@ def embedding(
 
 
 def provider(op: str, kernel: str) -> Provider:
-    """The registered provider called `kernel`."""
+    """The registered provider called `kernel`, which may carry a stamp (see `stamped`)."""
+    kernel = plain(kernel)
     found = OPS[op].providers.get(kernel)
     if found is None:
         from effllm.lowering import providers
@@ -77,6 +78,20 @@ def provider(op: str, kernel: str) -> Provider:
     if found is None:
         raise KernelError("E-KRN-NAME", f"unknown kernel {kernel!r} for {op}", nearest(kernel, OPS[op].providers))
     return found
+
+
+def stamped(provider: Provider) -> str:
+    """The provider's name with a stamp of everything that its choice of a configuration depends on.
+
+    Compilers cache graphs by the text of the ops before these decompose: without it a graph would keep the choices, and the calls,
+    of an earlier store, calibration or version.
+    """
+    return provider.name if provider.tuning is None or provider.late else f"{provider.name}#{use.stamp(provider.device)}"
+
+
+def plain(kernel: str) -> str:
+    """The provider's name without its stamp."""
+    return kernel.partition("#")[0]
 
 
 def layout_of(op: str, kernel: str) -> str:
@@ -94,37 +109,54 @@ def _rows(x: Tensor) -> int | None:
     return count
 
 
-def _run(op: str, kernel: str, args: tuple[Any, ...], x: Tensor, n: int, bits: int, group: int, scale: Tensor, affine: bool, dtype: torch.dtype) -> Tensor:
-    """Call a provider of a linear op; one that is tuned per graph gets the problem, and the configuration that is known to be best."""
-    found = provider(op, kernel)
-    if found.tuning is None or found.late:
-        y: Tensor = found.call(*args)
-        return y
+def _problem(op: str, x: Tensor, n: int, bits: int, group: int, scale: Tensor, affine: bool, dtype: torch.dtype) -> Problem:
     act = "a8" if x.dtype == torch.int8 else "a16"
-    problem = Problem(op, n, int(x.shape[-1]), bits, group, affine, act, _rows(x), dtype, x.device.type, scale.dtype)
-    y = found.call(*args, problem=problem, config=use.choose(found, problem).config)
+    return Problem(op, n, int(x.shape[-1]), bits, group, affine, act, _rows(x), dtype, x.device.type, scale.dtype)
+
+
+def _problem_linear(x, codes, scale, minimum, bias, n, bits, group, zero, kernel):  # type: ignore[no-untyped-def]
+    return _problem("bipolar_linear", x, n, bits, group, scale, minimum is not None, x.dtype), plain(kernel)
+
+
+def _problem_linear_a8(xq, xs, codes, scale, minimum, bias, n, bits, group, zero, dtype, kernel):  # type: ignore[no-untyped-def]
+    return _problem("bipolar_linear_a8", xq, n, bits, group, scale, minimum is not None, dtype), plain(kernel)
+
+
+def _problem_linear_many(x, codes, scale, minimum, bits, group, zero, kernel):  # type: ignore[no-untyped-def]
+    n = sum(outputs("bipolar_linear_many", kernel, c) for c in codes)
+    return _problem("bipolar_linear_many", x, n, bits, group, scale[0], bool(minimum), x.dtype), plain(kernel)
+
+
+def _problem_linear_a8_many(xq, xs, codes, scale, minimum, bits, group, zero, dtype, kernel):  # type: ignore[no-untyped-def]
+    n = sum(outputs("bipolar_linear_a8_many", kernel, c) for c in codes)
+    return _problem("bipolar_linear_a8_many", xq, n, bits, group, scale[0], bool(minimum), dtype), plain(kernel)
+
+
+def _run(op: str, *args: Any) -> Tensor:
+    """Call the provider that the last argument names; one that is tuned per graph gets the problem, and the configuration known to be best."""
+    found, read = provider(op, args[-1]), OPS[op].problem
+    if found.tuning is None or found.late or read is None:
+        y: Tensor = found.call(*args[:-1])
+        return y
+    problem, _ = read(*args)
+    y = found.call(*args[:-1], problem=problem, config=use.choose(found, problem).config)
     return y
 
 
 def _linear(x, codes, scale, minimum, bias, n, bits, group, zero, kernel):  # type: ignore[no-untyped-def]
-    args = (x, codes, scale, minimum, bias, n, bits, group, zero)
-    return _run("bipolar_linear", kernel, args, x, n, bits, group, scale, minimum is not None, x.dtype)
+    return _run("bipolar_linear", x, codes, scale, minimum, bias, n, bits, group, zero, kernel)
 
 
 def _linear_a8(xq, xs, codes, scale, minimum, bias, n, bits, group, zero, dtype, kernel):  # type: ignore[no-untyped-def]
-    args = (xq, xs, codes, scale, minimum, bias, n, bits, group, zero, dtype)
-    return _run("bipolar_linear_a8", kernel, args, xq, n, bits, group, scale, minimum is not None, dtype)
+    return _run("bipolar_linear_a8", xq, xs, codes, scale, minimum, bias, n, bits, group, zero, dtype, kernel)
 
 
 def _linear_many(x, codes, scale, minimum, bits, group, zero, kernel):  # type: ignore[no-untyped-def]
-    n = sum(outputs("bipolar_linear_many", kernel, c) for c in codes)
-    return _run("bipolar_linear_many", kernel, (x, codes, scale, minimum, bits, group, zero), x, n, bits, group, scale[0], bool(minimum), x.dtype)
+    return _run("bipolar_linear_many", x, codes, scale, minimum, bits, group, zero, kernel)
 
 
 def _linear_a8_many(xq, xs, codes, scale, minimum, bits, group, zero, dtype, kernel):  # type: ignore[no-untyped-def]
-    n = sum(outputs("bipolar_linear_a8_many", kernel, c) for c in codes)
-    args = (xq, xs, codes, scale, minimum, bits, group, zero, dtype)
-    return _run("bipolar_linear_a8_many", kernel, args, xq, n, bits, group, scale[0], bool(minimum), dtype)
+    return _run("bipolar_linear_a8_many", xq, xs, codes, scale, minimum, bits, group, zero, dtype, kernel)
 
 
 def outputs(op: str, kernel: str, codes: Tensor) -> int:
@@ -154,12 +186,16 @@ LINEAR: Op = define(
     linear_reference,
     _linear,
     tolerance=_FLOOR,
+    inputs=inputs.bipolar_linear,
+    problem=_problem_linear,
 )
 LINEAR_A8: Op = define(
     f"bipolar_linear_a8(Tensor xq, Tensor xs, {_WEIGHT}, Tensor? bias, int n, int bits, int group, float zero, ScalarType dtype, str kernel) -> Tensor",
     linear_a8_reference,
     _linear_a8,
     tolerance=_FLOOR,
+    inputs=inputs.bipolar_linear,
+    problem=_problem_linear_a8,
 )
 QUANTIZE: Op = define("quantize_activation(Tensor x) -> (Tensor, Tensor)", quantize_activation, quantize_activation)
 EMBEDDING: Op = define(
@@ -176,6 +212,8 @@ LINEAR_MANY: Op = define(
     linear_many_reference,
     _linear_many,
     tolerance=_FLOOR,
+    inputs=inputs.bipolar_linear,
+    problem=_problem_linear_many,
 )
 LINEAR_A8_MANY: Op = define(
     "bipolar_linear_a8_many(Tensor xq, Tensor xs, Tensor[] codes, Tensor[] scale, Tensor[] minimum, int bits, int group, float zero, "
@@ -183,4 +221,6 @@ LINEAR_A8_MANY: Op = define(
     linear_a8_many_reference,
     _linear_a8_many,
     tolerance=_FLOOR,
+    inputs=inputs.bipolar_linear,
+    problem=_problem_linear_a8_many,
 )

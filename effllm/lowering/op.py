@@ -15,6 +15,7 @@ import torch
 
 if TYPE_CHECKING:
     from effllm.autotune.cost import Prediction
+    from effllm.autotune.inputs import Generator
 
 LIBRARY = torch.library.Library("effllm", "FRAGMENT")
 
@@ -93,7 +94,11 @@ class Provider:
 
 @dataclass
 class Op:
-    """A registered op with everything a generic contract test needs."""
+    """A registered op with everything a generic contract test needs.
+
+    `inputs` makes random operands (autotune/inputs.py); `problem` reads the problem and the kernel's name off the graph op's
+    arguments, which may be fake. An op without the two cannot be tuned.
+    """
 
     name: str
     schema: str
@@ -101,6 +106,8 @@ class Op:
     cases: Callable[[], list[dict[str, Any]]] = list
     tolerance: dict[torch.dtype, float] = field(default_factory=dict)  # floor of the relative error, by output dtype
     providers: dict[str, Provider] = field(default_factory=dict)
+    inputs: Generator | None = None
+    problem: Callable[..., tuple[Problem, str]] | None = None
 
     def register(self, provider: Provider) -> Provider:
         """Add a provider; the last one of a name stays."""

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from effllm import compat
-from effllm.autotune import dense
+from effllm.autotune import dense, use
 from effllm.errors import EffllmError
 from effllm.lowering import providers
+from effllm.lowering.bipolar_linear import stamped
 from effllm.lowering.op import Problem, Provider
 from effllm.passes.base import Bound, Context, add_input, call, replace, rows_of
 from effllm.recipe import Bipolar, Rule
@@ -160,13 +161,17 @@ def _apply(graph: fx.Graph, site: _Site, real: Tensor, module: str, rule: Rule, 
     size = {"bytes_before": real.numel() * real.element_size(), "bytes_after": packed.nbytes}
     config = {"bits": params.bits, "group": params.group, "grid": packed.attrs["grid"], "act": act}
     before, after = _predict(problem, provider) if kind == "linear" else (None, None)
+    if kind == "linear" and provider.tuning is not None:
+        choice = use.choose(provider, problem)
+        config["tuned"] = choice.source
+        why = "; ".join(filter(None, (why, choice.reason)))
     if before is not None and after is not None and after > before * context.max_slowdown:
         reason = f"predicted {after / before:.2f}x the time of the dense linear at {m} rows"
         return Decision(node.name, module, "kept", "slower", reason, **size, time_before=before, time_after=after, kernel=provider.name, config=config)
     tensors = _bind(graph, site, packed, params, provider.layout, real.device, context)
     zero = bipolar.zero_point(params.bits, packed.attrs["grid"])
     with graph.inserting_before(node):
-        new = _insert(graph, site, tensors, packed.shape, params, zero, dtype, act, provider.name)
+        new = _insert(graph, site, tensors, packed.shape, params, zero, dtype, act, stamped(provider))
     replace(context, node, new)
     return Decision(node.name, module, "applied", "applied", why, **size, time_before=before, time_after=after, kernel=provider.name, config=config)
 

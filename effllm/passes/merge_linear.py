@@ -12,6 +12,8 @@ import torch
 from torch import fx
 
 from effllm import compat
+from effllm.autotune import use
+from effllm.lowering.bipolar_linear import plain
 from effllm.lowering.op import OPS
 from effllm.passes.base import Context, call, is_op, replace
 from effllm.passes.manager import differs
@@ -67,7 +69,7 @@ def _obstacle(bias: Any, n: Any, kernel: Any, a8: bool) -> str:
     if n % _ROWS:
         return f"{n} outputs do not fill tiles of {_ROWS}"
     many = "bipolar_linear_a8_many" if a8 else "bipolar_linear_many"
-    return "" if kernel in OPS[many].providers else f"kernel {kernel!r} takes one weight at a time"
+    return "" if plain(kernel) in OPS[many].providers else f"kernel {plain(kernel)!r} takes one weight at a time"
 
 
 def _merge(graph: fx.Graph, nodes: list[fx.Node], a8: bool, context: Context) -> Decision:
@@ -91,4 +93,19 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node], a8: bool, context: Context) ->
         at += size
         replace(context, node, part)
     context.changed.append(merged)
-    return Decision(merged.name, ", ".join(names), "applied", "merged", f"{len(nodes)} linears in one call", kernel=str(first.args[-1]))
+    config, note = _found("bipolar_linear_a8_many" if a8 else "bipolar_linear_many", merged)
+    reason = "; ".join(filter(None, (f"{len(nodes)} linears in one call", note)))
+    return Decision(merged.name, ", ".join(names), "applied", "merged", reason, kernel=plain(str(first.args[-1])), config=config)
+
+
+def _found(op: str, merged: fx.Node) -> tuple[dict[str, Any], str]:
+    """How the configuration of the merged problem, which is not that of its parts, was found."""
+    read = OPS[op].problem
+    if read is None:
+        return {}, ""
+    problem, kernel = read(*fx.node.map_arg(merged.args, compat.example_value))
+    provider = OPS[op].providers[kernel]
+    if provider.tuning is None:
+        return {}, ""
+    choice = use.choose(provider, problem)
+    return {"tuned": choice.source}, choice.reason

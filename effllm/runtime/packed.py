@@ -54,7 +54,7 @@ class PackedWeight(functional.Refusing, nn.Module):
         self.bits, self.group = int(packed.attrs["bits"]), int(packed.attrs["group"])
         self.zero = bipolar.zero_point(self.bits, packed.attrs["grid"], packed.attrs["source_bits"])
         # what calls read, as one constant: Dynamo guards every attribute that it sees, at every call
-        self._form = (self.act, *packed.shape, self.bits, self.group, self.zero, self.kernel)
+        self._form = (self.act, *packed.shape, self.bits, self.group, self.zero, ops.stamped(provider))
         tensors = layouts.get(self.layout).repack(packed)
         for key in ("codes", "scale", "minimum"):
             self.register_buffer(key, tensors.get(key))
