@@ -102,7 +102,7 @@ class Ggml:
         if not address:
             return []
         listed = ctypes.CFUNCTYPE(POINTER(c_void_p), c_void_p)(address)(self.device)
-        found = []
+        found: list[int] = []
         while listed and (one := listed[len(found)]):
             found.append(one)
         return found
