@@ -9,6 +9,8 @@ from typing import Any
 from effllm import commands, console
 from effllm.errors import OptionError
 
+CROWDED = 0.1  # cores that other processes may take while a shape is timed
+
 
 def bench(
     models: Sequence[str] | None, bits: Sequence[int] | None, rows: Sequence[int] | None, ops: Sequence[str] | None, peers: Sequence[str] | None,
@@ -77,6 +79,10 @@ def lines(result: dict[str, Any]) -> list[str]:
         at = f"{s['n']}x{s['k']}" + (f" M={s['m']}" if "m" in s else "")
         left.setdefault((s["name"], s["reason"]), []).append(at)
     found += [f"{name}, left out at {', '.join(places)}: {reason}" for (name, reason), places in left.items()]
+    crowded = {(r["n"], r["k"], r["m"]): r["other_cores_busy"] for r in result["rows"] if (r.get("other_cores_busy") or 0) > CROWDED}
+    if crowded:
+        places = ", ".join(f"{n}x{k} M={m} ({busy:.2f} cores)" for (n, k, m), busy in crowded.items())
+        found.append(f"not to be trusted, other work took processor time: {places}")
     if "calibrated" in result["machine"] and not result["machine"]["calibrated"]:
         found.append("predictions and bounds use default constants of a CPU: calibrate the machine first (effllm doctor --calibrate)")
     for name, group in result["correlation"].items():

@@ -124,8 +124,11 @@ def time_one(built: Sequence[Candidate], at: dict[str, Any], dense: Tensor, plan
         found.append(row | {"status": "wrong" if checked.refused else "timed", "reason": checked.refused or None})
         right += [] if checked.refused else [candidate]
     timed = [row for row in found if row["status"] == "timed"]
-    for row, candidate, times in zip(timed, right, clock.interleaved(right, plan.seconds, device=plan.device), strict=True):
-        row |= rows.timed(candidate, at, times)
+    load = machine.OtherLoad()
+    measured = clock.interleaved(right, plan.seconds, device=plan.device)
+    others = load.cores()
+    for row, candidate, times in zip(timed, right, measured, strict=True):
+        row |= rows.timed(candidate, at, times) | {"other_cores_busy": others}
     return found
 
 

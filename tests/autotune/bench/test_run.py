@@ -110,3 +110,21 @@ def test_plots_are_written(tiny, tmp_path):
     empty = result | {"rows": [], "correlation": {}}
     plot.png(empty, tmp_path / "none.png")
     assert (tmp_path / "none.png").stat().st_size > 1000
+
+
+def test_the_result_so_far_is_given_after_every_shape(tiny, monkeypatch):
+    seen = []
+    real = run.run
+    monkeypatch.setattr(run, "run", lambda plan: real(plan, keep=lambda so_far: seen.append({r["n"] for r in so_far["rows"]})))
+    tiny()
+    assert seen == [{48}, {48, 80}]
+
+
+def test_work_beside_the_run_is_told(tiny, monkeypatch):
+    from effllm.commands_kernels import lines
+
+    monkeypatch.setattr(run.machine.OtherLoad, "cores", lambda self: 0.5)
+    crowded = [line for line in lines(tiny(rows=(1,))) if line.startswith("not to be trusted")]
+    assert crowded == ["not to be trusted, other work took processor time: 48x64 M=1 (0.50 cores), 80x64 M=1 (0.50 cores)"]
+    monkeypatch.setattr(run.machine.OtherLoad, "cores", lambda self: None)
+    assert not any(line.startswith("not to be trusted") for line in lines(tiny(rows=(1,))))
