@@ -10,7 +10,6 @@ one of its own. That shows how the search behaves on a space of hundreds whose m
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import math
 import random
 import statistics
@@ -92,26 +91,21 @@ class TritonSpace:
     """The Triton kernels' configurations and cost model, which need neither Triton nor a GPU."""
 
     def __init__(self, seed: int, error: float) -> None:
-        from effllm.kernels.triton import choose, machine
+        from effllm.kernels.triton.choose import TritonTuning
 
-        self._choose, self._machine, self._seed, self._error = choose, machine.DEFAULT, seed, error
-
-    def _shape(self, p: Problem) -> Any:
-        return self._choose.Shape(p.m or 1, p.n, p.k, p.bits, p.group, p.affine, 2, 2)
+        self._tuning, self._seed, self._error = TritonTuning("cuda:90"), seed, error
 
     def configs(self, problem: Problem) -> Iterator[Config]:
         """All candidates."""
-        yield from (dataclasses.asdict(c) for c in self._choose.candidates(self._shape(problem)))
+        yield from self._tuning.configs(problem)
 
     def legal(self, problem: Problem, config: Config) -> Verdict:
-        """All of them are."""
-        return YES
+        """Whether the H200 takes it."""
+        return self._tuning.legal(problem, config)
 
     def predict(self, problem: Problem, config: Config) -> Prediction:
         """The cost model."""
-        shape, machine = self._shape(problem), self._machine
-        seconds = self._choose.seconds(shape, self._choose.Config(**config), machine)
-        return Prediction(shape.weight_bytes, 2.0 * shape.m * shape.n * shape.k, 0.0, seconds, shape.weight_bytes / machine.bandwidth)
+        return self._tuning.predict(problem, config)
 
     def first(self, problem: Problem) -> Config:
         """The cheapest."""
