@@ -46,7 +46,11 @@ _providers: dict[tuple[str, str], Provider] = {}  # by name and op: problems alo
 
 def choose(provider: Provider, problem: Problem) -> Choice:
     """The configuration of a problem. Cached: call `forget` after new measurements."""
-    _providers[provider.name, problem.op] = provider
+    known = _providers.get((provider.name, problem.op))
+    if known is not provider:
+        _providers[provider.name, problem.op] = provider
+        if known is not None:  # another provider took the name
+            _cached.cache_clear()
     return _cached(provider.name, problem)
 
 
