@@ -212,7 +212,8 @@ def demo(threads: int | None) -> dict[str, Any]:
             recipes=("w8", "w4", "w4a8"),
             baselines=("eager-bf16", "inductor-bf16-freezing", "inductor-fp32-autotune"),
             windows=texts.windows(tokenizer, corpus.text, 512, SCORED),
-            shape=variants.Shape(tokens=48),
+            shape=variants.Shape(tokens=40),
+            sample_tokens=40,
             packed={"w3": packing},
             compile_prefill=False,
         )

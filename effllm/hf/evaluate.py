@@ -1,7 +1,7 @@
 """Quality of a model on text: perplexity, KL divergence to the dense model and top-1 agreement.
 
 Each window is scored alone: a window of T tokens has T - 1 targets. Logits are compared in fp32, a few rows at a time, and
-nothing of a window outlives it, so the peak is one window's logits per model.
+nothing of a window outlives it, so the peak is one window's logits of a model and the dense model's log probabilities in fp32.
 """
 
 from __future__ import annotations
@@ -55,8 +55,9 @@ def score(
     sums = {name: _Sums() for name in models}
     for ids in windows:
         reference = None if dense is None else _logits(dense, ids)
+        base = None if reference is None else [torch.log_softmax(rows.float(), -1) for rows in reference.split(_ROWS)]
         for name, model in models.items():
-            _add(sums[name], reference if reference is not None and model is dense else _logits(model, ids), ids, reference)
+            _add(sums[name], reference if reference is not None and model is dense else _logits(model, ids), ids, base)
         tick()
     return {name: _figures(s, compared=dense is not None) for name, s in sums.items()}
 
@@ -73,14 +74,15 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     return out[0, :-1]
 
 
-def _add(sums: _Sums, logits: Tensor, ids: Tensor, dense: Tensor | None) -> None:
+def _add(sums: _Sums, logits: Tensor, ids: Tensor, dense: list[Tensor] | None) -> None:
+    """Add a window; `dense` are the dense model's log probabilities, _ROWS targets each."""
     targets = ids.reshape(-1)[1:].to(logits.device)
-    for i in range(0, len(targets), _ROWS):
+    for part, i in enumerate(range(0, len(targets), _ROWS)):
         logp = torch.log_softmax(logits[i : i + _ROWS].float(), -1)
         here = targets[i : i + _ROWS]
         sums.nll -= float(logp.gather(1, here[:, None]).double().sum())
         if dense is not None:
-            base = torch.log_softmax(dense[i : i + _ROWS].float(), -1)
+            base = dense[part]
             sums.kl += float((base.exp() * (base - logp)).sum(-1).double().sum())
             sums.same += int((base.argmax(-1) == logp.argmax(-1)).sum())
     sums.tokens += len(targets)
