@@ -6,7 +6,9 @@ Options: recipe (any form that Recipe.parse takes; default "w8"), weights ("chec
 applied to nothing), kernel (force a provider by name), inner ("inductor", or "eager" to run the rewritten graph uncompiled),
 mode (one of Inductor's modes), inductor (dict of Inductor's options), layers ("once": compile isomorphic layers once, about
 half the compile time; "inline": every layer by itself, a few percent faster to run; "auto": once on CPU), autotune (a budget such
-as "30s": the kernels of the graph are tuned for at most that long before it is compiled; nothing is ever measured without it).
+as "30s": the kernels of the graph are tuned for at most that long before it is compiled; nothing is ever measured without it),
+max_slowdown (a rewrite that is predicted to take more than this times the dense op's time at a site is not applied there; default
+1.25).
 `mode=` may be one of Inductor's modes or a one-line recipe.
 """
 
@@ -49,6 +51,7 @@ class Options:
     mode: str | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
     layers: str = "auto"
+    max_slowdown: float = 1.25
     autotune: float | None = None
 
     @staticmethod
@@ -69,6 +72,8 @@ class Options:
             raise OptionError("E-OPT-VALUE", f"weights={made.weights!r}", 'weights is "checked" or "frozen"')
         if made.inner not in ("inductor", "eager"):
             raise OptionError("E-OPT-VALUE", f"inner={made.inner!r}", 'inner is "inductor" or "eager"')
+        if not isinstance(made.max_slowdown, int | float) or not made.max_slowdown > 0:
+            raise OptionError("E-OPT-VALUE", f"max_slowdown={made.max_slowdown!r}", "max_slowdown is a positive number, such as 1.25")
         if made.layers not in ("auto", "once", "inline"):
             raise OptionError("E-OPT-VALUE", f"layers={made.layers!r}", 'layers is "auto", "once" or "inline"')
         if made.layers == "once" and made.inductor.get("cpp_wrapper"):
@@ -97,7 +102,7 @@ def rewrite(gm: fx.GraphModule, options: Options) -> Rewritten:
     graph = copy.graph
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     layers = "inline" if options.inductor.get("cpp_wrapper") else options.layers
-    context = Context(options.recipe, options.strict, options.kernel, layers=layers, store=store)
+    context = Context(options.recipe, options.strict, options.kernel, max_slowdown=options.max_slowdown, layers=layers, store=store)
     report = Report(options.recipe.name, manager.run(pipeline.default(), graph, context), notes=context.notes)
     position = {n: i for i, n in enumerate(inputs)}
     used = {b.source for b in context.bound}

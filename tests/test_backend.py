@@ -219,3 +219,14 @@ def test_registering_twice_keeps_the_first() -> None:
     compat.register_backend("effllm", lambda *a, **k: None)
     with torch.no_grad():
         assert torch.compile(One(), backend="effllm", options={"inner": "eager"})(torch.randn(1, 64)).shape == (1, 64)
+
+
+def test_a_stricter_gate_keeps_more_dense() -> None:
+    model, x = nn.Linear(64, 64), torch.randn(4, 64)
+    found = {}
+    for slack in (1e9, 1e-9):
+        found[slack] = effllm.explain(model, x, "w8", max_slowdown=slack).decisions
+    assert [d.code for d in found[1e9] if d.action == "applied"] and next(d.code for d in found[1e-9]) == "slower"
+    for wrong in (0, -1, "much"):
+        with pytest.raises(OptionError, match="max_slowdown"):
+            backend.Options.parse({"max_slowdown": wrong}, None)
