@@ -16,7 +16,7 @@ from torch import Tensor
 
 from effllm.autotune import inputs, use
 from effllm.errors import KernelError, nearest
-from effllm.lowering.op import OPS, YES, Op, Problem, Provider, define
+from effllm.lowering.op import OPS, YES, Op, Problem, Provider, define, rows_of
 from effllm.runtime import layouts
 from effllm.runtime.formats import bipolar
 
@@ -99,19 +99,9 @@ def layout_of(op: str, kernel: str) -> str:
     return provider("bipolar_linear" if op == "bipolar_embedding" else op, kernel).layout
 
 
-def _rows(x: Tensor) -> int | None:
-    """Rows of an activation, None where dynamic."""
-    count = 1
-    for size in x.shape[:-1]:
-        if not isinstance(size, int):
-            return None
-        count *= size
-    return count
-
-
 def _problem(op: str, x: Tensor, n: int, bits: int, group: int, scale: Tensor, affine: bool, dtype: torch.dtype) -> Problem:
     act = "a8" if x.dtype == torch.int8 else "a16"
-    return Problem(op, n, int(x.shape[-1]), bits, group, affine, act, _rows(x), dtype, x.device.type, scale.dtype)
+    return Problem(op, n, int(x.shape[-1]), bits, group, affine, act, rows_of(x), dtype, x.device.type, scale.dtype)
 
 
 def _problem_linear(x, codes, scale, minimum, bias, n, bits, group, zero, kernel):  # type: ignore[no-untyped-def]

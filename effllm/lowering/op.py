@@ -92,6 +92,16 @@ class Provider:
     rank: int = 0  # among providers that support a problem the highest rank wins
 
 
+def rows_of(value: Any) -> int | None:
+    """Rows of an activation (all dimensions but the last), None where dynamic."""
+    count = 1
+    for size in value.shape[:-1]:
+        if not isinstance(size, int):
+            return None
+        count *= size
+    return count
+
+
 @dataclass
 class Op:
     """A registered op with everything a generic contract test needs.

@@ -99,16 +99,6 @@ def add_input(graph: fx.Graph, name: str, shape: tuple[int, ...], dtype: torch.d
     return node
 
 
-def rows_of(value: Any) -> int | None:
-    """Rows of an activation (all dimensions but the last), None where dynamic."""
-    count = 1
-    for size in value.shape[:-1]:
-        if not isinstance(size, int):
-            return None
-        count *= size
-    return count
-
-
 def is_op(node: fx.Node, name: str) -> bool:
     """Whether a node calls `torch.ops.effllm.<name>`, as packet or overload."""
     packet = getattr(torch.ops.effllm, name)

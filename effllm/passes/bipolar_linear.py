@@ -18,8 +18,8 @@ from effllm.autotune import dense, use
 from effllm.errors import EffllmError
 from effllm.lowering import providers
 from effllm.lowering.bipolar_linear import stamped
-from effllm.lowering.op import Problem, Provider
-from effllm.passes.base import Bound, Context, add_input, call, replace, rows_of
+from effllm.lowering.op import Problem, Provider, rows_of
+from effllm.passes.base import Bound, Context, add_input, call, replace
 from effllm.recipe import Bipolar, Rule
 from effllm.report import Decision, PassReport
 from effllm.runtime import layouts

@@ -5,20 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-
-def ranks(values: Sequence[float]) -> list[float]:
-    """Rank of each value from 0; equal values share the mean of their ranks."""
-    order = sorted(range(len(values)), key=lambda i: values[i])
-    found = [0.0] * len(values)
-    at = 0
-    while at < len(order):
-        end = at
-        while end < len(order) and values[order[end]] == values[order[at]]:
-            end += 1
-        for i in order[at:end]:
-            found[i] = (at + end - 1) / 2
-        at = end
-    return found
+from effllm.autotune.space import ranks
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float | None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from effllm.autotune.bench.correlation import by_group, ranks, spearman
+from effllm.autotune.bench.correlation import by_group, spearman
+from effllm.autotune.space import ranks
 
 
 def test_known_values() -> None:
