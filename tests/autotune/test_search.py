@@ -181,8 +181,8 @@ def test_exhaustive_tries_all_and_random_the_number_asked_for(store, tmp_path):
     assert orders[0] == orders[1] != orders[2]
 
 
-def test_the_tuner_needs_a_quarter_of_the_trials_of_a_random_search(tmp_path):
-    """On three simulated devices that the model misjudges by up to 40 %, over ten orders: median trials to a result as good."""
+def test_the_tuner_ends_no_worse_than_a_random_search_of_four_times_the_trials(tmp_path):
+    """On three simulated devices that the model misjudges by up to 40 %, against ten random orders (the space has 40 configurations)."""
     for device in range(3):
 
         def seconds(config, device=device):
