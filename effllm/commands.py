@@ -187,11 +187,12 @@ def doctor(calibrate: bool = False, threads: int | None = None) -> dict[str, Any
     use_threads(threads)
     if calibrate:
         from effllm.autotune import calibrate as calibration
-        from effllm.autotune import machines
+        from effllm.autotune import machines, use
 
         with console.progress("calibrate") as show:
             show("measuring", 0.0)
             machines.keep(calibration.measure())
+            use.forget()  # choices so far were made with other constants
     return examine()
 
 

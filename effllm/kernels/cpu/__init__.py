@@ -10,7 +10,7 @@ from torch import Tensor
 from effllm.errors import KernelError
 from effllm.kernels.cpu import build
 from effllm.kernels.cpu.build import ISAS, Isa
-from effllm.kernels.cpu.choose import CpuTuning, arguments
+from effllm.kernels.cpu.choose import CpuTuning, arguments, thresholds
 from effllm.lowering.op import OPS, Config, Problem, Provider, Verdict
 
 _loaded: set[str] = set()
@@ -75,6 +75,9 @@ def _provider(op: str, isa: Isa, rank: int) -> Provider:
 
 def register() -> None:
     """Add the CPU providers to the ops. Builds nothing yet."""
+    from effllm.autotune import use  # which needs this package's builder to be imported
+
+    use.on_forget(thresholds.cache_clear)
     for rank, isa in enumerate(reversed(ISAS), start=1):
         for op in ("bipolar_linear", "bipolar_linear_a8", "bipolar_linear_many", "bipolar_linear_a8_many", "decode_attention"):
             OPS[op].register(_provider(op, isa, rank))
