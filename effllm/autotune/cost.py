@@ -106,7 +106,7 @@ def values_of(problem: Problem, m: int | None = None) -> dict[str, float]:
         "digits": 1 if a8 else 3 if size == 4 else 2,
         "act": 1 if a8 else size,
         "out": size,
-    }
+    } | {name: value for name, value in problem.detail if not isinstance(value, str)}
 
 
 def crossovers(best: Callable[[int], str], limit: int = 4096) -> list[tuple[int, str]]:

@@ -107,13 +107,13 @@ class Key:
 
 
 def problem_fields(problem: Problem) -> dict[str, Scalar]:
-    """The fields of a Problem that a key holds: all but the op and M; dtypes by name, the device by its type."""
+    """The fields of a Problem that a key holds: all but the op and M, its detail spread out; dtypes by name, the device by its type."""
     found: dict[str, Scalar] = {}
     for f in fields(problem):
         value = getattr(problem, f.name)
-        if f.name not in ("op", "m"):
+        if f.name not in ("op", "m", "detail"):
             found[f.name] = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
-    return found | {"device": torch.device(problem.device).type}
+    return found | dict(problem.detail) | {"device": torch.device(problem.device).type}
 
 
 def scalars(what: str, values: Mapping[str, Any]) -> dict[str, Scalar]:

@@ -42,7 +42,8 @@ def problem_to_dict(problem: Problem) -> dict[str, Any]:
 
 def problem_from_dict(values: Mapping[str, Any]) -> Problem:
     """The inverse of `problem_to_dict`."""
-    return Problem(**{k: getattr(torch, v) if k.endswith("dtype") else v for k, v in values.items()})
+    detail = tuple((str(k), v) for k, v in values.get("detail", ()))
+    return Problem(**{k: getattr(torch, v) if k.endswith("dtype") else v for k, v in values.items()} | {"detail": detail})
 
 
 class _Gone(Exception):

@@ -37,7 +37,10 @@ Config = Mapping[str, Any]  # one way to run a problem: field name -> string or 
 
 @dataclass(frozen=True)
 class Problem:
-    """What a provider must know about a call. `m` is None where the number of rows is dynamic."""
+    """What a provider must know about a call. `m` is None where the number of rows is dynamic.
+
+    `bits` is 0 where the stored values are floating point. `detail` holds an op's own sizes by name, sorted: rank, blocks, pattern.
+    """
 
     op: str
     n: int
@@ -50,6 +53,7 @@ class Problem:
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
     scale_dtype: torch.dtype = torch.float16
+    detail: tuple[tuple[str, str | int | float], ...] = ()
 
     def at(self, m: int | None) -> Problem:
         """The same problem with another number of rows."""

@@ -18,7 +18,7 @@ from torch import Tensor
 class Packed:
     """One packed weight: the tensors of a format in its canonical layout, and the scalars that explain them.
 
-    `shape` is the dense (out_features, in_features). `attrs` holds JSON scalars only.
+    `shape` is the dense (out_features, in_features). `attrs` holds JSON values only.
     """
 
     format: str
