@@ -16,8 +16,9 @@ from effllm.runtime.formats.base import Packed
 
 
 def join(
-    format: str, version: int, shape: tuple[int, int], parts: Mapping[str, Packed], tensors: Mapping[str, Tensor] | None = None, attrs: Mapping[str, Any] | None = None
-) -> Packed:
+    format: str, version: int, shape: tuple[int, int], parts: Mapping[str, Packed],
+    tensors: Mapping[str, Tensor] | None = None, attrs: Mapping[str, Any] | None = None,
+) -> Packed:  # fmt: skip
     """A composed weight with the dense `shape`; `tensors` and `attrs` are what belongs to no part."""
     held = dict(tensors or {})
     about: dict[str, Any] = dict(attrs or {})
