@@ -11,7 +11,8 @@ import torch
 
 from benchmarks.timing import interleaved, save
 from effllm.recipe import Bipolar
-from effllm.runtime.packed import PackedLinear, PackedWeight
+from effllm.runtime.packed import PackedLinear
+from effllm.runtime.weights import BipolarWeight
 from effllm.solvers import solve
 
 SHAPES = ((576, 576), (192, 576), (1536, 576), (576, 1536), (4096, 4096))
@@ -31,7 +32,7 @@ def main() -> None:
         x = torch.randn(args.tokens, k).bfloat16()
         dense = w.bfloat16()
         layers = {"w4a8": Bipolar(4, act="a8"), "w4": Bipolar(4), "w8": Bipolar(8)}
-        packed = {name: PackedLinear(PackedWeight(solve(w, p), act=p.act, dtype=torch.bfloat16)) for name, p in layers.items()}
+        packed = {name: PackedLinear(BipolarWeight(solve(w, p), act=p.act, dtype=torch.bfloat16)) for name, p in layers.items()}
         true = x.double() @ w.double().T
         for name, layer in packed.items():
             error = float((layer(x).double() - true).norm() / true.norm())

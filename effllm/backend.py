@@ -109,7 +109,7 @@ def rewrite(gm: fx.GraphModule, options: Options) -> Rewritten:
     # a weight that only packed ops read is no input of the compiled graph any more
     dead = {n for n in inputs if n in used and not n.users}
     keep = [i for i, n in enumerate(inputs) if n not in dead]
-    bound = sorted(context.bound, key=lambda b: _order(graph, b.nodes["codes"]))
+    bound = sorted(context.bound, key=lambda b: _order(graph, next(iter(b.nodes.values()))))
     wants = [Want(position[b.source], b.params, b.layout, tuple(b.nodes), b.transposed) for b in bound]
     for n in dead:
         graph.erase_node(n)
@@ -174,7 +174,7 @@ def _complain(report: Report, options: Options) -> None:
     failed = [d for d in report.decisions if d.action == "failed"]
     plain = ("alone", "unlike", "not-mergeable", "no-rule", "dense", "inline", "not-repeated")
     sites = [d for d in report.decisions if d.action != "applied" and d.code not in plain]
-    rewrites = [d for p in report.passes if p.name == "bipolar_linear" for d in p.decisions]
+    rewrites = [d for p in report.passes if p.name == "packed_linear" for d in p.decisions]
     if options.strict and (failed or (rewrites and not any(d.action == "applied" for d in rewrites))):
         worst = (failed or sites or rewrites)[0]
         cause = f"strict: {worst.module or worst.site} was not rewritten [{worst.code}] {worst.reason}"

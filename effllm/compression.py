@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from effllm import compat
 from effllm.errors import EffllmError, OptionError, PassError
-from effllm.recipe import Bipolar, Recipe
+from effllm.methods import Method
+from effllm.recipe import Recipe
 from effllm.report import Decision, PassReport, Report
 from effllm.runtime import dense as modules
+from effllm.runtime import weights
 from effllm.runtime.formats.base import Packed
 from effllm.runtime.packed import PackedEmbedding, PackedLinear, PackedWeight
 from effllm.runtime.recorded import record
@@ -42,7 +44,7 @@ class Site:
 
     name: str
     module: Any  # Linear, Conv1D or Embedding
-    params: Bipolar
+    params: Method
 
     @property
     def kind(self) -> str:
@@ -122,7 +124,7 @@ class Swap:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self._undo: list[tuple[nn.Module, str, nn.Module]] = []
-        self._shared: dict[tuple[int, bool], tuple[Bipolar, PackedWeight]] = {}
+        self._shared: dict[tuple[int, bool], tuple[Method, PackedWeight]] = {}
         self._places: dict[int, list[tuple[nn.Module, str]]] = {}  # one module may sit in several
         for parent in model.modules():
             for leaf, child in parent._modules.items():
@@ -131,7 +133,7 @@ class Swap:
     def shared(self, site: Site) -> PackedWeight | None:
         """The packed form of a tied weight that is already in the model with the same numbers."""
         found = self._shared.get(_identity(site.module))
-        return found[1] if found and replace(found[0], act="a16", solver="auto") == replace(site.params, act="a16", solver="auto") else None
+        return found[1] if found and found[0].stored_as() == site.params.stored_as() else None
 
     def install(self, site: Site, packed: Packed | None) -> PackedWeight:
         """Swap one module; `packed` None means that its tied weight is already packed."""
@@ -141,7 +143,7 @@ class Swap:
             if packed is None:
                 raise OptionError("E-OPT-SWAP", f"{site.name} has no packed weight", "report this bug")
             act = site.params.act if site.kind == "linear" else "a16"
-            weight = PackedWeight(packed, act=act, dtype=dense.weight.dtype)
+            weight = weights.make(packed, act=act, dtype=dense.weight.dtype)
             self._shared.setdefault(_identity(dense), (site.params, weight))
         new: nn.Module
         new = PackedLinear(weight, dense.bias) if site.kind == "linear" else PackedEmbedding(weight, dense.padding_idx)
@@ -231,7 +233,7 @@ def _run(model: nn.Module, sites: list[Site], swap: Swap, report: PassReport, ca
     if calibration is not None:
         from effllm.solvers.calibrate import calibrated
 
-        by_name = {s.name: s for s in sites if s.kind == "linear" and s.params.solver != "search"}
+        by_name = {s.name: s for s in sites if s.kind == "linear" and s.params.calibrates}
         covered = {name: (s.module, s.params) for name, s in by_name.items()}
         calibrated(model, calibration, covered, lambda name, packed: finish(by_name[name], packed))
         direct = [s for s in direct if s.name not in by_name]
@@ -243,9 +245,7 @@ def _run(model: nn.Module, sites: list[Site], swap: Swap, report: PassReport, ca
 
 def decision(site: Site, dense_bytes: int, weight: PackedWeight, *, tied: bool) -> Decision:
     """The Decision of a packed module; a tied weight's bytes count once."""
-    grid = weight.attrs["grid"]
-    config = {"bits": weight.bits, "group": weight.group, "grid": grid, "act": weight.act}
     reason = "shares its tied weight" if tied else weight.why
     before, after = (0, 0) if tied else (dense_bytes, weight.nbytes)
     code = "tied" if tied else "applied"
-    return Decision(site.name, site.name, "applied", code, reason, before, after, kernel=weight.kernel, config=config)
+    return Decision(site.name, site.name, "applied", code, reason, before, after, kernel=weight.kernel, config=weight.config)

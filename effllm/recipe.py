@@ -19,15 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from effllm.errors import RecipeError, nearest
-from effllm.runtime.formats.bipolar import CHANNEL, GROUPS
+from effllm.methods import METHODS, Bipolar, Method, base
 
-OFFSETS = ("auto", "none", "integer", "affine")
-SOLVERS = ("auto", "search", "gptq")
-ACTS = ("a16", "a8")
 KINDS = ("linear", "embedding", "any")
 _SHORT = re.compile(r"w([1-8])(a8|a16)?")
 _PLANNED = {
-    "": ("svd", "fwsvd", "asvd", "whitened", "afm", "welore", "monarch", "sltrain", "lost", "nm", "armor"),
     "act": ("chess", "rsparse", "teal", "cats"),
     "kv": ("kivi", "gear", "mustafar", "matryoshka", "ems", "bfp"),
 }
@@ -35,33 +31,15 @@ HEAD_NAMES = ("lm_head", "*.lm_head", "embed_out", "*.embed_out", "proj_out", "o
 
 
 @dataclass(frozen=True)
-class Bipolar:
-    """Parameters of the bipolar method.
-
-    bits 1..8; group 16/32/64/128 or 0 (per channel, also written "channel"); offset: "none" (symmetric mid-rise grid),
-    "integer" (two's-complement grid), "affine" (own offset per group) or "auto" (affine only where it pays for its bytes);
-    act "a16" or "a8"; solver "search" (data-free), "gptq" (needs calibration) or "auto" (gptq when there is calibration);
-    pad: whether K that is no multiple of the group may be padded.
-    """
-
-    bits: int = 4
-    group: int = 32
-    offset: str = "auto"
-    act: str = "a16"
-    solver: str = "auto"
-    pad: bool = True
-
-
-@dataclass(frozen=True)
 class Rule:
     """`match` is a glob over module names, or a regex after "re:"; `kind` and the size bounds narrow it further.
 
-    `method` is "bipolar" with `params`, or "dense" to leave the module alone.
+    `params` say what is done (see effllm.methods); `method` is their name, or "dense" to leave the module alone.
     """
 
     match: str = "*"
     method: str = "bipolar"
-    params: Bipolar = field(default_factory=Bipolar)
+    params: Method = field(default_factory=Bipolar)
     kind: str = "linear"
     min_in: int = 0
     max_in: int = 2**31
@@ -109,7 +87,7 @@ class Recipe:
         rules = []
         for r in self.rules:
             flat = {k: v for k, v in asdict(r).items() if k != "params"}
-            rules.append(flat | (asdict(r.params) if r.method == "bipolar" else {}))
+            rules.append(flat | ({} if r.method == "dense" else r.params.to_dict()))
         return {"name": self.name, "rules": rules}
 
     def preview(self, model: Any) -> list[dict[str, Any]]:
@@ -124,7 +102,7 @@ class Recipe:
             n, k = matrix(module).shape
             rule = self.rule_for(name, kind, (n, k))
             index = None if rule is None else self.rules.index(rule)
-            what = "no rule" if rule is None else ("dense" if rule.method == "dense" else f"{rule.params.bits}-bit {rule.params.act}")
+            what = "no rule" if rule is None else ("dense" if rule.method == "dense" else rule.params.label)
             rows.append({"module": name, "kind": kind, "shape": (n, k), "rule": index, "method": what})
         return rows
 
@@ -144,21 +122,22 @@ def _from_dict(data: dict[str, Any]) -> Recipe:
     if not isinstance(data.get("rules"), list) or not data["rules"]:
         raise RecipeError("E-RCP-EMPTY", "the recipe has no rules", 'give "rules": [{"match": "*", "method": "bipolar", "bits": 4}]')
     for raw in data["rules"]:
-        own = set(Rule.__dataclass_fields__) - {"params"}
-        params = set(Bipolar.__dataclass_fields__)
-        _known(raw, own | params, "rule")
         method = raw.get("method", "bipolar")
         _method(method, "")
+        own = set(Rule.__dataclass_fields__) - {"params"}
+        params = set() if method == "dense" else set(METHODS[method].settings())
+        _known(raw, own | params, "rule")
         kind = raw.get("kind", "linear")
         if kind not in KINDS:
             raise RecipeError("E-RCP-VALUE", f"kind {kind!r}", nearest(str(kind), KINDS))
-        bipolar = _bipolar({k: v for k, v in raw.items() if k in params}) if method == "bipolar" else Bipolar()
         if raw.get("match", "*").startswith("re:"):
             try:
                 re.compile(raw["match"][3:])
             except re.error as error:
                 raise RecipeError("E-RCP-REGEX", f"{raw['match']!r} is no regular expression: {error}", "correct the pattern") from error
-        rules.append(Rule(params=bipolar, **{k: v for k, v in raw.items() if k in own}))
+        made = Bipolar() if method == "dense" else METHODS[method].of(method, {k: v for k, v in raw.items() if k in params})
+        _fits(method, kind)
+        rules.append(Rule(params=made, **{k: v for k, v in raw.items() if k in own}))
     return Recipe(tuple(rules), str(data.get("name", "custom")))
 
 
@@ -177,49 +156,45 @@ def _from_line(line: str) -> Recipe:
             _method(name, scope)
         values = _arguments(inside)
         if short:
-            bits = int(short[1])
-            preset = {"bits": bits, "act": short[2] or "a16"}
-            values = preset | values
-        rules += _whole_model(values) if name != "dense" else [Rule(method="dense", kind="any")]
+            name, values = "bipolar", {"bits": int(short[1]), "act": short[2] or "a16"} | values
+        rules += [Rule(method="dense", kind="any")] if name == "dense" else _whole_model(name, values)
     return Recipe(tuple(rules), line)
 
 
-def _whole_model(values: dict[str, Any]) -> list[Rule]:
-    """The rules of a one-line bipolar recipe: head and embedding at their own bits, everything else as asked."""
-    head = values.pop("head_bits", 8)
+def _whole_model(name: str, values: dict[str, Any]) -> list[Rule]:
+    """The rules of a one-line recipe: head and embedding at their own bits, everything else as asked.
+
+    Methods other than bipolar leave head and embedding dense unless `head_bits` or `embed_bits` is given.
+    """
+    head = values.pop("head_bits", 8 if name == "bipolar" else None)
     embed = values.pop("embed_bits", head)
-    body = _bipolar(values)
-    top = replace(body, offset="auto" if body.offset == "affine" else body.offset, solver="search")
-    rules = [Rule(match=m, params=_bipolar(asdict(replace(top, bits=head)))) for m in HEAD_NAMES]
-    rules.append(Rule(kind="embedding", params=_bipolar(asdict(replace(top, bits=embed)))))
-    return [*rules, Rule(params=body)]
+    body = METHODS[name].of(name, values)
+    top = Bipolar()
+    if isinstance(body, Bipolar):
+        top = replace(body, offset="auto" if body.offset == "affine" else body.offset, solver="search")
+    heads = Rule(method="dense") if head is None else Rule(params=_checked(replace(top, bits=head), "head_bits"))
+    table = Rule(method="dense") if embed is None else Rule(params=_checked(replace(top, bits=embed), "embed_bits"))
+    return [*(replace(heads, match=m) for m in HEAD_NAMES), replace(table, kind="embedding"), Rule(method=name, params=body)]
 
 
-def _bipolar(values: dict[str, Any]) -> Bipolar:
-    _known(values, set(Bipolar.__dataclass_fields__), "bipolar")
-    if values.get("group") == "channel":
-        values = values | {"group": CHANNEL}
-    made = Bipolar(**values)
-    if not isinstance(made.bits, int) or isinstance(made.bits, bool) or not 1 <= made.bits <= 8:
-        raise RecipeError("E-RCP-BITS", f"bits={made.bits!r}", "bits is a whole number from 1 to 8")
-    if made.group not in (CHANNEL, *GROUPS):
-        raise RecipeError("E-RCP-GROUP", f"group={made.group!r}", f"group is one of {GROUPS}, or 'channel'")
-    for key, valid in (("offset", OFFSETS), ("solver", SOLVERS), ("act", ACTS)):
-        if getattr(made, key) not in valid:
-            raise RecipeError("E-RCP-VALUE", f"{key}={getattr(made, key)!r}", nearest(str(getattr(made, key)), valid))
-    if not isinstance(made.pad, bool):
-        raise RecipeError("E-RCP-VALUE", f"pad={made.pad!r}", "pad is true or false")
-    return made
+def _checked(params: Bipolar, key: str) -> Bipolar:
+    base.bits(params.bits, key)
+    return params
+
+
+def _fits(method: str, kind: str) -> None:
+    if kind != "linear" and method not in ("bipolar", "dense"):
+        raise RecipeError("E-RCP-VALUE", f"{method} for kind {kind!r}", "only bipolar packs embeddings; write a rule of its own for them")
 
 
 def _method(name: str, scope: str) -> None:
-    if scope not in _PLANNED:
+    if scope and scope not in _PLANNED:
         raise RecipeError("E-RCP-SCOPE", f"unknown scope {scope!r}", "scopes are act and kv; weights need none")
-    if scope == "" and name in ("bipolar", "dense"):
+    if not scope and (name == "dense" or name in METHODS):
         return
-    if name in _PLANNED[scope]:
-        raise RecipeError("E-RCP-PLANNED", f"method {name!r} is not in this version of effllm", "use bipolar, or a later version")
-    valid = [*_PLANNED[scope], *(("bipolar", "dense", "w4", "w8", "w4a8", "w3") if not scope else ())]
+    if name in _PLANNED.get(scope, ()):
+        raise RecipeError("E-RCP-PLANNED", f"method {name!r} is not in this version of effllm", "use a weight method alone, or a later version")
+    valid = _PLANNED[scope] if scope else (*METHODS, "dense", "w4", "w8", "w4a8", "w3")
     raise RecipeError("E-RCP-METHOD", f"unknown method {name!r}", nearest(name, valid))
 
 
@@ -251,11 +226,8 @@ def _arguments(inside: str) -> dict[str, Any]:
         lowered = raw.lower()
         if re.fullmatch(r"-?\d+", raw):
             values[key] = int(raw)
+        elif re.fullmatch(r"-?(\d+\.\d*|\.\d+|\d+e-?\d+)", lowered):
+            values[key] = float(raw)
         else:
             values[key] = {"true": True, "false": False}.get(lowered, raw.strip("'\""))
-    valid = set(Bipolar.__dataclass_fields__) | {"head_bits", "embed_bits"}
-    _known(values, valid, "bipolar")
-    for key in ("head_bits", "embed_bits"):
-        if key in values and (not isinstance(values[key], int) or not 1 <= values[key] <= 8):
-            raise RecipeError("E-RCP-BITS", f"{key}={values[key]!r}", "bits is a whole number from 1 to 8")
     return values

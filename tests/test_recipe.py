@@ -48,7 +48,13 @@ def test_first_match_wins_and_predicates_count() -> None:
     assert recipe.rule_for("emb", "embedding", (8, 64)) is None
 
 
-@pytest.mark.parametrize("line", ["w3", "w4a8(group=128)", "dense", "bipolar(bits=1, offset=none)"])
+LINES = [
+    "w3", "w4a8(group=128)", "dense", "bipolar(bits=1, offset=none)", "whitened(ratio=0.8, bits=8)", "welore(ratio=.5)", "monarch(blocks=8)",
+    "nm(pattern=4:8, bits=4)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", LINES)
 def test_round_trip_through_dict_json_and_toml(line: str, tmp_path: Path) -> None:
     recipe = Recipe.parse(line)
     assert Recipe.parse(recipe.to_dict()) == recipe
@@ -74,8 +80,18 @@ def test_round_trip_through_dict_json_and_toml(line: str, tmp_path: Path) -> Non
         ("w4(bits=3, bits=2)", "E-RCP-FORM", "once"),
         ("w4(8)", "E-RCP-FORM", "key=value"),
         ("w4(head_bits=12)", "E-RCP-BITS", "1 to 8"),
-        ("monarch(ratio=0.5)", "E-RCP-PLANNED", "bipolar"),
-        ("w4+kv:gear(bits=4)", "E-RCP-PLANNED", "bipolar"),
+        ("monarch(ratio=1.5)", "E-RCP-VALUE", "at most 1"),
+        ("monarch(blocks=0)", "E-RCP-VALUE", "whole number"),
+        ("whitened(ratio=0)", "E-RCP-VALUE", "above 0"),
+        ("whitened(rank=0)", "E-RCP-VALUE", "from 1"),
+        ("whitened(bits=9)", "E-RCP-BITS", "16"),
+        ("whitened(allocation=unifrom)", "E-RCP-VALUE", "uniform"),
+        ("whitend(ratio=0.5)", "E-RCP-METHOD", "whitened"),
+        ("nm(pattern=3:5)", "E-RCP-VALUE", "2:4"),
+        ("nm(pattern=4:4)", "E-RCP-VALUE", "2:4"),
+        ("nm(solver=wnda)", "E-RCP-VALUE", "wanda"),
+        ("armor(block=1)", "E-RCP-VALUE", "whole number"),
+        ("w4+kv:gear(bits=4)", "E-RCP-PLANNED", "alone"),
         ("w4+act:ches", "E-RCP-METHOD", "chess"),
         ("w4+cache:gear", "E-RCP-SCOPE", "kv"),
         ("w4+", "E-RCP-EMPTY", "w4"),

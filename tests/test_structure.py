@@ -16,18 +16,21 @@ NAMES = [str(f.relative_to(ROOT)) for f in FILES]
 
 # layer -> what of effllm it may import at module level or below; a prefix stands for everything under it
 _BASE = ("effllm.errors", "effllm.recipe", "effllm.report")
-_DATA = (*_BASE, "effllm.runtime.formats", "effllm.runtime.layouts")
+_DATA = (*_BASE, "effllm.methods", "effllm.runtime.formats", "effllm.runtime.layouts")
 LAYERS: dict[str, tuple[str, ...]] = {
     "effllm.errors": (),
     "effllm.report": _BASE,
-    "effllm.recipe": (*_BASE, "effllm.runtime.formats", "effllm.runtime.dense"),
+    "effllm.methods": ("effllm.errors", "effllm.methods", "effllm.runtime.formats"),
+    "effllm.recipe": (*_BASE, "effllm.methods", "effllm.runtime.dense"),
     "effllm.runtime.formats": (*_BASE, "effllm.runtime.formats"),
     "effllm.runtime.layouts": _DATA,
     "effllm.runtime.dense": ("effllm.compat",),
     "effllm.solvers": (*_DATA, "effllm.solvers", "effllm.runtime.dense"),
     "effllm.lowering": (*_DATA, "effllm.lowering", "effllm.compat", "effllm.kernels", "effllm.autotune"),
     "effllm.kernels": (*_DATA, "effllm.lowering", "effllm.kernels", "effllm.autotune", "effllm.compat", "effllm.runtime.atomic"),
-    "effllm.passes": (*_BASE, "effllm.runtime", "effllm.lowering.op", "effllm.lowering", "effllm.passes", "effllm.compat", "effllm.autotune", "effllm.solvers"),
+    "effllm.passes": (
+        *_BASE, "effllm.methods", "effllm.runtime", "effllm.lowering.op", "effllm.lowering", "effllm.passes", "effllm.compat", "effllm.autotune", "effllm.solvers",
+    ),
 }
 
 

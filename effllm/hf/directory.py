@@ -100,7 +100,7 @@ def compress_directory(directory: Path, recipe: Recipe, calibration: Any, *, str
     if calibration is not None:
         model.eval()
         fill_buffers(model, reader)
-        covered = {s.name: s for s in sites if s.kind == "linear" and s.params.solver != "search"}
+        covered = {s.name: s for s in sites if s.kind == "linear" and s.params.calibrates}
         reason = _calibrate(model, reader, source, dtype, sites, covered, calibration, finish)
         if reason:
             from effllm.compression import compress

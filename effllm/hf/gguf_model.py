@@ -14,6 +14,7 @@ from effllm.hf.gguf_tokenizer import build_tokenizer
 from effllm.runtime.formats.base import Packed
 from effllm.runtime.gguf import GGUF, dense, open_gguf, read
 from effllm.runtime.packed import PackedEmbedding, PackedLinear, PackedWeight
+from effllm.runtime.weights import BipolarWeight
 
 TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 BLOCK = {
@@ -115,7 +116,7 @@ def load_gguf_packed(
         target = hf_name(record.name)
         if isinstance(w, Packed):
             own = (w if order is None else _take_rows(w, order)).to(device)
-            _install(model, target.removesuffix(".weight"), PackedWeight(own, act=act, dtype=dtype, kernel=kernel))
+            _install(model, target.removesuffix(".weight"), BipolarWeight(own, act=act, dtype=dtype, kernel=kernel))
         else:
             state[target] = (w if order is None else w[order]).to(device, dtype)
     return _fill(model, state, path).to(device), build_tokenizer(file.fields)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 
 from effllm import compat
-from effllm.recipe import Bipolar, Recipe
+from effllm.methods import Method
+from effllm.recipe import Recipe
 from effllm.report import PassReport
 
 
@@ -17,12 +18,12 @@ from effllm.report import PassReport
 class Bound:
     """A packed weight that is looked up at call time: which original input it comes from, and its new placeholders.
 
-    `params` has a resolved offset ("none", "integer" or "affine"), because the graph fixes which tensors exist; `transposed` is for
+    `params` are resolved, because the graph fixes which tensors exist; `transposed` is for
     weights that are held as (in, out).
     """
 
     source: fx.Node
-    params: Bipolar
+    params: Method
     layout: str
     nodes: dict[str, fx.Node]
     transposed: bool = False

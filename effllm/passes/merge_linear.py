@@ -27,7 +27,7 @@ class MergeLinear:
 
     name = "merge_linear"
     requires: tuple[str, ...] = ()
-    after: tuple[str, ...] = ("bipolar_linear", "share_activation")
+    after: tuple[str, ...] = ("packed_linear", "share_activation")
 
     def run(self, graph: fx.Graph, context: Context) -> PassReport:
         """Merge where kernel, bits, group, grid and dtype agree."""

@@ -15,7 +15,7 @@ class ShareActivation:
 
     name = "share_activation"
     requires: tuple[str, ...] = ()
-    after: tuple[str, ...] = ("bipolar_linear",)
+    after: tuple[str, ...] = ("packed_linear",)
 
     def run(self, graph: fx.Graph, context: Context) -> PassReport:
         """Keep the first of each and reroute the others."""

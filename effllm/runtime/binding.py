@@ -13,7 +13,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -21,11 +20,11 @@ from torch import Tensor, nn
 
 from effllm import compat
 from effllm.errors import OptionError
-from effllm.recipe import Bipolar
-from effllm.runtime import layouts
+from effllm.methods import Method
 from effllm.runtime.formats.base import Packed
+from effllm.runtime.layouts import compose
 
-Solver = Callable[[Tensor, Bipolar], Packed]
+Solver = Callable[[Tensor, Method], Packed]
 
 
 class Want(NamedTuple):
@@ -35,14 +34,13 @@ class Want(NamedTuple):
     """
 
     position: int
-    params: Bipolar
+    params: Method
     layout: str
     names: tuple[str, ...]
     transposed: bool = False
 
 
-_Form = tuple[Bipolar, bool]  # parameters, and whether the weight is (in, out)
-_OFFSET = {"symmetric": "none", "integer": "integer", "affine": "affine"}
+_Form = tuple[Method, bool]  # parameters, and whether the weight is (in, out)
 
 
 class _Entry:
@@ -83,32 +81,31 @@ class PackStore:
                 del self._entries[key]
             self.generation += 1
 
-    def describe(self, weight: Tensor, params: Bipolar, *, transposed: bool = False) -> Packed:
+    def describe(self, weight: Tensor, params: Method, *, transposed: bool = False) -> Packed:
         """Shapes and attributes of the packed weight (on meta). Solves it, once per version and parameters."""
-        asked = (replace(params, act="a16"), transposed)
+        asked = (params.stored_as(), transposed)
         with self._lock, torch.no_grad():
             entry = self._entry(weight)
             if asked not in entry.resolved:
                 packed = self._solver(weight.detach().t().contiguous() if transposed else weight.detach(), asked[0])
                 self.packs += 1
-                resolved = (replace(asked[0], offset=_OFFSET[packed.attrs["grid"]]), transposed)
+                resolved = (asked[0].resolved(packed.attrs), transposed)
                 entry.resolved[asked] = entry.resolved[resolved] = resolved
                 entry.shapes[resolved] = packed.to("meta")
-                entry.layouts[resolved] = {"planes": layouts.get("planes").repack(packed)}
+                entry.layouts[resolved] = {"planes": compose.arrange(packed, "planes")}
                 entry.passing.add(resolved)
             return entry.shapes[entry.resolved[asked]]
 
-    def tensors(self, weight: Tensor, params: Bipolar, layout: str, *, transposed: bool = False) -> dict[str, Tensor]:
+    def tensors(self, weight: Tensor, params: Method, layout: str, *, transposed: bool = False) -> dict[str, Tensor]:
         """The packed weight in a kernel's layout."""
         with self._lock, torch.no_grad():
             shape = self.describe(weight, params, transposed=transposed)
             entry = self._entry(weight)
-            resolved = entry.resolved[replace(params, act="a16"), transposed]
+            resolved = entry.resolved[params.stored_as(), transposed]
             have = entry.layouts[resolved]
             if layout not in have:
                 source = next(iter(have))
-                packed = layouts.get(source).restore(have[source], shape.shape, shape.attrs)
-                have[layout] = layouts.get(layout).repack(packed)
+                have[layout] = compose.arrange(compose.restore(shape, have[source], source), layout)
                 if resolved in entry.passing:
                     del have["planes"]
             entry.passing.discard(resolved)

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 import effllm
 from effllm.errors import CheckpointError, nearest
 from effllm.runtime import formats, recorded, shards
+from effllm.runtime import weights as kinds
 from effllm.runtime.atomic import staged_directory
 from effllm.runtime.dense import is_transposed, matrix
+from effllm.runtime.formats import parts
 from effllm.runtime.formats.base import Packed
 from effllm.runtime.header import NAME, VERSION, read_header, seal
 from effllm.runtime.inventory import Inventory
@@ -89,7 +91,7 @@ def load(
     weights = {}
     for name, entry in header["weights"].items():
         packed = _read_weight(reader, name, entry, wanted.get(name)).to(device)
-        weights[name] = PackedWeight(packed, act=entry["act"], dtype=getattr(torch, entry["dtype"]), kernel=kernel)
+        weights[name] = kinds.make(packed, act=entry["act"], dtype=getattr(torch, entry["dtype"]), kernel=kernel)
     plain = {name: reader.read(name).to(device) for name in header["plain"] if name not in header["ties"]}
     _install(skeleton, header, weights, plain)
     name = header.get("recipe")
@@ -143,16 +145,22 @@ def _bits(header: dict[str, Any], bits: Bits) -> dict[str, int]:
             raise CheckpointError("E-CKP-BITS", f"no packed module matches {pattern!r}", nearest(pattern, users))
         for weight in hit:
             wanted.setdefault(weight, value)
-    return {name: value for name, value in wanted.items() if value < header["weights"][name]["attrs"]["bits"]}
+    return {name: value for name, value in wanted.items() if value < parts.precision(header["weights"][name]["attrs"]) < 16}
 
 
 def _read_weight(reader: shards.Reader, name: str, entry: dict[str, Any], bits: int | None) -> Packed:
     kind = formats.get(entry["format"])
-    tensors = {key: reader.read(f"{name}.{key}", bits if key == "planes" else None) for key in entry["tensors"]}
+    tensors = {key: reader.read(f"{name}.{key}", _planes(entry["attrs"], key, bits)) for key in entry["tensors"]}
     n, k = entry["shape"]
     packed = Packed(kind.name, entry["version"], (n, k), tensors, dict(entry["attrs"]))
-    lowered: Packed = packed if bits is None else kind.truncate(packed, bits)
-    return lowered
+    return packed if bits is None else parts.truncate(packed, bits)
+
+
+def _planes(attrs: dict[str, Any], key: str, bits: int | None) -> int | None:
+    """How many bit planes of a tensor to read; None for the whole of it."""
+    if bits is None or key.rpartition(".")[2] != "planes":
+        return None
+    return min(bits, parts.part_bits(attrs, key))
 
 
 def _check_fit(skeleton: nn.Module, header: dict[str, Any]) -> None:
@@ -161,7 +169,7 @@ def _check_fit(skeleton: nn.Module, header: dict[str, Any]) -> None:
     have |= {n: tuple(t.shape) for n, t in skeleton.named_buffers(remove_duplicate=False)}
     for name, part in skeleton.named_modules(remove_duplicate=False):
         if isinstance(part, PackedWeight):  # a skeleton that is packed itself
-            for leaf in ("codes", "scale", "minimum"):
+            for leaf in (*part._parameters, *part._buffers):
                 have.pop(f"{name}.{leaf}", None)
             have[name] = part.shape
         elif name in header["modules"] and is_transposed(part):

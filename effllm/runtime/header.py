@@ -123,13 +123,22 @@ def _check_weight(name: str, weight: Any, tensors: dict[str, Any]) -> None:
     kind = formats.get(str(weight.get("format")))
     own = {}
     for key in weight["tensors"]:
-        if key not in kind.tensor_names:
+        if not _known(kind, weight["attrs"], key):
             raise _bad(f"{key!r} is no tensor of the format {kind.name}")
         record = tensors.get(f"{name}.{key}")
         if record is None:
             raise _bad(f"{name}.{key} is missing", "E-CKP-MISSING")
         own[key] = torch.empty(record["shape"], dtype=DTYPES[record["dtype"]], device="meta")
     kind.validate(Packed(kind.name, weight["version"], (shape[0], shape[1]), own, weight["attrs"]))
+
+
+def _known(kind: Any, attrs: dict[str, Any], key: Any) -> bool:
+    """Whether a format, or the format of one of its parts, has a tensor of this name."""
+    prefix, dot, rest = str(key).partition(".")
+    about = attrs.get(prefix)
+    if dot and isinstance(about, dict) and prefix in getattr(kind, "part_names", ()):
+        return _known(formats.get(str(about.get("format"))), about.get("attrs") or {}, rest)
+    return key in kind.tensor_names
 
 
 def _check_names(header: dict[str, Any]) -> None:

@@ -8,7 +8,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from effllm.errors import CheckpointError
-from effllm.runtime.layouts import planes
 from effllm.runtime.packed import PackedEmbedding, PackedLinear, PackedWeight
 from effllm.runtime.shards import CODES, Spec, Unit
 
@@ -49,18 +48,17 @@ class Inventory:
             raise CheckpointError("E-CKP-MODULE", f"{loose[0]} is a packed weight outside of PackedLinear and PackedEmbedding", "wrap it in one of these")
 
     def _weight(self, name: str, weight: PackedWeight) -> None:
-        shapes = planes.fake_shapes(weight.shape, weight.bits, weight.group)
-        specs = [Spec(f"{name}.planes", shapes["codes"][1] or weight.codes.dtype, shapes["codes"][0], sliced=True)]
-        keys = ["scale"] + (["minimum"] if weight.minimum is not None else [])
-        specs += [Spec(f"{name}.{key}", weight.scale.dtype, shapes[key][0]) for key in keys]
-        _must_have_data(name, weight.codes)
+        like = weight.canonical()
+        specs = [Spec(f"{name}.{key}", t.dtype, tuple(t.shape), sliced=key.rpartition(".")[2] == "planes") for key, t in like.tensors.items()]
+        for t in weight.tensors().values():
+            _must_have_data(name, t)
 
         def make() -> dict[str, Tensor]:
             return {f"{name}.{key}": t for key, t in weight.packed().tensors.items()}
 
         self.units.append(Unit(tuple(specs), make))
-        canonical = {"format": "bipolar", "version": 1} | {"shape": list(weight.shape), "attrs": dict(weight.attrs)}
-        self.weights[name] = canonical | {"act": weight.act, "dtype": str(weight.dtype).removeprefix("torch."), "tensors": ["planes", *keys]}
+        canonical = {"format": like.format, "version": like.version, "shape": list(weight.shape), "attrs": dict(weight.attrs)}
+        self.weights[name] = canonical | {"act": weight.act, "dtype": str(weight.dtype).removeprefix("torch."), "tensors": list(like.tensors)}
 
     def _plain(self, model: nn.Module, packed: set[str]) -> None:
         persistent = set(model.state_dict(keep_vars=True))

@@ -31,7 +31,7 @@ def recipe_of(model: nn.Module) -> str:
         return name
     sizes: Counter[str] = Counter()
     for weight in packed_weights(model).values():
-        sizes[f"w{weight.bits}{'a8' if weight.act == 'a8' else ''}"] += weight.shape[0] * weight.shape[1]
+        sizes[weight.label] += weight.shape[0] * weight.shape[1]
     return sizes.most_common(1)[0][0] if sizes else "dense"
 
 
@@ -51,7 +51,6 @@ def decisions(model: nn.Module) -> PassReport:
             tied = id(w) in seen
             seen.add(id(w))
             before, after = (0, 0) if tied else (w.shape[0] * w.shape[1] * w.dtype.itemsize, w.nbytes)
-            config = {"bits": w.bits, "group": w.group, "grid": w.attrs["grid"], "act": w.act}
             code, reason = ("tied", "shares its tied weight") if tied else ("packed", w.why)
-            report.decisions.append(Decision(name, name, "applied", code, reason, before, after, kernel=w.kernel, config=config))
+            report.decisions.append(Decision(name, name, "applied", code, reason, before, after, kernel=w.kernel, config=w.config))
     return report

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from effllm.errors import CalibrationError, WeightError
-from effllm.recipe import Bipolar
+from effllm.methods import Bipolar, Method
 from effllm.runtime.formats import bipolar
 from effllm.runtime.formats.base import Packed
+from effllm.solvers.moments import Moments
 from effllm.solvers.search import search
 
 
-def check(w: Tensor, params: Bipolar) -> None:
+def check(w: Tensor, params: Method) -> None:
     """Raise WeightError where a weight cannot be packed."""
     if w.device.type == "meta":
         raise WeightError("E-WGT-META", "the weight is on the meta device and has no values", "load the model's weights first")
@@ -25,28 +28,32 @@ def check(w: Tensor, params: Bipolar) -> None:
     if not torch.isfinite(w).all():
         bad = int((~torch.isfinite(w)).sum())
         raise WeightError("E-WGT-NAN", f"{bad} of {w.numel()} weights are NaN or infinite", "repair the checkpoint")
-    if not params.pad and bipolar.padded(w.shape[1], params.group) != w.shape[1]:
+    if isinstance(params, Bipolar) and not params.pad and bipolar.padded(w.shape[1], params.group) != w.shape[1]:
         raise WeightError("E-WGT-PAD", f"{w.shape[1]} columns are no multiple of the group {params.group}", "allow padding (pad=true) or choose another group")
 
 
-def solve(w: Tensor, params: Bipolar, hessian: Tensor | None = None) -> Packed:
-    """Pack a dense (N, K) weight. With a Hessian (K, K) the second-order solver runs unless the recipe says "search"."""
+def solve(w: Tensor, params: Method, moments: Moments | None = None) -> Packed:
+    """Pack a dense (N, K) weight as `params` say, with calibration statistics where there are any."""
     check(w, params)
-    if params.solver == "gptq" and hessian is None:
-        raise CalibrationError("E-CAL-NONE", "the recipe asks for gptq, which needs calibration data", "pass calibration=, or use solver=search")
-    w = w.detach()
+    if params.requires_calibration and moments is None:
+        cause = f"the recipe asks for {params.label}, which needs calibration data"
+        raise CalibrationError("E-CAL-NONE", cause, "pass calibration=, or choose a data-free solver")
+    return _SOLVERS[type(params)](w.detach(), params, moments)
+
+
+def _bipolar(w: Tensor, params: Bipolar, moments: Moments | None) -> Packed:
     exponent = _far(w)
     if exponent:
-        near = solve((w.double() * 2.0**-exponent).float(), params, hessian)
+        near = _bipolar((w.double() * 2.0**-exponent).float(), params, moments)
         for key in ("scale", "minimum"):
             if key in near.tensors:
                 near.tensors[key] = (near.tensors[key].double() * 2.0**exponent).float()
         return near
-    if hessian is None or params.solver == "search":
+    if moments is None or params.solver == "search":
         return search(w, params)
     from effllm.solvers.gptq import gptq
 
-    return gptq(w, params, hessian)
+    return gptq(w, params, moments.hessian)
 
 
 def _far(w: Tensor) -> int:
@@ -55,3 +62,7 @@ def _far(w: Tensor) -> int:
     if exponent > 128:
         raise WeightError("E-WGT-RANGE", f"weights up to 2^{exponent} do not fit fp32, the widest type of a scale", "rescale the layer")
     return exponent if abs(exponent) > 40 else 0
+
+
+# a recipe's parameters -> the solver that understands them
+_SOLVERS: dict[type[Method], Callable[[Tensor, Any, Moments | None], Packed]] = {Bipolar: _bipolar}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from effllm.errors import CalibrationError, EffllmError
-from effllm.recipe import Bipolar
+from effllm.methods import Bipolar
 from effllm.runtime.dense import matrix
 from effllm.runtime.formats.base import Packed
 from effllm.solvers import blocks, solve

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from effllm.errors import CalibrationError
-from effllm.recipe import Bipolar
+from effllm.methods import Bipolar
 from effllm.runtime.formats import bipolar
 from effllm.runtime.formats.base import Packed
 from effllm.solvers.refine import Coded, refine

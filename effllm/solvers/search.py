@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from effllm.recipe import Bipolar
+from effllm.methods import Bipolar
 from effllm.runtime.formats import bipolar
 from effllm.runtime.formats.base import Packed
 

@@ -142,8 +142,8 @@ GOLDEN = {
 
 def row(run: Run) -> tuple[int, ...]:
     first, last = run.reports[0], run.reports[-1]
-    linear, merge = codes(last, "bipolar_linear"), codes(last, "merge_linear")
-    assert codes(first, "bipolar_linear") == linear and codes(first, "merge_linear") == merge
+    linear, merge = codes(last, "packed_linear"), codes(last, "merge_linear")
+    assert codes(first, "packed_linear") == linear and codes(first, "merge_linear") == merge
     assert linear.keys() <= {"applied", "other-op"} and merge.keys() <= {"merged", "not-mergeable", "alone"}
     assert codes(run.a8[0], "share_activation") == codes(run.a8[-1], "share_activation")
     counts = [linear.get("applied", 0), linear.get("other-op", 0), *(merge.get(c, 0) for c in ("merged", "not-mergeable", "alone"))]
@@ -202,7 +202,7 @@ def test_encoder_equals_the_dequantized_model() -> None:
     ids = ids_of(24).view(2, 12)
     got = output(torch.compile(tiny("bert"), fullgraph=True, backend="effllm", options={"recipe": W8, "inner": "eager", "max_slowdown": 1e9}), ids)
     report = backend.last_report()
-    assert codes(report, "bipolar_linear") == {"applied": 3 + 2 * 6 + 1} and codes(report, "decode_attention") == {"many-queries": 2}
+    assert codes(report, "packed_linear") == {"applied": 3 + 2 * 6 + 1} and codes(report, "decode_attention") == {"many-queries": 2}
     assert relative(got, output(dequantized("bert", report), ids)) < ROUNDING < relative(got, output(tiny("bert"), ids)) < 0.05
 
 

@@ -70,7 +70,7 @@ def test_cycle_and_missing_requirement_name_the_passes() -> None:
 
 def test_default_pipeline_orders() -> None:
     names = [p.name for p in manager.ordered(pipeline.default())]
-    assert names.index("bipolar_linear") < names.index("share_activation") < names.index("merge_linear")
+    assert names.index("packed_linear") < names.index("share_activation") < names.index("merge_linear")
 
 
 def test_a_pass_that_changes_a_shape_is_caught() -> None:
@@ -102,7 +102,7 @@ def test_passes_are_idempotent(recipe: str) -> None:
 def test_every_site_has_a_decision_and_siblings_are_merged() -> None:
     def look(graph: fx.Graph) -> None:
         reports = {r.name: r for r in manager.run(pipeline.default(), graph, context("w4a8(offset=none)"))}
-        assert len(reports["bipolar_linear"].decisions) == 1 + 2 * 3 + 1
+        assert len(reports["packed_linear"].decisions) == 1 + 2 * 3 + 1
         # q and k quantize the same input once; q and k run in one call, o has a bias, the head is alone
         assert count(graph, "quantize_activation") == 2 * 2 + 1
         assert count(graph, "bipolar_linear_a8_many") == 2 and count(graph, "bipolar_linear_a8") == 2 + 1
@@ -191,7 +191,7 @@ def decisions(fn: object, inputs: tuple[Tensor, ...], recipe: str = "w8(offset=n
 
 
 def test_a_weight_that_is_an_argument_is_not_packed() -> None:
-    ((code, _, reason),) = decisions(nn.functional.linear, (torch.ones(2, 64), torch.ones(32, 64)))["bipolar_linear"]
+    ((code, _, reason),) = decisions(nn.functional.linear, (torch.ones(2, 64), torch.ones(32, 64)))["packed_linear"]
     assert code == "no-parameter" and "argument" in reason
 
 
@@ -206,7 +206,7 @@ class Addmm(nn.Module):
 
 def test_addmm_with_a_vector_is_a_linear_of_the_transposed_weight() -> None:
     model, x = Addmm((48,)), torch.randn(3, 64)
-    assert [code for code, *_ in decisions(model, (x,))["bipolar_linear"]] == ["applied"]
+    assert [code for code, *_ in decisions(model, (x,))["packed_linear"]] == ["applied"]
     with torch.no_grad():
         got = torch.compile(model, backend="effllm", options={"recipe": "w8", "inner": "eager"})(x)
         assert 0 < float((got - model(x)).norm() / model(x).norm()) < 0.02
@@ -217,7 +217,7 @@ def test_addmm_with_a_vector_is_a_linear_of_the_transposed_weight() -> None:
 
 @pytest.mark.parametrize("model", [Addmm((3, 48)), Addmm((48,), beta=2)])
 def test_other_addmm_stay_and_name_the_parameter(model: Addmm) -> None:
-    found = decisions(model, (torch.randn(3, 64),))["bipolar_linear"]
+    found = decisions(model, (torch.randn(3, 64),))["packed_linear"]
     assert [(c, m) for c, m, _ in found if m == "w"] == [("other-op", "w")] and all("addmm" in reason for *_, reason in found)
 
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from effllm.runtime.formats import bipolar
 from effllm.runtime.formats.base import Packed
 from effllm.runtime.header import NAME, seal
-from effllm.runtime.packed import PackedEmbedding, PackedLinear, PackedWeight
+from effllm.runtime.packed import PackedEmbedding, PackedLinear
+from effllm.runtime.weights import BipolarWeight
 
 
 class Small(nn.Module):
@@ -48,8 +49,8 @@ def pattern(n: int, k: int, bits: int, grid: str, group: int = 32, step: int = 7
 def small(embed: Packed | None = None, proj: Packed | None = None, act: str = "a16", kernel: str | None = "reference") -> Small:
     """`Small` with its embedding and head packed to 8 bits and its linear to 4."""
     model = Small().eval()
-    table = PackedWeight(embed or pattern(48, 40, 8, "integer"), kernel=kernel)
-    inner = PackedWeight(proj or pattern(40, 40, 4, "affine", step=11), act=act, kernel=kernel)
+    table = BipolarWeight(embed or pattern(48, 40, 8, "integer"), kernel=kernel)
+    inner = BipolarWeight(proj or pattern(40, 40, 4, "affine", step=11), act=act, kernel=kernel)
     model.embed, model.head = PackedEmbedding(table, 3), PackedLinear(table)
     model.proj = PackedLinear(inner, (torch.arange(40) - 20) / 64)
     model.norm.weight = nn.Parameter(1 + torch.arange(40) / 256)

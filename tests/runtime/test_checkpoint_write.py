@@ -16,7 +16,7 @@ from torch import nn
 from effllm.errors import CheckpointError
 from effllm.runtime import atomic, shards
 from effllm.runtime.checkpoint import load, save
-from effllm.runtime.packed import PackedWeight
+from effllm.runtime.weights import BipolarWeight
 from tests.runtime.checkpoints import logits, pattern, skeleton, small
 
 
@@ -139,5 +139,5 @@ def test_a_checkpoint_that_was_moved_aside_is_not_stale(tmp_path: Path) -> None:
 
 def test_models_that_cannot_be_saved(tmp_path: Path) -> None:
     assert refused(skeleton(), tmp_path / "m") == "E-CKP-WRITE"
-    assert refused(nn.Sequential(PackedWeight(pattern(8, 32, 2, "symmetric"), kernel="reference")), tmp_path / "m") == "E-CKP-MODULE"
+    assert refused(nn.Sequential(BipolarWeight(pattern(8, 32, 2, "symmetric"), kernel="reference")), tmp_path / "m") == "E-CKP-MODULE"
     assert os.listdir(tmp_path) == []

@@ -15,6 +15,7 @@ from effllm.recipe import Bipolar
 from effllm.runtime.formats import bipolar
 from effllm.runtime.formats.base import Packed
 from effllm.runtime.packed import PackedLinear, PackedWeight
+from effllm.runtime.weights import BipolarWeight
 from effllm.solvers import solve
 from effllm.solvers.calibrate import calibrated
 from effllm.solvers.statistics import Statistics
@@ -35,7 +36,7 @@ def installer(model: nn.Module) -> Any:
 
     def install(name: str, packed: Packed) -> None:
         old = model.get_submodule(name)
-        model.set_submodule(name, PackedLinear(PackedWeight(packed, dtype=old.weight.dtype), old.bias))
+        model.set_submodule(name, PackedLinear(BipolarWeight(packed, dtype=old.weight.dtype), old.bias))
 
     return install
 

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from effllm.errors import CheckpointError
+from effllm.runtime.formats import bipolar
 from effllm.runtime.formats.base import Packed
 
 
@@ -41,4 +42,28 @@ def part(packed: Packed, key: str) -> Packed:
 
 def names(packed: Packed) -> tuple[str, ...]:
     """The names of all parts."""
-    return tuple(dict.fromkeys(name.partition(".")[0] for name in packed.tensors if "." in name))
+    return tuple(key for key, about in packed.attrs.items() if isinstance(about, dict) and "format" in about)
+
+
+def precision(attrs: Mapping[str, Any]) -> int:
+    """Most bits of a quantized part, or of the weight itself; 16 where nothing is quantized."""
+    if isinstance(attrs.get("bits"), int):
+        return int(attrs["bits"])
+    inner = [precision(about["attrs"]) for about in attrs.values() if isinstance(about, Mapping) and isinstance(about.get("attrs"), Mapping)]
+    return max((b for b in inner if b < 16), default=16)
+
+
+def part_bits(attrs: Mapping[str, Any], key: str) -> int:
+    """Stored bits of the tensor `key` of a weight: those of its part."""
+    prefix, dot, rest = key.partition(".")
+    about = attrs.get(prefix)
+    return part_bits(about["attrs"], rest) if dot and isinstance(about, Mapping) and isinstance(about.get("attrs"), Mapping) else precision(attrs)
+
+
+def truncate(packed: Packed, bits: int) -> Packed:
+    """The same weight with every bipolar part at its `bits` most significant planes (parts that have no more stay)."""
+    if packed.format == bipolar.name:
+        return bipolar.truncate(packed, bits) if packed.attrs["bits"] > bits else packed
+    shrunk = {key: truncate(part(packed, key), bits) for key in names(packed)}
+    own = {name: t for name, t in packed.tensors.items() if name.partition(".")[0] not in shrunk}
+    return join(packed.format, packed.version, packed.shape, shrunk, own, {k: v for k, v in packed.attrs.items() if k not in shrunk})

@@ -1,0 +1,69 @@
+"""Low-rank weights W = A B, and sparse + low-rank W = A B + S: `whitened(ratio=0.8)`, `sltrain(ratio=0.6, density=0.03, bits=8)`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from effllm.methods import base
+
+ALLOCATIONS = ("uniform", "energy", "welore", "sensitivity")
+DATA_FREE = ("svd", "welore")
+
+
+@dataclass(frozen=True)
+class LowRank(base.Method):
+    """Parameters of the low-rank family.
+
+    name: the solver, one of `names`. ratio: share of the covered weights' parameters that stays (sparse part included);
+    rank: instead of the ratio, one rank for every weight. allocation of the ranks: "uniform" (one ratio for all),
+    "energy" (squared singular values), "welore" (one threshold over normalized singular values), "sensitivity" (measured KL).
+    bits: of both factors, 16 keeps them in the weight's dtype; group: their scale group. align: ranks are multiples of it.
+    density: share of sparse values (sltrain) or of whole input channels (lost) besides the low-rank part.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ("whitened", "svd", "fwsvd", "asvd", "afm", "welore", "sltrain", "lost")
+
+    name: str = "whitened"
+    ratio: float = 0.8
+    rank: int | None = None
+    allocation: str = "uniform"
+    bits: int = 16
+    group: int = 32
+    align: int = 1
+    density: float = 0.02
+
+    @property
+    def method(self) -> str:
+        """The solver."""
+        return self.name
+
+    @property
+    def requires_calibration(self) -> bool:
+        """Only the plain SVD looks at weights alone."""
+        return self.name not in DATA_FREE or self.allocation == "sensitivity"
+
+    @property
+    def label(self) -> str:
+        """Solver, size and precision."""
+        size = f"rank {self.rank}" if self.rank else f"{self.ratio:g} of the parameters"
+        return f"{self.name}, {size}{'' if self.bits == 16 else f', {self.bits} bits'}"
+
+    @classmethod
+    def prepare(cls, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+        """`welore(...)` is the plain SVD with its own allocation."""
+        own = {"allocation": "welore"} if name == "welore" else {}
+        return own | base.channel(values) | {"name": name}
+
+    def check(self) -> None:
+        """Raise RecipeError where a value is out of range."""
+        base.one_of("method", self.name, self.names)
+        base.share("ratio", self.ratio)
+        if self.rank is not None:
+            base.whole("rank", self.rank, 1, 1 << 24)
+        base.whole("align", self.align, 1, 1 << 12)
+        base.one_of("allocation", self.allocation, ALLOCATIONS)
+        base.stored_bits(self.bits)
+        base.group(self.group)
+        base.share("density", self.density, one=False)
