@@ -29,7 +29,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "effllm.lowering": (*_DATA, "effllm.lowering", "effllm.compat", "effllm.kernels", "effllm.autotune"),
     "effllm.kernels": (*_DATA, "effllm.lowering", "effllm.kernels", "effllm.autotune", "effllm.compat", "effllm.runtime.atomic"),
     "effllm.passes": (
-        *_BASE, "effllm.methods", "effllm.runtime", "effllm.lowering.op", "effllm.lowering", "effllm.passes", "effllm.compat", "effllm.autotune", "effllm.solvers",
+        *_BASE, "effllm.methods", "effllm.runtime", "effllm.lowering.op", "effllm.lowering", "effllm.passes", "effllm.compat",
+        "effllm.autotune", "effllm.solvers",
     ),
 }
 
