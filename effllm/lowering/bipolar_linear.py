@@ -16,6 +16,7 @@ from torch import Tensor
 
 from effllm.autotune import inputs, use
 from effllm.errors import KernelError, nearest
+from effllm.lowering import gradient
 from effllm.lowering.op import OPS, YES, Op, Problem, Provider, define, rows_of
 from effllm.runtime import layouts
 from effllm.runtime.formats import bipolar
@@ -122,7 +123,7 @@ def _problem_linear_a8_many(xq, xs, codes, scale, minimum, bits, group, zero, dt
     return _problem("bipolar_linear_a8_many", xq, n, bits, group, scale[0], bool(minimum), dtype), plain(kernel)
 
 
-def _run(op: str, *args: Any) -> Tensor:
+def run(op: str, *args: Any) -> Tensor:
     """Call the provider that the last argument names; one that is tuned per graph gets the problem, and the configuration known to be best."""
     found, read = provider(op, args[-1]), OPS[op].problem
     if found.tuning is None or found.late or read is None:
@@ -133,20 +134,34 @@ def _run(op: str, *args: Any) -> Tensor:
     return y
 
 
+def dense_linear(op: str, x: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None, n: int, bits: int, group: int, zero: float,
+                 kernel: str) -> Tensor:  # fmt: skip
+    """The product through the dense value of the weight, in plain torch ops: what autograd differentiates with respect to x and bias."""
+    w = weight(codes, scale, minimum, k=x.shape[-1], n=n, bits=bits, group=group, zero=zero, layout=layout_of(op, kernel))
+    return torch.nn.functional.linear(x, w.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
 def _linear(x, codes, scale, minimum, bias, n, bits, group, zero, kernel):  # type: ignore[no-untyped-def]
-    return _run("bipolar_linear", x, codes, scale, minimum, bias, n, bits, group, zero, kernel)
+    if gradient.wanted(x, scale, minimum, bias):
+        return dense_linear("bipolar_linear", x, codes, scale, minimum, bias, n, bits, group, zero, kernel)
+    return run("bipolar_linear", x, codes, scale, minimum, bias, n, bits, group, zero, kernel)
 
 
 def _linear_a8(xq, xs, codes, scale, minimum, bias, n, bits, group, zero, dtype, kernel):  # type: ignore[no-untyped-def]
-    return _run("bipolar_linear_a8", xq, xs, codes, scale, minimum, bias, n, bits, group, zero, dtype, kernel)
+    return run("bipolar_linear_a8", xq, xs, codes, scale, minimum, bias, n, bits, group, zero, dtype, kernel)
 
 
 def _linear_many(x, codes, scale, minimum, bits, group, zero, kernel):  # type: ignore[no-untyped-def]
-    return _run("bipolar_linear_many", x, codes, scale, minimum, bits, group, zero, kernel)
+    if gradient.wanted(x, scale, minimum):
+        op = "bipolar_linear_many"
+        low = list(minimum) or [None] * len(codes)
+        each = zip(codes, scale, low, strict=True)
+        return torch.cat([dense_linear(op, x, c, s, m, None, outputs(op, kernel, c), bits, group, zero, kernel) for c, s, m in each], -1)
+    return run("bipolar_linear_many", x, codes, scale, minimum, bits, group, zero, kernel)
 
 
 def _linear_a8_many(xq, xs, codes, scale, minimum, bits, group, zero, dtype, kernel):  # type: ignore[no-untyped-def]
-    return _run("bipolar_linear_a8_many", xq, xs, codes, scale, minimum, bits, group, zero, dtype, kernel)
+    return run("bipolar_linear_a8_many", xq, xs, codes, scale, minimum, bits, group, zero, dtype, kernel)
 
 
 def outputs(op: str, kernel: str, codes: Tensor) -> int:

@@ -1,0 +1,69 @@
+"""Random operands of the low-rank ops with dense factors: what a candidate is verified and timed on (see inputs.py)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from effllm.autotune.inputs import Expected, Operands, copied, parts
+from effllm.errors import TuneError
+from effllm.lowering.op import Problem
+
+
+def lowrank(problem: Problem, layout: str, copies: int, seed: int) -> Operands:
+    """Operands of lowrank_linear, lowrank_linear_many and sparse_lowrank_linear. Raises TuneError for sizes that cannot be."""
+    del layout  # there is one
+    detail = dict(problem.detail)
+    rank, count, nonzeros = (int(detail.get(name, 0)) for name in ("rank", "channels", "nonzeros"))
+    m, n, k = problem.m or 1, problem.n, problem.k
+    if not 0 < rank <= 1 << 20 or not 0 <= count <= k or not 0 <= nonzeros <= n * k:
+        raise TuneError("E-TUN-SHAPE", f"{problem.op}: {detail}", "give a positive rank, and no more channels or nonzeros than the weight has")
+    factor, device = getattr(torch, str(detail["factor"])), problem.device
+    g = torch.Generator().manual_seed(seed)
+    x = (torch.randn(m, k, generator=g) * 2.0 ** torch.randint(-3, 2, (m, 1), generator=g)).to(problem.dtype)
+    many = problem.op.endswith("_many")
+    sizes = parts(n) if many else [n]
+    ranks = [rank // len(sizes) + (i < rank % len(sizes)) for i in range(len(sizes))]
+    # rows over a wide range, so that swapped rows or ranks cannot hide
+    a = [_spread(size, r + count, g).to(factor) for size, r in zip(sizes, ranks, strict=True)]
+    b = [_spread(r, k, g).to(factor) for r in ranks]
+    channels = torch.randperm(k, generator=g)[:count].sort().values if count else None
+    dense = torch.zeros(n, k)
+    tail: tuple[Tensor | None, ...] = (channels, None)
+    if problem.op == "sparse_lowrank_linear":
+        at = torch.randperm(n * k, generator=g)[:nonzeros].sort().values
+        values = torch.randn(nonzeros, generator=g).to(factor)
+        dense.view(-1)[at] = values.float()
+        rows = torch.zeros(n + 1, dtype=torch.int64)
+        rows[1:] = torch.bincount(at // k, minlength=n).cumsum(0)
+        tail = (values, (at % k).to(torch.uint16 if k <= 1 << 16 else torch.int32), rows.int(), None)
+
+    def put(value: Any) -> Any:
+        return [put(v) for v in value] if isinstance(value, list) else None if value is None else value.to(device)
+
+    args = (put(x), put(a), put(b)) if many else (put(x), put(a[0]), put(b[0]), *(put(t) for t in tail))
+    nbytes = sum(t.numel() * t.element_size() for t in (*a, *b, *(t for t in tail if t is not None)))
+    made = Operands([args], nbytes, lambda: _expected(x, a, b, channels, dense if nonzeros else None, problem.dtype))
+    return made if copies == 1 else copied(made, copies)
+
+
+def _spread(rows: int, columns: int, g: torch.Generator) -> Tensor:
+    return torch.randn(rows, columns, generator=g) * 2.0 ** torch.randint(-3, 3, (rows, 1), generator=g) / columns**0.5
+
+
+def _expected(x: Tensor, a: list[Tensor], b: list[Tensor], channels: Tensor | None, sparse: Tensor | None, dtype: torch.dtype) -> list[Expected]:
+    def product(to: torch.dtype) -> Tensor:
+        xs, found = x.to(to), []
+        for first, second in zip(b, a, strict=True):
+            middle = linear(xs, first.to(to))
+            if channels is not None:
+                middle = torch.cat([middle, xs[:, channels]], -1)
+            found.append(linear(middle, second.to(to)))
+        y = torch.cat(found, -1)
+        return y if sparse is None else y + linear(xs, sparse.to(to))
+
+    n = sum(f.shape[0] for f in a)
+    return [Expected(lambda y: y.reshape(-1, n), product(torch.float64), product(dtype))]

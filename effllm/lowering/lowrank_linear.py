@@ -1,0 +1,114 @@
+"""Ops of low-rank weights with dense factors, alone and with a sparse part.
+
+    lowrank_linear          y = concat(x B^T, x[..., channels]) A^T + bias    a (N, r + c), b (r, K), channels (c) int64
+    lowrank_linear_many     siblings that share x: first stages as one, outputs side by side
+    sparse_lowrank_linear   y = (x B^T) A^T + x S^T + bias                    S (N, K) in CSR: values (nnz), columns (nnz), rows (N + 1)
+
+Factors are bf16, fp16 or fp32, row-major. Columns are uint16 where K <= 65536, else int32; rows int32. Channels and the sparse part are
+LOST's and SLTrain's (arXiv 2406.02214). Where a gradient is asked for, the composites decompose into the references, which
+autograd differentiates with respect to x, factors, values and bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from effllm.autotune import lowrank_inputs as inputs
+from effllm.lowering import gradient
+from effllm.lowering.bipolar_linear import plain, run
+from effllm.lowering.op import YES, Op, Problem, Provider, define, rows_of
+
+
+def lowrank_reference(x: Tensor, a: Tensor, b: Tensor, channels: Tensor | None, bias: Tensor | None) -> Tensor:
+    """x (..., K) to (..., N) in x's dtype, factors rounded to it; the intermediate is in x's dtype too."""
+    middle = linear(x, b.to(x.dtype))
+    if channels is not None:
+        middle = torch.cat([middle, x.index_select(-1, channels)], -1)
+    return linear(middle, a.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def lowrank_many_reference(x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Several low-rank weights that share x (..., K): their outputs side by side, (..., sum of N)."""
+    ranks = [f.shape[0] for f in b]
+    middle = linear(x, torch.cat([f.to(x.dtype) for f in b])).split(ranks, -1)
+    return torch.cat([linear(part, f.to(x.dtype)) for part, f in zip(middle, a, strict=True)], -1)
+
+
+def sparse_dense(values: Tensor, columns: Tensor, rows: Tensor, k: int) -> Tensor:
+    """The dense (N, K) value of a CSR matrix, in the dtype of its values; differentiable with respect to them."""
+    n = rows.shape[0] - 1
+    counts = (rows[1:] - rows[:-1]).long()
+    row = torch.repeat_interleave(torch.arange(n, device=rows.device), counts, output_size=values.shape[0])
+    return values.new_zeros(n * k).index_put((row * k + columns.long(),), values, accumulate=True).view(n, k)
+
+
+def sparse_lowrank_reference(x: Tensor, a: Tensor, b: Tensor, values: Tensor, columns: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
+    """x (..., K) to (..., N): the low-rank product plus the sparse one. Makes S dense."""
+    y = lowrank_reference(x, a, b, None, bias)
+    return y + linear(x, sparse_dense(values, columns, rows, x.shape[-1]).to(x.dtype))
+
+
+def problem_of(
+    op: str, n: int, k: int, rank: int, factor: torch.dtype, *, m: int | None = None, dtype: torch.dtype = torch.bfloat16, device: str = "cpu",
+    channels: int = 0, nonzeros: int = 0,
+) -> Problem:  # fmt: skip
+    """The kernel problem of one of the ops; `rank` and `n` are sums over siblings, `factor` is the dtype of the factors."""
+    detail = (("channels", channels), ("factor", str(factor).removeprefix("torch.")), ("nonzeros", nonzeros), ("rank", rank))
+    return Problem(op, n, k, 0, 0, False, "a16", m, dtype, device, torch.float16, detail)
+
+
+def _of(op: str, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], **more: int) -> Problem:
+    n, rank = sum(f.shape[0] for f in a), sum(f.shape[0] for f in b)
+    return problem_of(op, n, int(x.shape[-1]), rank, a[0].dtype, m=rows_of(x), dtype=x.dtype, device=x.device.type, **more)
+
+
+def _problem(x, a, b, channels, bias, kernel):  # type: ignore[no-untyped-def]
+    return _of("lowrank_linear", x, [a], [b], channels=0 if channels is None else channels.shape[0]), plain(kernel)
+
+
+def _problem_many(x, a, b, kernel):  # type: ignore[no-untyped-def]
+    return _of("lowrank_linear_many", x, a, b), plain(kernel)
+
+
+def _problem_sparse(x, a, b, values, columns, rows, bias, kernel):  # type: ignore[no-untyped-def]
+    return _of("sparse_lowrank_linear", x, [a], [b], nonzeros=values.shape[0]), plain(kernel)
+
+
+def _lowrank(x, a, b, channels, bias, kernel):  # type: ignore[no-untyped-def]
+    if gradient.wanted(x, a, b, bias):
+        return lowrank_reference(x, a, b, channels, bias)
+    return run("lowrank_linear", x, a, b, channels, bias, kernel)
+
+
+def _many(x, a, b, kernel):  # type: ignore[no-untyped-def]
+    if gradient.wanted(x, a, b):
+        return lowrank_many_reference(x, a, b)
+    return run("lowrank_linear_many", x, a, b, kernel)
+
+
+def _sparse(x, a, b, values, columns, rows, bias, kernel):  # type: ignore[no-untyped-def]
+    if gradient.wanted(x, a, b, values, bias):
+        return sparse_lowrank_reference(x, a, b, values, columns, rows, bias)
+    return run("sparse_lowrank_linear", x, a, b, values, columns, rows, bias, kernel)
+
+
+_FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
+
+
+def _define(schema: str, reference: Any, composite: Any, problem: Any) -> Op:
+    op = define(f"{schema} -> Tensor", reference, composite, tolerance=_FLOOR, inputs=inputs.lowrank, problem=problem)
+    op.register(Provider("reference", op.name, "any", "dense", lambda p: YES, reference, rank=-1))
+    return op
+
+
+LOWRANK = _define("lowrank_linear(Tensor x, Tensor a, Tensor b, Tensor? channels, Tensor? bias, str kernel)", lowrank_reference, _lowrank, _problem)
+LOWRANK_MANY = _define("lowrank_linear_many(Tensor x, Tensor[] a, Tensor[] b, str kernel)", lowrank_many_reference, _many, _problem_many)
+SPARSE_LOWRANK = _define(
+    "sparse_lowrank_linear(Tensor x, Tensor a, Tensor b, Tensor values, Tensor columns, Tensor rows, Tensor? bias, str kernel)",
+    sparse_lowrank_reference, _sparse, _problem_sparse,
+)  # fmt: skip
