@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effllm.autotune import use
 from effllm.errors import KernelError
 from effllm.kernels.cpu import build
 from effllm.kernels.cpu.build import ISAS, Isa
@@ -75,8 +76,6 @@ def _provider(op: str, isa: Isa, rank: int) -> Provider:
 
 def register() -> None:
     """Add the CPU providers to the ops. Builds nothing yet."""
-    from effllm.autotune import use  # which needs this package's builder to be imported
-
     use.on_forget(thresholds.cache_clear)
     for rank, isa in enumerate(reversed(ISAS), start=1):
         for op in ("bipolar_linear", "bipolar_linear_a8", "bipolar_linear_many", "bipolar_linear_a8_many", "decode_attention"):

@@ -14,8 +14,9 @@ import torch
 
 from effllm.autotune import machines
 from effllm.autotune.cost import Prediction, crossovers, values_of
-from effllm.kernels.cpu import build, cost
+from effllm.kernels.cpu import cost
 from effllm.lowering.op import YES, Config, Problem, Verdict
+from effllm.runtime.host import cpu_flags
 
 _NEVER = 1 << 40
 
@@ -43,7 +44,7 @@ class CpuTuning:
             return YES
         if problem.act == "a8" or problem.dtype != torch.bfloat16:
             return Verdict(False, "only bf16 activations are multiplied by expanded weights")
-        if self.isa != "avx512" or "avx512_bf16" not in build.cpu_flags():
+        if self.isa != "avx512" or "avx512_bf16" not in cpu_flags():
             return Verdict(False, "the processor has no bf16 products")
         return YES
 
