@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -116,6 +120,20 @@ def test_version_counts_writes_and_inference_tensors_have_none() -> None:
 def test_inductor_names() -> None:
     assert {"default", "reduce-overhead", "max-autotune"} <= set(compat.inductor_modes())
     assert {"cpp_wrapper", "freezing", "max_autotune"} <= set(compat.inductor_option_names())
+
+
+def test_the_compiler_is_found_without_inductor_and_is_the_one_it_would_take() -> None:
+    code = (
+        "import sys, torch; from effllm import compat; found = compat.inductor_compiler();"
+        "assert 'torch._inductor.cpp_builder' not in sys.modules;"
+        "from torch._inductor.cpp_builder import get_cpp_compiler; assert found == get_cpp_compiler() == compat.inductor_compiler(), found"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env={k: v for k, v in os.environ.items() if k != "TORCH_INDUCTOR_INSTALL_GXX"})
+
+
+def test_a_compiler_that_is_not_there_is_none() -> None:
+    code = "from effllm import compat; assert compat.inductor_compiler() is None"
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"CXX": "no-such-compiler"})
 
 
 def test_compiler_is_found_or_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,6 +17,7 @@ NAMES = [str(f.relative_to(ROOT)) for f in FILES]
 # layer -> what of effllm it may import at module level or below; a prefix stands for everything under it
 _BASE = ("effllm.errors", "effllm.recipe", "effllm.report")
 _DATA = (*_BASE, "effllm.methods", "effllm.runtime.formats", "effllm.runtime.layouts")
+_TUNING = (*_DATA, "effllm.autotune", "effllm.lowering", "effllm.compat", "effllm.runtime.atomic", "effllm.runtime.host")
 LAYERS: dict[str, tuple[str, ...]] = {
     "effllm.errors": (),
     "effllm.report": _BASE,
@@ -27,7 +28,12 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "effllm.runtime.dense": ("effllm.compat",),
     "effllm.solvers": (*_DATA, "effllm.solvers", "effllm.runtime.dense"),
     "effllm.lowering": (*_DATA, "effllm.lowering", "effllm.compat", "effllm.kernels", "effllm.autotune"),
-    "effllm.kernels": (*_DATA, "effllm.lowering", "effllm.kernels", "effllm.autotune", "effllm.compat", "effllm.runtime.atomic"),
+    "effllm.runtime.host": (),
+    # tuning lies below the kernels, which ask it for configurations; what measures the kernels themselves lies above them
+    "effllm.autotune": _TUNING,
+    "effllm.autotune.calibrate": (*_TUNING, "effllm.kernels"),
+    "effllm.autotune.bench": (*_TUNING, "effllm.__version__"),
+    "effllm.kernels": (*_DATA, "effllm.lowering", "effllm.kernels", "effllm.autotune", "effllm.compat", "effllm.runtime.atomic", "effllm.runtime.host"),
     "effllm.passes": (
         *_BASE, "effllm.methods", "effllm.runtime", "effllm.lowering.op", "effllm.lowering", "effllm.passes", "effllm.compat",
         "effllm.autotune", "effllm.solvers",

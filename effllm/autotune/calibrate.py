@@ -14,10 +14,8 @@ from typing import Any
 import torch
 
 from effllm.autotune import machines
-from effllm.autotune.cost import values_of
 from effllm.autotune.machine import OtherLoad, measure_bandwidth
 from effllm.errors import TuneError
-from effllm.kernels.cpu import build, cost
 from effllm.lowering import providers
 from effllm.lowering.bipolar_linear import quantize_activation
 from effllm.lowering.op import Config, Problem, Provider
@@ -37,8 +35,8 @@ def measure(*, allow_load: bool = False) -> machines.Constants:
     found = {"single": 1e9 * measure_bandwidth(1), "bandwidth": 1e9 * measure_bandwidth(threads)}
     found["bandwidth"] = max(found.values())
     found["product"], found["product32"] = (_product(dtype) / threads for dtype in (torch.bfloat16, torch.float32))
-    found["call"] = _linear(provider, 1, 16, 32, {"path": "registers", "threads": 1})
-    alone, together = (_linear(provider, 1, 32 * threads, 32, {"path": "registers", "threads": t}) for t in (1, threads))
+    found["call"] = _linear(provider, 1, 16, 32, "registers", 1)
+    alone, together = (_linear(provider, 1, 32 * threads, 32, "registers", t) for t in (1, threads))
     found["wake"] = max(0.0, together - alone)
     found["issue"] = _issue(provider, found["call"])
     busy = load.cores()
@@ -50,13 +48,19 @@ def measure(*, allow_load: bool = False) -> machines.Constants:
 def _issue(provider: Provider, call: float) -> float:
     """Vector instructions per second of one thread, as the model counts them, on weights that stay in cache."""
     problem = Problem("bipolar_linear_a8", 256, 1024, 8, 128, False, "a8", 64)
-    config = {"path": "unpack", "threads": 1}
-    isa = next((i.name for i in build.ISAS if provider.name == f"cpu-{i.name}"), "portable")
-    counted = cost.models(isa)["unpack"].evaluate(values_of(problem) | machines.DEFAULTS | {"threads": 1.0}).instructions
-    return counted / max(1e-9, _linear(provider, problem.m or 1, problem.n, problem.k, config) - call)
+    assert provider.tuning is not None
+    counted = provider.tuning.predict(problem, _config(provider, problem, "unpack", 1)).instructions
+    return counted / max(1e-9, _linear(provider, problem.m or 1, problem.n, problem.k, "unpack", 1) - call)
 
 
-def _linear(provider: Provider, m: int, n: int, k: int, config: Config) -> float:
+def _config(provider: Provider, problem: Problem, path: str, threads: int) -> Config:
+    """The configuration of a path that the model ranks first."""
+    assert provider.tuning is not None
+    tuning = provider.tuning
+    return min((c for c in tuning.configs(problem) if c["path"] == path and c["threads"] == threads), key=lambda c: tuning.predict(problem, c).seconds)
+
+
+def _linear(provider: Provider, m: int, n: int, k: int, path: str, threads: int) -> float:
     """Median seconds of an 8-bit linear with int8 activations and hot caches."""
     g = torch.Generator().manual_seed(0)
     xq, xs = quantize_activation(torch.randn(m, k, generator=g))
@@ -64,6 +68,7 @@ def _linear(provider: Provider, m: int, n: int, k: int, config: Config) -> float
     group = min(k, 128)
     scale = torch.rand(n // 16, k // group, 16, generator=g).half()
     problem = Problem("bipolar_linear_a8", n, k, 8, group, False, "a8", m)
+    config = _config(provider, problem, path, threads)
     return _median(lambda: provider.call(xq, xs, codes, scale, None, None, n, 8, group, 127.5, torch.float32, problem=problem, config=config))
 
 

@@ -22,6 +22,7 @@ import torch
 from effllm.autotune import machine
 from effllm.compat import inductor_compiler
 from effllm.errors import TuneError, nearest
+from effllm.runtime.host import cpu_name
 
 Scalar = str | int | float | bool | None
 _CPUS, _NODES = Path("/sys/devices/system/cpu"), Path("/sys/devices/system/node")
@@ -113,7 +114,7 @@ def cpu() -> CpuHardware:
 
 @functools.cache
 def _processor() -> tuple[str, str, int, int, int]:
-    return machine.processor(), " ".join(machine.isa()), cache_bytes(2), cache_bytes(3), len(list(_NODES.glob("node[0-9]*"))) or 1
+    return cpu_name(), " ".join(machine.isa()), cache_bytes(2), cache_bytes(3), len(list(_NODES.glob("node[0-9]*"))) or 1
 
 
 def cache_bytes(level: int, root: Path = _CPUS) -> int:

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from effllm.runtime.host import cpu_flags, cpu_name, field_of
+
 BUFFER = 1 << 28  # bytes: beyond any last-level cache share of a small machine
 
 _SLACK = 1 << 24  # bytes that the process may grow by between a reset and the look at it
@@ -35,7 +37,7 @@ def measure_bandwidth(threads: int | None = None, *, device: str = "cpu", nbytes
 def describe() -> dict[str, Any]:
     """CPU, threads, memory, versions and the present load of the machine."""
     info: dict[str, Any] = {
-        "cpu": processor(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "isa": isa(),
@@ -48,16 +50,9 @@ def describe() -> dict[str, Any]:
     return info
 
 
-def processor() -> str:
-    """The CPU's model name; on ARM, which has none, its implementer and part numbers."""
-    name = _field("/proc/cpuinfo", "model name")
-    part = " ".join(filter(None, (_field("/proc/cpuinfo", "CPU implementer"), _field("/proc/cpuinfo", "CPU part"))))
-    return name or " ".join(filter(None, (platform.processor() or platform.machine(), part)))
-
-
 def isa() -> list[str]:
     """The vector extensions that matter here, of those the CPU reports."""
-    flags = set((_field("/proc/cpuinfo", "flags") or _field("/proc/cpuinfo", "Features") or "").split())
+    flags = cpu_flags()
     x86 = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8")
     return [f for f in (*x86, "asimddp", "i8mm", "bf16", "sve", "sve2") if f in flags]
 
@@ -104,17 +99,6 @@ def _own() -> float:
     return t.user + t.system + t.children_user + t.children_system
 
 
-def _field(path: str, key: str) -> str | None:
-    try:
-        for line in Path(path).read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name.strip() == key:
-                return value.strip()
-    except OSError:
-        return None
-    return None
-
-
 def _kib(path: str, key: str) -> int:
-    value = _field(path, key)
+    value = field_of(key, Path(path))
     return int(value.split()[0]) * 1024 if value else 0

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from effllm.autotune import fingerprint, gpus
-from effllm.kernels.cpu import build
+from effllm.errors import KernelError
+from effllm.runtime.host import cache_root
 
 Constants = dict[str, float]
 
@@ -30,7 +31,7 @@ NAMES = tuple(DEFAULTS)
 
 def path_of(environment: fingerprint.Environment) -> Path:
     """Where the constants of a machine are kept."""
-    return build.cache_dir().parent / "machines" / f"{environment.kind}-{environment.hard_digest}.json"
+    return cache_root() / "machines" / f"{environment.kind}-{environment.hard_digest}.json"
 
 
 @functools.lru_cache(maxsize=8)
@@ -87,8 +88,6 @@ def is_calibrated(device: str = "cpu") -> bool:
 
 def keep(constants: Constants, device: str = "cpu") -> Path:
     """Store measured constants: of this CPU with its number of threads, or of a GPU. Raises KernelError (E-KRN-CACHE) where that is not possible."""
-    from effllm.errors import KernelError
-
     environment = fingerprint.environment(device)
     where = path_of(environment)
     try:

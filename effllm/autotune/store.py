@@ -18,7 +18,7 @@ from effllm.autotune.fingerprint import Environment
 from effllm.autotune.fingerprint import environment as environment_of
 from effllm.autotune.key import Key
 from effllm.autotune.measurement import LineError, Measurement, Shared, decode, encode
-from effllm.kernels.cpu import build
+from effllm.runtime.host import cache_root
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class _File:
 
 def default_directory() -> Path:
     """The store's place in the user's cache directory (XDG_CACHE_HOME/effllm/tuning)."""
-    return build.cache_dir().parent / "tuning"
+    return cache_root() / "tuning"
 
 
 class Store:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effllm.autotune import use
 from effllm.errors import KernelError
 from effllm.kernels.cpu import build, lowrank
 from effllm.kernels.cpu.build import ISAS, Isa
@@ -27,16 +28,16 @@ def ensure(isa: Isa) -> None:
     torch.ops.load_library(str(build.build(isa)))
 
     def linear(x: Tensor, codes: Tensor, scale: Tensor, minimum: Tensor | None, bias: Tensor | None, n: int, bits: int, group: int, zero: float,
-               threads: int = 0, unpack_from: int = 0, expand_from: int = 0) -> Tensor:  # fmt: skip
+               threads: int = 0, unpack_from: int = 0, expand_from: int = 0, rows: int = 0, tiles: int = 0, chunk: int = 0) -> Tensor:  # fmt: skip
         return x.new_empty(*x.shape[:-1], n)
 
-    def linear_a8(xq, xs, codes, scale, minimum, bias, n, bits, group, zero, dtype, threads=0, unpack_from=0):  # type: ignore[no-untyped-def]
+    def linear_a8(xq, xs, codes, scale, minimum, bias, n, bits, group, zero, dtype, threads=0, unpack_from=0, rows=0, tiles=0, chunk=0):  # type: ignore[no-untyped-def]
         return xq.new_empty(*xq.shape[:-1], n, dtype=dtype)
 
-    def linear_many(x, codes, scale, minimum, bits, group, zero, threads=0, unpack_from=0, expand_from=0):  # type: ignore[no-untyped-def]
+    def linear_many(x, codes, scale, minimum, bits, group, zero, threads=0, unpack_from=0, expand_from=0, rows=0, tiles=0, chunk=0):  # type: ignore[no-untyped-def]
         return x.new_empty(*x.shape[:-1], sum(c.shape[0] * 16 for c in codes))
 
-    def linear_a8_many(xq, xs, codes, scale, minimum, bits, group, zero, dtype, threads=0, unpack_from=0):  # type: ignore[no-untyped-def]
+    def linear_a8_many(xq, xs, codes, scale, minimum, bits, group, zero, dtype, threads=0, unpack_from=0, rows=0, tiles=0, chunk=0):  # type: ignore[no-untyped-def]
         return xq.new_empty(*xq.shape[:-1], sum(c.shape[0] * 16 for c in codes), dtype=dtype)
 
     def decode_attention(q, k, v, mask, scale):  # type: ignore[no-untyped-def]
@@ -76,8 +77,6 @@ def _provider(op: str, isa: Isa, rank: int) -> Provider:
 
 def register() -> None:
     """Add the CPU providers to the ops. Builds nothing yet."""
-    from effllm.autotune import use  # which needs this package's builder to be imported
-
     use.on_forget(thresholds.cache_clear)
     use.on_forget(lowrank.products_from.cache_clear)
     for rank, isa in enumerate(reversed(ISAS), start=1):

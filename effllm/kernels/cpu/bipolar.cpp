@@ -15,6 +15,7 @@
 namespace {
 
 using effllm::Activations;
+using effllm::Plan;
 using effllm::Type;
 using effllm::Weight;
 using torch::headeronly::ScalarType;
@@ -35,7 +36,7 @@ Weight weight_of(const Tensor& codes, const Tensor& scale, const void* minimum, 
           n, codes.size(0), codes.size(1), scale.size(1), group, n, 0};
 }
 
-template <int D> using Run = void (*)(const Weight&, const Activations&, int64_t, int64_t, const float*, const float*, void*, Type, int64_t);
+template <int D> using Run = void (*)(const Weight&, const Activations&, int64_t, int64_t, const float*, const float*, void*, Type, const Plan&);
 template <int D> Run<D> pick(int64_t bits) {
   static constexpr Run<D> table[8] = {effllm::multiply_tiles<V, 1, D>, effllm::multiply_tiles<V, 2, D>, effllm::multiply_tiles<V, 3, D>, effllm::multiply_tiles<V, 4, D>,
                                       effllm::multiply_tiles<V, 5, D>, effllm::multiply_tiles<V, 6, D>, effllm::multiply_tiles<V, 7, D>, effllm::multiply_tiles<V, 8, D>};
@@ -50,11 +51,7 @@ int64_t grain(int64_t tiles, int64_t blocks, int64_t bits, int64_t m, int digits
   return std::max<int64_t>(1, std::min<int64_t>(tiles, static_cast<int64_t>(3000.0 / tile_ns)));
 }
 
-// What the caller chose (kernels/cpu/choose.py): threads at most (0: by `grain`), rows from which codes are unpacked to bytes first (0: by
-// instruction counts), rows from which they are expanded to bf16 (0: never).
-struct Choice { int64_t threads, unpack_from, expand_from; };
-
-void run(const std::vector<Weight>& weights, int64_t bits, const Activations& x, const float* out_scale, const float* bias, void* y, Type type, const Choice& how) {
+void run(const std::vector<Weight>& weights, int64_t bits, const Activations& x, const float* out_scale, const float* bias, void* y, Type type, const Plan& how) {
   int64_t pairs = 0;
   for (const auto& w : weights) pairs += (w.tiles + 1) / 2;
   const int64_t each = how.threads > 0 ? (pairs + how.threads - 1) / how.threads : grain(pairs, 2 * weights[0].blocks, bits, x.m, x.digits);
@@ -63,7 +60,7 @@ void run(const std::vector<Weight>& weights, int64_t bits, const Activations& x,
     int64_t first = 0;
     for (const auto& w : weights) {
       const int64_t count = (w.tiles + 1) / 2, a = std::max(from, first), b = std::min(to, first + count);
-      if (a < b) go(w, x, 2 * (a - first), std::min(w.tiles, 2 * (b - first)), out_scale, bias, y, type, how.unpack_from);
+      if (a < b) go(w, x, 2 * (a - first), std::min(w.tiles, 2 * (b - first)), out_scale, bias, y, type, how);
       first += count;
     }
   });
@@ -71,7 +68,7 @@ void run(const std::vector<Weight>& weights, int64_t bits, const Activations& x,
 
 bool wants_tables(int64_t bits) { return bits == 1 || bits == 3 || bits == 5 || bits == 7; }
 
-void prepare_int8(Activations& a, const Tensor& xq, int64_t m, int64_t k, const Weight& w, double zero, int64_t bits) {
+void prepare_int8(Activations& a, const Tensor& xq, int64_t m, int64_t k, const Weight& w, double zero, int64_t bits, const Plan& how) {
   const int64_t kp = w.blocks * 32;
   a.shape(m, k, kp, w.group == 0 ? kp : w.group, 1);
   const float factor = w.minimum ? 0.5f : -static_cast<float>(zero);
@@ -81,12 +78,12 @@ void prepare_int8(Activations& a, const Tensor& xq, int64_t m, int64_t k, const 
   });
   a.tables.clear();
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
-  if (V::fast_single && m == 1 && wants_tables(bits)) {
+  if (V::fast_single && m == 1 && wants_tables(bits) && effllm::single_wanted(bits, how)) {
     a.tables.resize(static_cast<size_t>(w.blocks * 256 + 64));
     effllm::build_tables(a.x.data(), w.blocks, const_cast<uint8_t*>(a.aligned_tables()));
   }
 #endif
-  (void)bits;
+  (void)bits, (void)how;
 }
 
 void prepare_float(Activations& a, const Tensor& x, int64_t m, int64_t k, const Weight& w, double zero, Type type) {
@@ -139,7 +136,7 @@ void multiply_expanded(const Tensor& x, const std::vector<Weight>& weights, int6
 
 // One or several weights that share x: y holds their outputs side by side.
 Tensor multiply(const Tensor& x_in, const float* xs, const std::vector<Tensor>& codes, const std::vector<Tensor>& scale, const std::vector<const void*>& minimum,
-                const std::optional<Tensor>& bias, const std::vector<int64_t>& n, int64_t bits, int64_t group, double zero, ScalarType dtype, const Choice& how) {
+                const std::optional<Tensor>& bias, const std::vector<int64_t>& n, int64_t bits, int64_t group, double zero, ScalarType dtype, const Plan& how) {
   const Tensor x = x_in.is_contiguous() ? x_in : torch::stable::contiguous(x_in);
   const int64_t k = x.size(x.dim() - 1), m = k ? x.numel() / k : 0;
   int64_t total = 0;
@@ -167,21 +164,21 @@ Tensor multiply(const Tensor& x_in, const float* xs, const std::vector<Tensor>& 
   }
 #endif
   static thread_local Activations a;  // keeps its buffers between calls
-  if (xs) prepare_int8(a, x, m, k, weights[0], zero, bits);
+  if (xs) prepare_int8(a, x, m, k, weights[0], zero, bits, how);
   else prepare_float(a, x, m, k, weights[0], zero, type_of(x.scalar_type()));
   run(weights, bits, a, xs, bias ? b.data() : nullptr, y.mutable_data_ptr(), type_of(dtype), how);
   return y;
 }
 
 Tensor linear(const Tensor x, const Tensor codes, const Tensor scale, std::optional<Tensor> minimum, std::optional<Tensor> bias, int64_t n, int64_t bits, int64_t group, double zero,
-              int64_t threads, int64_t unpack_from, int64_t expand_from) {
-  return multiply(x, nullptr, {codes}, {scale}, {minimum ? minimum->const_data_ptr() : nullptr}, bias, {n}, bits, group, zero, x.scalar_type(), {threads, unpack_from, expand_from});
+              int64_t threads, int64_t unpack_from, int64_t expand_from, int64_t rows, int64_t tiles, int64_t chunk) {
+  return multiply(x, nullptr, {codes}, {scale}, {minimum ? minimum->const_data_ptr() : nullptr}, bias, {n}, bits, group, zero, x.scalar_type(), {threads, unpack_from, expand_from, rows, tiles, chunk});
 }
 
 Tensor linear_a8(const Tensor xq, const Tensor xs, const Tensor codes, const Tensor scale, std::optional<Tensor> minimum, std::optional<Tensor> bias, int64_t n, int64_t bits, int64_t group,
-                 double zero, ScalarType dtype, int64_t threads, int64_t unpack_from) {
+                 double zero, ScalarType dtype, int64_t threads, int64_t unpack_from, int64_t rows, int64_t tiles, int64_t chunk) {
   const Tensor s = xs.is_contiguous() ? xs : torch::stable::contiguous(xs);
-  return multiply(xq, static_cast<const float*>(s.const_data_ptr()), {codes}, {scale}, {minimum ? minimum->const_data_ptr() : nullptr}, bias, {n}, bits, group, zero, dtype, {threads, unpack_from, 0});
+  return multiply(xq, static_cast<const float*>(s.const_data_ptr()), {codes}, {scale}, {minimum ? minimum->const_data_ptr() : nullptr}, bias, {n}, bits, group, zero, dtype, {threads, unpack_from, 0, rows, tiles, chunk});
 }
 
 std::vector<const void*> pointers(const std::vector<Tensor>& t, size_t count) {
@@ -196,23 +193,23 @@ std::vector<int64_t> rows_of(const std::vector<Tensor>& codes) {
 }
 
 Tensor linear_many(const Tensor x, std::vector<Tensor> codes, std::vector<Tensor> scale, std::vector<Tensor> minimum, int64_t bits, int64_t group, double zero, int64_t threads, int64_t unpack_from,
-                   int64_t expand_from) {
-  return multiply(x, nullptr, codes, scale, pointers(minimum, codes.size()), std::nullopt, rows_of(codes), bits, group, zero, x.scalar_type(), {threads, unpack_from, expand_from});
+                   int64_t expand_from, int64_t rows, int64_t tiles, int64_t chunk) {
+  return multiply(x, nullptr, codes, scale, pointers(minimum, codes.size()), std::nullopt, rows_of(codes), bits, group, zero, x.scalar_type(), {threads, unpack_from, expand_from, rows, tiles, chunk});
 }
 
 Tensor linear_a8_many(const Tensor xq, const Tensor xs, std::vector<Tensor> codes, std::vector<Tensor> scale, std::vector<Tensor> minimum, int64_t bits, int64_t group, double zero, ScalarType dtype,
-                      int64_t threads, int64_t unpack_from) {
+                      int64_t threads, int64_t unpack_from, int64_t rows, int64_t tiles, int64_t chunk) {
   const Tensor s = xs.is_contiguous() ? xs : torch::stable::contiguous(xs);
-  return multiply(xq, static_cast<const float*>(s.const_data_ptr()), codes, scale, pointers(minimum, codes.size()), std::nullopt, rows_of(codes), bits, group, zero, dtype, {threads, unpack_from, 0});
+  return multiply(xq, static_cast<const float*>(s.const_data_ptr()), codes, scale, pointers(minimum, codes.size()), std::nullopt, rows_of(codes), bits, group, zero, dtype, {threads, unpack_from, 0, rows, tiles, chunk});
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY(EFFLLM_NAMESPACE, m) {
-  m.def("linear(Tensor x, Tensor codes, Tensor scale, Tensor? minimum, Tensor? bias, int n, int bits, int group, float zero, int threads=0, int unpack_from=0, int expand_from=0) -> Tensor");
-  m.def("linear_a8(Tensor xq, Tensor xs, Tensor codes, Tensor scale, Tensor? minimum, Tensor? bias, int n, int bits, int group, float zero, ScalarType dtype, int threads=0, int unpack_from=0) -> Tensor");
-  m.def("linear_many(Tensor x, Tensor[] codes, Tensor[] scale, Tensor[] minimum, int bits, int group, float zero, int threads=0, int unpack_from=0, int expand_from=0) -> Tensor");
-  m.def("linear_a8_many(Tensor xq, Tensor xs, Tensor[] codes, Tensor[] scale, Tensor[] minimum, int bits, int group, float zero, ScalarType dtype, int threads=0, int unpack_from=0) -> Tensor");
+  m.def("linear(Tensor x, Tensor codes, Tensor scale, Tensor? minimum, Tensor? bias, int n, int bits, int group, float zero, int threads=0, int unpack_from=0, int expand_from=0, int rows=0, int tiles=0, int chunk=0) -> Tensor");
+  m.def("linear_a8(Tensor xq, Tensor xs, Tensor codes, Tensor scale, Tensor? minimum, Tensor? bias, int n, int bits, int group, float zero, ScalarType dtype, int threads=0, int unpack_from=0, int rows=0, int tiles=0, int chunk=0) -> Tensor");
+  m.def("linear_many(Tensor x, Tensor[] codes, Tensor[] scale, Tensor[] minimum, int bits, int group, float zero, int threads=0, int unpack_from=0, int expand_from=0, int rows=0, int tiles=0, int chunk=0) -> Tensor");
+  m.def("linear_a8_many(Tensor xq, Tensor xs, Tensor[] codes, Tensor[] scale, Tensor[] minimum, int bits, int group, float zero, ScalarType dtype, int threads=0, int unpack_from=0, int rows=0, int tiles=0, int chunk=0) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) {

@@ -19,7 +19,17 @@
 
 namespace effllm {
 
-constexpr int64_t kChunkBytes = 256 << 10;
+constexpr int64_t kChunkBytes = 512 << 10;
+
+// What the caller chose (choose.py); 0 is the kernel's own choice for every field.
+struct Plan {
+  int64_t threads;      // at most so many
+  int64_t unpack_from;  // rows from which codes are unpacked to bytes first
+  int64_t expand_from;  // rows from which they are expanded to bf16; 0: never
+  int64_t rows;         // tokens of a pass over the codes
+  int64_t tiles;        // tiles of 16 rows side by side
+  int64_t chunk;        // KiB of activations that are to stay in cache (unpack)
+};
 
 struct Weight {
   const uint8_t* codes;
@@ -29,6 +39,9 @@ struct Weight {
   int64_t n, tiles, blocks, groups, group;  // group 0: per channel
   int64_t ldy, col;     // columns of y, and the first one that is this weight's
 };
+
+// Whether one token of int8 activations takes the masked path (single.h), where it exists: with a part of one bit it loses.
+inline bool single_wanted(int64_t bits, const Plan& plan) { return plan.tiles > 0 || (plan.rows == 0 && bits % 2 == 0); }
 
 constexpr int part_width(int bits, int part) {  // 3 = 2+1, 5 = 4+1, 6 = 4+2, 7 = 4+2+1
   return bits == 8 ? (part == 0 ? 8 : 0)
@@ -160,37 +173,41 @@ template <class V, int BITS, int STEP> inline void unpack_steps(const uint8_t* b
   }
 }
 
-// MR tokens times two tiles whose codes lie as bytes in `flat` ([2][blocks * 8][64]).
-template <class V, bool WIDE, int D, int MR>
+// MR tokens times T tiles, `tiles` of which are there, whose codes lie as bytes in `flat` ([T][blocks * 8][64]).
+template <class V, bool WIDE, int D, int MR, int T>
 void gemm_block(const Weight& w, const Activations& x, const uint8_t* flat, int64_t tile, int tiles, int64_t m0, const float* out_scale, const float* bias, void* y, Type type) {
-  typename V::F sum[MR][2];
-  for (int m = 0; m < MR; ++m) sum[m][0] = sum[m][1] = V::zero_f();
+  typename V::F sum[MR][T];
+  for (int m = 0; m < MR; ++m)
+    for (int t = 0; t < T; ++t) sum[m][t] = V::zero_f();
   const int64_t steps = w.blocks * 8, per = x.seg / 4;
   const int8_t* row = x.row(m0, 0);
   const int64_t stride = x.stride();
-  const int64_t second = tiles > 1 ? steps * 64 : 0;
+  const uint8_t* at[T];
+  for (int t = 0; t < T; ++t) at[t] = flat + (t < tiles ? t : 0) * steps * 64;
   for (int64_t s = 0; s < x.segs; ++s) {
-    typename V::I acc[MR][2][D];
+    typename V::I acc[MR][T][D];
 #pragma GCC unroll 8
     for (int m = 0; m < MR; ++m)
-#pragma GCC unroll 2
-      for (int t = 0; t < 2; ++t)
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t)
 #pragma GCC unroll 3
         for (int d = 0; d < D; ++d) acc[m][t][d] = V::zero_i();
     const int64_t end = std::min(steps, (s + 1) * per);
     for (int64_t c = s * per; c < end; ++c) {
-      const auto a = V::load(flat + c * 64), b = V::load(flat + second + c * 64);
+      typename V::W codes[T];
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) codes[t] = V::load(at[t] + c * 64);
 #pragma GCC unroll 8
       for (int m = 0; m < MR; ++m)
 #pragma GCC unroll 3
         for (int d = 0; d < D; ++d) {
           const int8_t* p = row + (m * D + d) * stride + c * 4;
-          acc[m][0][d] = V::template dp<WIDE>(acc[m][0][d], a, p);
-          acc[m][1][d] = V::template dp<WIDE>(acc[m][1][d], b, p);
+#pragma GCC unroll 4
+          for (int t = 0; t < T; ++t) acc[m][t][d] = V::template dp<WIDE>(acc[m][t][d], codes[t], p);
         }
     }
-#pragma GCC unroll 2
-    for (int t = 0; t < 2; ++t) {
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
       if (t >= tiles) break;
       const int64_t g = ((tile + t) * w.groups + group_of(w, x, s)) * 16;
       const auto scale = load_scale<V>(w.scale, g, w.half);
@@ -217,37 +234,61 @@ template <class V, int BITS, int D> inline bool prefer_gemm(int64_t m) {
   return extract + 2 + m * D < gemv;  // + 2: store and load again
 }
 
+// Tokens m .. m + MR where so many are left, then half of it, down to one.
+template <class V, bool WIDE, int D, int MR, int T>
+inline void gemm_rows(const Weight& w, const Activations& x, const uint8_t* flat, int64_t tile, int tiles, int64_t m, int64_t end, const float* out_scale, const float* bias, void* y, Type type) {
+  for (; m + MR <= end; m += MR) gemm_block<V, WIDE, D, MR, T>(w, x, flat, tile, tiles, m, out_scale, bias, y, type);
+  if constexpr (MR > 1)
+    if (m < end) gemm_rows<V, WIDE, D, (MR > 4 ? 4 : MR > 2 ? 2 : 1), T>(w, x, flat, tile, tiles, m, end, out_scale, bias, y, type);
+}
+
+// The rows and tiles of a pass: as asked where that pass exists, else the nearest below. Passes are what 32 registers hold (vector.h).
+template <class V, bool WIDE, int D>
+inline void gemm_pass(const Plan& plan, const Weight& w, const Activations& x, const uint8_t* flat, int64_t tile, int tiles, int64_t m, int64_t end, const float* out_scale, const float* bias, void* y, Type type) {
+  constexpr int MR = V::gemm_rows >= 6 && D == 2 ? 4 : V::gemm_rows / D > 0 ? V::gemm_rows / D : 1;
+  const int64_t rows = plan.rows ? plan.rows : MR;
+  if constexpr (V::gemm_rows >= 6) {
+    if (plan.tiles == 4) return gemm_rows<V, WIDE, D, (D == 1 ? 4 : 2), 4>(w, x, flat, tile, tiles, m, end, out_scale, bias, y, type);
+    if (D == 1 && rows >= 8) return gemm_rows<V, WIDE, D, (D == 1 ? 8 : 1), 2>(w, x, flat, tile, tiles, m, end, out_scale, bias, y, type);
+    if (D == 1 && rows == 4) return gemm_rows<V, WIDE, D, (D == 1 ? 4 : 1), 2>(w, x, flat, tile, tiles, m, end, out_scale, bias, y, type);
+    if (D == 2 && rows == 3) return gemm_rows<V, WIDE, D, (D == 2 ? 3 : 1), 2>(w, x, flat, tile, tiles, m, end, out_scale, bias, y, type);
+  }
+  gemm_rows<V, WIDE, D, MR, 2>(w, x, flat, tile, tiles, m, end, out_scale, bias, y, type);
+}
+
+template <class V, int BITS, int D, int MR>
+inline void gemv_rows(const Weight& w, const Activations& x, int64_t tile, int64_t m, const float* out_scale, const float* bias, void* y, Type type) {
+  for (; m + MR <= x.m; m += MR) gemv_tile<V, BITS, D, MR>(w, x, tile, m, out_scale, bias, y, type);
+  if constexpr (MR > 1)
+    if (m < x.m) gemv_rows<V, BITS, D, MR / 2>(w, x, tile, m, out_scale, bias, y, type);
+}
+
 template <class V, int BITS, int D>
-void multiply_tiles(const Weight& w, const Activations& x, int64_t from, int64_t to, const float* out_scale, const float* bias, void* y, Type type, int64_t unpack_from) {
+void multiply_tiles(const Weight& w, const Activations& x, int64_t from, int64_t to, const float* out_scale, const float* bias, void* y, Type type, const Plan& plan) {
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
   if constexpr (D == 1 && V::fast_single)
-    if (x.m == 1) { gemv_single<V, BITS>(w, x, from, to, out_scale, bias, y, type); return; }
+    if (x.m == 1 && single_wanted(BITS, plan)) { gemv_single<V, BITS>(w, x, from, to, out_scale, bias, y, type, plan); return; }
 #endif
-  if (unpack_from > 0 ? x.m < unpack_from : !prefer_gemm<V, BITS, D>(x.m)) {
+  if (plan.unpack_from > 0 ? x.m < plan.unpack_from : !prefer_gemm<V, BITS, D>(x.m)) {
     for (int64_t t = from; t < to; ++t) {
-      int64_t m = 0;
-      for (; m + 4 <= x.m; m += 4) gemv_tile<V, BITS, D, 4>(w, x, t, m, out_scale, bias, y, type);
-      for (; m + 2 <= x.m; m += 2) gemv_tile<V, BITS, D, 2>(w, x, t, m, out_scale, bias, y, type);
-      for (; m < x.m; ++m) gemv_tile<V, BITS, D, 1>(w, x, t, m, out_scale, bias, y, type);
+      if (V::gemm_rows >= 6 && plan.rows == 8) gemv_rows<V, BITS, D, (V::gemm_rows >= 6 && D < 3 ? 8 : 4)>(w, x, t, 0, out_scale, bias, y, type);
+      else gemv_rows<V, BITS, D, 4>(w, x, t, 0, out_scale, bias, y, type);
     }
     return;
   }
-  constexpr int MR = V::gemm_rows / D > 0 ? V::gemm_rows / D : 1;
-  const int64_t steps = w.blocks * 8;
-  std::vector<uint8_t> flat(static_cast<size_t>(2 * steps * 64 + 64));
+  const int64_t steps = w.blocks * 8, side = V::gemm_rows >= 6 && plan.tiles == 4 ? 4 : 2;
+  std::vector<uint8_t> flat(static_cast<size_t>(side * steps * 64 + 64));
   uint8_t* aligned = flat.data() + (64 - reinterpret_cast<uintptr_t>(flat.data()) % 64) % 64;
   // tokens in chunks whose digits stay in the second-level cache while all tiles pass by; unpacking again costs about as much as one token
-  const int64_t chunk = std::max<int64_t>(8 * MR, kChunkBytes / (D * x.stride()) / MR * MR);
+  const int64_t held = (plan.chunk ? plan.chunk << 10 : kChunkBytes) / (D * x.stride());
+  const int64_t chunk = std::max<int64_t>(48, held / 24 * 24);
   for (int64_t m0 = 0; m0 < x.m; m0 += chunk)
-    for (int64_t t = from; t < to; t += 2) {
-      const int tiles = static_cast<int>(std::min<int64_t>(2, to - t));
+    for (int64_t t = from; t < to; t += side) {
+      const int tiles = static_cast<int>(std::min<int64_t>(side, to - t));
       for (int i = 0; i < tiles; ++i)
         for (int64_t b = 0; b < w.blocks; ++b)
           unpack_steps<V, BITS, 0>(w.codes + ((t + i) * w.blocks + b) * 64 * BITS, aligned + (i * steps + b * 8) * 64);
-      const int64_t end = std::min(x.m, m0 + chunk);
-      int64_t m = m0;
-      for (; m + MR <= end; m += MR) gemm_block<V, BITS == 8, D, MR>(w, x, aligned, t, tiles, m, out_scale, bias, y, type);
-      for (; m < end; ++m) gemm_block<V, BITS == 8, D, 1>(w, x, aligned, t, tiles, m, out_scale, bias, y, type);
+      gemm_pass<V, BITS == 8, D>(plan, w, x, aligned, t, tiles, m0, std::min(x.m, m0 + chunk), out_scale, bias, y, type);
     }
 }
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 
 from effllm.errors import KernelError
+from effllm.runtime.host import cache_root, cpu_flags, cpu_name
 
 HERE = Path(__file__).parent
 UNITS = ("bipolar.cpp", "attention.cpp", "lowrank.cpp")
@@ -49,37 +49,14 @@ ISAS: tuple[Isa, ...] = (
 )
 
 
-def cpu_flags() -> frozenset[str]:
-    """The processor's feature flags as Linux names them; empty where unknown."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                return frozenset(line.split(":", 1)[1].split())
-    except OSError:
-        pass
-    return frozenset()
-
-
-def cpu_name() -> str:
-    """The processor's model name."""
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
 def missing(isa: Isa) -> list[str]:
     """Processor flags that the build needs and this machine lacks."""
     return sorted(isa.needs - cpu_flags())
 
 
 def cache_dir() -> Path:
-    """Where libraries are kept: the user's cache directory by the XDG convention."""
-    base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(base) / "effllm" / "kernels"
+    """Where libraries are kept."""
+    return cache_root() / "kernels"
 
 
 def compiler() -> str:

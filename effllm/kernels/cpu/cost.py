@@ -5,8 +5,9 @@
 Instructions per 64 codes: extraction (mask, shift, merge of parts) `extract`, one dot product per token and digit; per 16 rows and
 segment a few to fold the sums with scale and offset.
 
-    registers  extracts again for every four tokens
-    unpack     extracts once, writes bytes and reads them for every token
+    registers  extracts again for every `rows` tokens
+    single     one token of int8: masks without shifting, sums of each field joined once a segment
+    unpack     extracts once for as many tokens as `chunk` holds, writes bytes and reads them for every `rows` tokens, `tiles` side by side
     expand     extracts once, writes bf16; PyTorch's product does the rest
 """
 
@@ -20,7 +21,9 @@ import sympy
 from effllm.autotune.cost import ACT, BANDWIDTH, BITS, CALL, DIGITS, GROUP, META, OUT, PARTS, WEIGHT_BYTES, K, M, Model, N
 
 SINGLE, ISSUE, PRODUCT, WAKE, THREADS = sympy.symbols("single issue product wake threads", positive=True)
-PATHS = ("registers", "unpack", "expand")
+ROWS, TILES, CHUNK = sympy.symbols("rows tiles chunk", positive=True, integer=True)
+PATHS = ("registers", "single", "unpack", "expand")
+PAD = 64  # bytes between the digits of two tokens (activation.h)
 
 _DOT = {"avx512": 1.0, "avx2": 6.0, "portable": 24.0}  # instructions of one 16-row x 4-column product
 _WIDTH = {"avx512": 1.0, "avx2": 2.0, "portable": 4.0}  # instructions per operation on 64 bytes
@@ -43,9 +46,17 @@ def _model(path: str, isa: str) -> Model:
     if path == "registers":
         # measured at 16 rows: each activation is broadcast again for every step, 1.6 (two digits: 2.2) instructions a product
         each = sympy.Piecewise((1, M <= 1), (1 + 0.6 * DIGITS, True))
-        instructions = steps * (extract * sympy.ceiling(M / 4) + M * DIGITS * dot * each) + fold * (3 + 3 * M) + take
+        instructions = steps * (extract * sympy.ceiling(M / ROWS) + M * DIGITS * dot * each) + fold * (3 + 3 * M) + take
     elif path == "unpack":
-        instructions = steps * (extract + 2 * width + 1.15 * M * DIGITS * dot) + fold * (2 + 3 * M) + take
+        held = sympy.Max(48, 24 * sympy.floor(CHUNK * 1024 / (DIGITS * (K + PAD)) / 24))  # tokens
+        rows = M / sympy.ceiling(M / ROWS)  # the last pass has what is left
+        loads = (TILES + rows * DIGITS) / (TILES * rows * DIGITS)  # codes and activations, per product
+        each = 0.85 + 0.45 * loads
+        instructions = steps * ((extract + 2 * width) * sympy.ceiling(M / held) + each * M * DIGITS * dot) + fold * (2 + 3 * M) + take
+    elif path == "single":
+        # a part of one bit goes through tables, which costs more than it saves; tiles side by side run out of registers
+        masks = 1.2 * PARTS + sympy.Piecewise((4, sympy.Eq(sympy.Mod(BITS, 2), 1)), (0, True))
+        instructions = (steps * (masks + 1) + fold * (6 + 4 * PARTS)) * sympy.Piecewise((1, TILES <= 1), (1.3, True)) + take
     else:
         instructions = steps * (extract + 40 * width)
     nbytes = WEIGHT_BYTES + M * (K * ACT + N * OUT)

@@ -28,7 +28,8 @@ template <int BITS> struct SingleAcc {
   }
 };
 
-// TILES tiles side by side, so that their accumulators hide the latency of the dot product and share table loads.
+// TILES tiles side by side share table loads and run as many streams of codes; their accumulators fill the registers, which costs more than
+// it gains unless memory is what limits.
 template <class V, int BITS, int TILES, bool AFFINE, bool HALF>
 inline void single_tiles(const Weight& w, const Activations& x, const uint8_t* tables, int64_t tile, float factor, const float* bias, void* y, Type type) {
   __m512 sum[TILES];
@@ -66,20 +67,25 @@ inline void single_tiles(const Weight& w, const Activations& x, const uint8_t* t
   }
 }
 
-template <class V, int BITS, bool AFFINE, bool HALF>
-void single_range(const Weight& w, const Activations& x, int64_t from, int64_t to, const float* out_scale, const float* bias, void* y, Type type) {
+template <class V, int BITS, int TILES, bool AFFINE, bool HALF>
+void single_range(const Weight& w, const Activations& x, int64_t t, int64_t to, const float* out_scale, const float* bias, void* y, Type type) {
   const float factor = out_scale ? 2.f * out_scale[0] : 2.f;
   const uint8_t* tables = x.tables.empty() ? nullptr : x.aligned_tables();
-  constexpr int TILES = BITS == 1 ? 4 : 2;
-  int64_t t = from;
   for (; t + TILES <= to; t += TILES) single_tiles<V, BITS, TILES, AFFINE, HALF>(w, x, tables, t, factor, bias, y, type);
   for (; t < to; ++t) single_tiles<V, BITS, 1, AFFINE, HALF>(w, x, tables, t, factor, bias, y, type);
 }
 
+template <class V, int BITS, int TILES>
+void single_any(const Weight& w, const Activations& x, int64_t from, int64_t to, const float* out_scale, const float* bias, void* y, Type type) {
+  const auto go = w.half ? (w.minimum ? single_range<V, BITS, TILES, true, true> : single_range<V, BITS, TILES, false, true>)
+                         : (w.minimum ? single_range<V, BITS, TILES, true, false> : single_range<V, BITS, TILES, false, false>);
+  go(w, x, from, to, out_scale, bias, y, type);
+}
+
 template <class V, int BITS>
-void gemv_single(const Weight& w, const Activations& x, int64_t from, int64_t to, const float* out_scale, const float* bias, void* y, Type type) {
-  const auto go = w.half ? (w.minimum ? single_range<V, BITS, true, true> : single_range<V, BITS, false, true>)
-                         : (w.minimum ? single_range<V, BITS, true, false> : single_range<V, BITS, false, false>);
+void gemv_single(const Weight& w, const Activations& x, int64_t from, int64_t to, const float* out_scale, const float* bias, void* y, Type type, const Plan& plan) {
+  const int64_t tiles = plan.tiles ? plan.tiles : 1;
+  const auto go = tiles >= 4 ? single_any<V, BITS, 4> : tiles >= 2 ? single_any<V, BITS, 2> : single_any<V, BITS, 1>;
   go(w, x, from, to, out_scale, bias, y, type);
 }
 
