@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,19 @@ def plan(model: nn.Module, recipe: Recipe) -> tuple[list[Site], list[Decision]]:
     return sites, kept
 
 
+def _bias(bias: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The linear's bias with what a solver moved into it (AFM), in the bias's dtype."""
+    if shift is None:
+        return bias
+    return shift.to(dtype) if bias is None else (bias.detach().double() + shift.double()).to(bias.dtype)
+
+
+def _split_shift(packed: Packed) -> tuple[Packed, Tensor | None]:
+    """A weight without its shift, which goes into the linear's bias, and the shift."""
+    rest = {k: t for k, t in packed.tensors.items() if k != "shift"}
+    return replace(packed, tensors=rest), packed.tensors.get("shift")
+
+
 def _identity(module: nn.Module) -> tuple[int, bool]:
     """Modules with the same identity share one matrix."""
     return id(module.weight), modules.is_transposed(module)
@@ -138,6 +151,7 @@ class Swap:
     def install(self, site: Site, packed: Packed | None) -> PackedWeight:
         """Swap one module; `packed` None means that its tied weight is already packed."""
         dense = site.module
+        packed, shift = (None, None) if packed is None else _split_shift(packed)
         weight = self.shared(site) if packed is None else None
         if weight is None:
             if packed is None:
@@ -146,7 +160,7 @@ class Swap:
             weight = weights.make(packed, act=act, dtype=dense.weight.dtype)
             self._shared.setdefault(_identity(dense), (site.params, weight))
         new: nn.Module
-        new = PackedLinear(weight, dense.bias) if site.kind == "linear" else PackedEmbedding(weight, dense.padding_idx)
+        new = PackedLinear(weight, _bias(dense.bias, shift, weight.dtype)) if site.kind == "linear" else PackedEmbedding(weight, dense.padding_idx)
         new.train(dense.training)
         # the dense module stays referenced until the whole model is done: then a failure can be undone
         for parent, leaf in self._places[id(dense)]:
@@ -171,8 +185,8 @@ def compress(model: Any, recipe: Any = "w8", calibration: Any = None, *, strict:
     model: an nn.Module (changed in place; returns the Report), or a local Hugging Face directory (read shard by shard with at most
     the packed model plus two dense layers in memory; returns (model, Report)). With calibration a directory needs the packed model,
     one dense decoder block or the embedding and the head, and the activations of the windows; where the model's blocks form no
-    chain the dense model is loaded whole and the report's notes say why. Weights that are tied stay tied. Parameters that require
-    grad are packed too: the packed weight is constant.
+    chain the dense model is loaded whole and the report's notes say why. Weights that are tied stay tied. The result is for
+    inference: every parameter is frozen (kernels have no gradients; `recover` and a requires_grad_() of yours open what they train).
     calibration: token windows, a LongTensor (windows, length), or an iterable of model inputs; turns on the second-order solver.
     progress: called with (done, total, name).
 
@@ -204,6 +218,8 @@ def compress(model: Any, recipe: Any = "w8", calibration: Any = None, *, strict:
         swap.rollback()
         raise
     swap.commit()
+    if sites:
+        model.requires_grad_(False)
     record(model, parsed.name)
     report.seconds = time.perf_counter() - start
     return Report(parsed.name, [report])
@@ -235,7 +251,8 @@ def _run(model: nn.Module, sites: list[Site], swap: Swap, report: PassReport, ca
 
         by_name = {s.name: s for s in sites if s.kind == "linear" and s.params.calibrates}
         covered = {name: (s.module, s.params) for name, s in by_name.items()}
-        calibrated(model, calibration, covered, lambda name, packed: finish(by_name[name], packed))
+        aims = any(params.aims_at_dense for _, params in covered.values())
+        calibrated(model, calibration, covered, lambda name, packed: finish(by_name[name], packed), targets=aims)
         direct = [s for s in direct if s.name not in by_name]
     with one_thread():
         for site in direct:

@@ -151,7 +151,8 @@ def _calibrate(
     if isinstance(found, str):
         return found
     linears = {name: (s.module, s.params) for name, s in covered.items()}
-    calibrated(model, calibration, linears, lambda name, packed: finish(covered[name], packed), chains={prefix: found}, around=resident.around)
+    aims = any(s.params.aims_at_dense for s in covered.values())
+    calibrated(model, calibration, linears, lambda name, packed: finish(covered[name], packed), chains={prefix: found}, around=resident.around, targets=aims)
     return ""
 
 

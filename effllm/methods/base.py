@@ -39,6 +39,11 @@ class Method:
         return self.names[0]
 
     @property
+    def aims_at_dense(self) -> bool:
+        """Whether calibration is to collect the dense model's inputs too, so that the solver can undo the drift of the layers before."""
+        return False
+
+    @property
     def label(self) -> str:
         """A few words for a table."""
         return self.method

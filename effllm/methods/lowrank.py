@@ -45,6 +45,11 @@ class LowRank(base.Method):
         return self.name not in DATA_FREE or self.allocation == "sensitivity"
 
     @property
+    def aims_at_dense(self) -> bool:
+        """Yes: what these leave of a layer is far from it, and the next layers can make up for a part."""
+        return self.calibrates
+
+    @property
     def label(self) -> str:
         """Solver, size and precision."""
         size = f"rank {self.rank}" if self.rank else f"{self.ratio:g} of the parameters"

@@ -42,6 +42,11 @@ class Monarch(base.Method):
         return self.solver in ("whitened", "descent")
 
     @property
+    def aims_at_dense(self) -> bool:
+        """Yes: what these leave of a layer is far from it, and the next layers can make up for a part."""
+        return self.calibrates
+
+    @property
     def label(self) -> str:
         """Size and blocks."""
         return f"monarch, {self.ratio:g} of the parameters, {self.blocks} blocks{'' if self.bits == 16 else f', {self.bits} bits'}"

@@ -59,6 +59,11 @@ class NM(base.Method):
         return self.name == "armor" or self.solver not in ("auto", "magnitude")
 
     @property
+    def aims_at_dense(self) -> bool:
+        """Yes: what these leave of a layer is far from it, and the next layers can make up for a part."""
+        return self.calibrates
+
+    @property
     def label(self) -> str:
         """Pattern and solver."""
         return f"{self.name} {self.pattern}, {self.solver if self.name == 'nm' else f'block {self.block}'}{'' if self.bits == 16 else f', {self.bits} bits'}"
