@@ -1,4 +1,4 @@
-"""Random operands of the low-rank ops with dense factors: what a candidate is verified and timed on (see inputs.py)."""
+"""Random operands of the low-rank ops: what a candidate is verified and timed on (see inputs.py)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch.nn.functional import linear
 from effllm.autotune.inputs import Expected, Operands, copied, parts
 from effllm.errors import TuneError
 from effllm.lowering.op import Problem
+from effllm.runtime import layouts
+from effllm.runtime.formats import bipolar as grid
 
 
 def lowrank(problem: Problem, layout: str, copies: int, seed: int) -> Operands:
@@ -48,6 +50,48 @@ def lowrank(problem: Problem, layout: str, copies: int, seed: int) -> Operands:
     nbytes = sum(t.numel() * t.element_size() for t in (*a, *b, *(t for t in tail if t is not None)))
     made = Operands([args], nbytes, lambda: _expected(x, a, b, channels, dense if nonzeros else None, problem.dtype))
     return made if copies == 1 else copied(made, copies)
+
+
+def bipolar(problem: Problem, layout: str, copies: int, seed: int) -> Operands:
+    """Operands of lowrank_bipolar_linear and its _many. Raises TuneError for sizes that cannot be."""
+    detail = {name: int(value) for name, value in problem.detail}
+    m, n, k, rank = problem.m or 1, problem.n, problem.k, detail["rank"]
+    first, second = (detail["b_bits"], detail["b_group"], bool(detail["b_affine"])), (problem.bits, problem.group, problem.affine)
+    if rank < 1 or any(not 1 <= bits <= 8 or group not in (grid.CHANNEL, *grid.GROUPS) for bits, group, _ in (first, second)):
+        raise TuneError("E-TUN-SHAPE", f"{problem.op}: {detail}", f"give a positive rank, 1 to 8 bits and groups of {(grid.CHANNEL, *grid.GROUPS)}")
+    g = torch.Generator().manual_seed(seed)
+    x = (torch.randn(m, k, generator=g) * 2.0 ** torch.randint(-3, 2, (m, 1), generator=g)).to(problem.dtype)
+    many = problem.op.endswith("_many")
+    sizes = parts(n) if many else [n]
+    ranks = parts(rank) if many else [rank]
+    if len(sizes) != len(ranks):
+        raise TuneError("E-TUN-SHAPE", f"{problem.op}: rank {rank} is too small for {len(sizes)} siblings", f"give at least {16 * len(sizes)}")
+    dense: list[list[Tensor]] = [[], []]
+    stored: list[list[dict[str, Tensor]]] = [[], []]
+    for size, r in zip(sizes, ranks, strict=True):
+        for which, (rows, columns, of) in enumerate(((size, r, second), (r, k, first))):
+            packed = _random(rows, columns, *of, problem.scale_dtype, g)
+            dense[which].append(grid.unpack(packed))
+            stored[which].append({key: t.to(problem.device) for key, t in layouts.get(layout).repack(packed).items()})
+    keys = ("codes", "scale", "minimum")
+    zeros = [grid.zero_point(bits, "affine" if affine else "symmetric") for bits, _, affine in (second, first)]
+    tail = (*second[:2], zeros[0], *first[:2], zeros[1])
+    args: tuple[Any, ...]
+    if many:
+        args = (x.to(problem.device), *([p[key] for p in of] if key in of[0] else [] for of in stored for key in keys), *tail)
+    else:
+        args = (x.to(problem.device), *(of[0].get(key) for of in stored for key in keys), None, n, rank, *tail)
+    nbytes = sum(t.numel() * t.element_size() for of in stored for p in of for t in p.values())
+    made = Operands([args], nbytes, lambda: _expected(x, dense[0], dense[1], None, None, problem.dtype))
+    return made if copies == 1 else copied(made, copies)
+
+
+def _random(rows: int, columns: int, bits: int, group: int, affine: bool, dtype: torch.dtype, g: torch.Generator) -> grid.Packed:
+    groups = grid.groups(columns, group)
+    codes = torch.randint(0, 2**bits, (rows, grid.padded(columns, group)), generator=g, dtype=torch.uint8)
+    scale = (torch.rand(rows, groups, generator=g) + 0.5) * 2.0 ** torch.randint(-4, 3, (rows, groups), generator=g) / 2**bits
+    low = torch.randn(rows, groups, generator=g).to(dtype) if affine else None
+    return grid.make(codes, scale.to(dtype), low, k=columns, bits=bits, group=group, grid="affine" if affine else "symmetric")
 
 
 def _spread(rows: int, columns: int, g: torch.Generator) -> Tensor:

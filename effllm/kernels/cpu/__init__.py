@@ -9,7 +9,7 @@ from torch import Tensor
 
 from effllm.autotune import use
 from effllm.errors import KernelError
-from effllm.kernels.cpu import build, lowrank
+from effllm.kernels.cpu import build, lowrank, lowrank_bipolar
 from effllm.kernels.cpu.build import ISAS, Isa
 from effllm.kernels.cpu.choose import CpuTuning, arguments, thresholds
 from effllm.lowering.op import OPS, Config, Problem, Provider, Verdict
@@ -46,6 +46,7 @@ def ensure(isa: Isa) -> None:
     for fake in (decode_attention, linear, linear_a8, linear_many, linear_a8_many):
         torch.library.register_fake(f"{isa.namespace}::{fake.__name__}", fake)
     torch.library.register_fake(f"{isa.namespace}::lowrank", lowrank.fake)
+    torch.library.register_fake(f"{isa.namespace}::lowrank_bipolar", lowrank_bipolar.fake)
     _loaded.add(isa.name)
 
 
@@ -79,7 +80,9 @@ def register() -> None:
     """Add the CPU providers to the ops. Builds nothing yet."""
     use.on_forget(thresholds.cache_clear)
     use.on_forget(lowrank.products_from.cache_clear)
+    use.on_forget(lowrank_bipolar.thresholds.cache_clear)
     for rank, isa in enumerate(reversed(ISAS), start=1):
         for op in ("bipolar_linear", "bipolar_linear_a8", "bipolar_linear_many", "bipolar_linear_a8_many", "decode_attention"):
             OPS[op].register(_provider(op, isa, rank))
         lowrank.register(isa, rank, ensure)
+        lowrank_bipolar.register(isa, rank, ensure)

@@ -72,38 +72,43 @@ struct Activations {
 
   // One token of floats.
   void take_float(int64_t i, const void* src, Type type, float factor) {
-    const float top = digits == 2 ? 127.f * 256.f : 127.f * 65536.f;
     float f[32];
-    int32_t q[32];
     for (int64_t s = 0; s < segs; ++s) {
       const int64_t from = s * seg, n = std::min(seg, k - from);
-      float big = 0;
-      bool finite = true;
-      for (int64_t c = 0; c < n; ++c) {
-        f[c] = load_as_float(src, i * k + from + c, type);
-        const float a = std::fabs(f[c]);
-        finite &= a <= 3.4e38f;
-        big = a > big ? a : big;
-      }
-      const size_t at = static_cast<size_t>(i * segs + s);
-      if (!finite) {  // the token's result is NaN, as the dense product's would be
-        step[at] = corr[at] = std::nanf("");
-        continue;
-      }
-      const float unit = big > 0 ? big / top : 0.f, inv = unit > 0 && std::isfinite(1.f / unit) ? 1.f / unit : 0.f;
-      int64_t sum = 0;
-      for (int64_t c = 0; c < n; ++c) q[c] = static_cast<int32_t>(std::nearbyint(f[c] * inv)), sum += q[c];
-      for (int d = digits - 1; d >= 0; --d) {
-        int8_t* dst = x.data() + (i * digits + d) * stride() + from;
-        for (int64_t c = 0; c < n; ++c) {
-          const int32_t up = (q[c] + 128) >> 8;
-          dst[c] = static_cast<int8_t>(d == 0 ? q[c] : q[c] - up * 256);
-          q[c] = up;
-        }
-      }
-      step[at] = unit;
-      corr[at] = factor * unit * static_cast<float>(sum);
+      for (int64_t c = 0; c < n; ++c) f[c] = load_as_float(src, i * k + from + c, type);
+      take_segment(i, s, f, n, factor);
     }
+  }
+
+  // The n columns of one segment of a token; none: the padding after the last.
+  void take_segment(int64_t i, int64_t s, const float* f, int64_t n, float factor) {
+    const float top = digits == 2 ? 127.f * 256.f : 127.f * 65536.f;
+    int32_t q[32];
+    float big = 0;
+    bool finite = true;
+    for (int64_t c = 0; c < n; ++c) {
+      const float a = std::fabs(f[c]);
+      finite &= a <= 3.4e38f;
+      big = a > big ? a : big;
+    }
+    const size_t at = static_cast<size_t>(i * segs + s);
+    if (!finite) {  // the token's result is NaN, as the dense product's would be
+      step[at] = corr[at] = std::nanf("");
+      return;
+    }
+    const float unit = big > 0 ? big / top : 0.f, inv = unit > 0 && std::isfinite(1.f / unit) ? 1.f / unit : 0.f;
+    int64_t sum = 0;
+    for (int64_t c = 0; c < n; ++c) q[c] = static_cast<int32_t>(std::nearbyint(f[c] * inv)), sum += q[c];
+    for (int d = digits - 1; d >= 0; --d) {
+      int8_t* dst = x.data() + (i * digits + d) * stride() + s * seg;
+      for (int64_t c = 0; c < n; ++c) {
+        const int32_t up = (q[c] + 128) >> 8;
+        dst[c] = static_cast<int8_t>(d == 0 ? q[c] : q[c] - up * 256);
+        q[c] = up;
+      }
+    }
+    step[at] = unit;
+    corr[at] = factor * unit * static_cast<float>(sum);
   }
 };
 

@@ -1,40 +1,22 @@
 // Registers the bipolar-INT linear ops of one instruction set against PyTorch's stable ABI. EFFLLM_NAMESPACE and EFFLLM_ISA come from
 // the builder (build.py). Threads are PyTorch's own.
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <optional>
-
 #include "bipolar.h"
 #include "expand.h"
+#include "packed.h"
 #include "single.h"
 
 namespace {
 
 using effllm::Activations;
 using effllm::Plan;
+using effllm::result;
+using effllm::type_of;
+using effllm::weight_of;
 using effllm::Type;
 using effllm::Weight;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using V = effllm::EFFLLM_ISA;
-
-Type type_of(ScalarType t) {
-  STD_TORCH_CHECK(t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half, "effllm: activations must be float32, bfloat16 or float16");
-  return t == ScalarType::Float ? Type::f32 : t == ScalarType::BFloat16 ? Type::bf16 : Type::f16;
-}
-
-Weight weight_of(const Tensor& codes, const Tensor& scale, const void* minimum, int64_t n, int64_t bits, int64_t group) {
-  STD_TORCH_CHECK(codes.dim() == 3 && codes.size(2) == 64 * bits && codes.is_contiguous(), "effllm: codes must be (tiles, blocks, 64 * bits), contiguous");
-  STD_TORCH_CHECK(scale.dim() == 3 && scale.size(0) == codes.size(0) && scale.size(2) == 16 && scale.is_contiguous(), "effllm: scale must be (tiles, groups, 16), contiguous");
-  STD_TORCH_CHECK(n > (codes.size(0) - 1) * 16 && n <= codes.size(0) * 16, "effllm: the number of rows does not fit the tiles");
-  STD_TORCH_CHECK(group == 0 || codes.size(1) * 32 <= scale.size(1) * group, "effllm: too few groups for the columns");
-  return {static_cast<const uint8_t*>(codes.const_data_ptr()), scale.const_data_ptr(), minimum, scale.scalar_type() == ScalarType::Half,
-          n, codes.size(0), codes.size(1), scale.size(1), group, n, 0};
-}
 
 template <int D> using Run = void (*)(const Weight&, const Activations&, int64_t, int64_t, const float*, const float*, void*, Type, const Plan&);
 template <int D> Run<D> pick(int64_t bits) {
@@ -95,13 +77,6 @@ void prepare_float(Activations& a, const Tensor& x, int64_t m, int64_t k, const 
   });
 }
 
-Tensor result(const Tensor& x, int64_t n, ScalarType dtype) {
-  std::vector<int64_t> shape(static_cast<size_t>(x.dim()));
-  for (int64_t i = 0; i < x.dim(); ++i) shape[static_cast<size_t>(i)] = x.size(i);
-  shape.back() = n;
-  return torch::stable::new_empty(x, shape, dtype);
-}
-
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
 template <int BITS> void expand(const Weight& w, int64_t k, float zero, int64_t from, int64_t to, int64_t origin, uint16_t* out, int64_t ld) {
   effllm::expand_tiles<V, BITS>(w, k, zero, from, to, origin, out, ld);
@@ -143,20 +118,14 @@ Tensor multiply(const Tensor& x_in, const float* xs, const std::vector<Tensor>& 
   std::vector<Weight> weights;
   for (size_t i = 0; i < codes.size(); ++i) {
     weights.push_back(weight_of(codes[i], scale[i], minimum[i], n[i], bits, group));
-    STD_TORCH_CHECK(k <= weights.back().blocks * 32 && k > (weights.back().blocks - (group > 32 ? group / 32 : 1)) * 32 - 32, "effllm: the activation's last dimension does not fit the weight");
+    effllm::check_columns(weights.back(), k);
     weights.back().col = total;
     total += n[i];
   }
   for (auto& w : weights) w.ldy = total;
   Tensor y = result(x, total, dtype);
   if (m == 0 || total == 0) return y;
-  std::vector<float> b;
-  if (bias) {
-    const Tensor t = torch::stable::contiguous(*bias);
-    b.resize(static_cast<size_t>(t.numel()));
-    const Type bt = type_of(t.scalar_type());
-    for (int64_t i = 0; i < t.numel(); ++i) b[static_cast<size_t>(i)] = effllm::load_as_float(t.const_data_ptr(), i, bt);
-  }
+  const std::vector<float> b = effllm::floats_of(bias, total);
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
   if (V::fast_bf16 && !xs && how.expand_from > 0 && m >= how.expand_from && x.scalar_type() == ScalarType::BFloat16) {
     multiply_expanded(torch::stable::view(x, {m, k}), weights, bits, static_cast<float>(zero), bias ? b.data() : nullptr, static_cast<uint16_t*>(y.mutable_data_ptr()));
@@ -204,6 +173,21 @@ Tensor linear_a8_many(const Tensor xq, const Tensor xs, std::vector<Tensor> code
 }
 
 }  // namespace
+
+namespace effllm {
+
+template <> void multiply_range<V>(const Weight& w, int64_t bits, const Activations& x, int64_t from, int64_t to, const float* bias, void* y, Type type, const Plan& how) {
+  const auto go = x.digits == 2 ? pick<2>(bits) : pick<3>(bits);
+  go(w, x, from, to, nullptr, bias, y, type, how);
+}
+
+template <>
+Tensor multiply_one<V>(const Tensor& x, const Tensor& codes, const Tensor& scale, const void* minimum, const std::optional<Tensor>& bias, int64_t n, int64_t bits, int64_t group, double zero,
+                       const Plan& how) {
+  return multiply(x, nullptr, {codes}, {scale}, {minimum}, bias, {n}, bits, group, zero, x.scalar_type(), how);
+}
+
+}  // namespace effllm
 
 STABLE_TORCH_LIBRARY(EFFLLM_NAMESPACE, m) {
   m.def("linear(Tensor x, Tensor codes, Tensor scale, Tensor? minimum, Tensor? bias, int n, int bits, int group, float zero, int threads=0, int unpack_from=0, int expand_from=0, int rows=0, int tiles=0, int chunk=0) -> Tensor");
