@@ -11,6 +11,7 @@ from effllm.errors import CalibrationError, WeightError
 from effllm.recipe import Bipolar
 from effllm.runtime.formats import bipolar
 from effllm.runtime.formats.base import Packed
+from effllm.solvers.moments import Moments
 from effllm.solvers.search import search
 
 
@@ -29,24 +30,24 @@ def check(w: Tensor, params: Bipolar) -> None:
         raise WeightError("E-WGT-PAD", f"{w.shape[1]} columns are no multiple of the group {params.group}", "allow padding (pad=true) or choose another group")
 
 
-def solve(w: Tensor, params: Bipolar, hessian: Tensor | None = None) -> Packed:
-    """Pack a dense (N, K) weight. With a Hessian (K, K) the second-order solver runs unless the recipe says "search"."""
+def solve(w: Tensor, params: Bipolar, moments: Moments | None = None) -> Packed:
+    """Pack a dense (N, K) weight. With moments of its inputs the second-order solver runs unless the recipe says "search"."""
     check(w, params)
-    if params.solver == "gptq" and hessian is None:
+    if params.solver == "gptq" and moments is None:
         raise CalibrationError("E-CAL-NONE", "the recipe asks for gptq, which needs calibration data", "pass calibration=, or use solver=search")
     w = w.detach()
     exponent = _far(w)
     if exponent:
-        near = solve((w.double() * 2.0**-exponent).float(), params, hessian)
+        near = solve((w.double() * 2.0**-exponent).float(), params, moments)
         for key in ("scale", "minimum"):
             if key in near.tensors:
                 near.tensors[key] = (near.tensors[key].double() * 2.0**exponent).float()
         return near
-    if hessian is None or params.solver == "search":
+    if moments is None or params.solver == "search":
         return search(w, params)
     from effllm.solvers.gptq import gptq
 
-    return gptq(w, params, hessian)
+    return gptq(w, params, moments.hessian)
 
 
 def _far(w: Tensor) -> int:

@@ -35,6 +35,13 @@ class Call:
         else:
             self.kwargs[place] = tensor
 
+    def rows(self, place: int | str) -> int:
+        """Rows of the hidden state (..., hidden) at `place`, or else of the first floating-point argument."""
+        named: list[tuple[int | str, Any]] = [*enumerate(self.args), *self.kwargs.items()]
+        values = [value for key, value in named if key == place] + [value for _, value in named]
+        found = next((v for v in values if isinstance(v, Tensor) and v.is_floating_point()), None)
+        return 0 if found is None else found.numel() // found.shape[-1]
+
 
 @dataclass
 class Chain:

@@ -17,7 +17,8 @@ from effllm.runtime.formats.base import Packed
 from effllm.runtime.packed import PackedLinear, PackedWeight
 from effllm.solvers import solve
 from effllm.solvers.calibrate import calibrated
-from effllm.solvers.statistics import Statistics
+from effllm.solvers.moments import Moments, of_inputs
+from effllm.solvers.statistics import Inputs, Statistics
 from tests.hf.tiny import tiny_llama
 from tests.models import Tied, relative
 
@@ -53,9 +54,12 @@ def test_statistics_are_the_sums_over_tokens() -> None:
             statistics.begin()
             a(one), b(one), c(y)
     flat = x.view(-1, 8)
-    torch.testing.assert_close(statistics.hessian("a"), 5 * flat.t() @ flat)
-    torch.testing.assert_close(statistics.hessian("c"), 2 * y.t() @ y)
-    assert statistics.hessian("a") is statistics.hessian("b")
+    torch.testing.assert_close(statistics.moments("a").hessian, 5 * flat.t() @ flat)
+    torch.testing.assert_close(statistics.moments("c").hessian, 2 * y.t() @ y)
+    moments = statistics.moments("a")
+    assert moments is statistics.moments("b") and moments.count == 30 and moments.cross is None
+    torch.testing.assert_close(moments.total, 3 * flat.sum(0))
+    torch.testing.assert_close(moments.magnitude, 3 * flat.abs().sum(0))
     assert statistics.stages() == [["a", "b"], ["c"]]
 
 
@@ -67,8 +71,12 @@ def test_inputs_that_part_ways_get_statistics_of_their_own() -> None:
         a(x), b(x)
         statistics.begin()
         a(x), b(y)
-    torch.testing.assert_close(statistics.hessian("a"), 2 * x.t() @ x)
-    torch.testing.assert_close(statistics.hessian("b"), x.t() @ x + y.t() @ y)
+    torch.testing.assert_close(statistics.moments("a").hessian, 2 * x.t() @ x)
+    b_moments = statistics.moments("b")
+    torch.testing.assert_close(b_moments.hessian, x.t() @ x + y.t() @ y)
+    torch.testing.assert_close(b_moments.total, x.sum(0) + y.sum(0))
+    torch.testing.assert_close(b_moments.magnitude, x.abs().sum(0) + y.abs().sum(0))
+    assert b_moments.count == 10 and statistics.moments("a").count == 10
 
 
 def test_later_layers_see_packed_inputs() -> None:
@@ -97,10 +105,88 @@ def test_later_layers_see_packed_inputs() -> None:
         dense(IDS)
     handle.remove()
     x = torch.cat(seen)
-    wanted = solve(target.weight, PARAMS, x.t() @ x)
+    wanted = solve(target.weight, PARAMS, of_inputs(x))
     got, want = bipolar.unpack(done["blocks.1.o"]), bipolar.unpack(wanted)
     # the sums round in another order, which can tip a code that lies between two levels
     assert (got != want).float().mean() < 0.02
+
+
+def test_dense_twins_part_ways_with_their_inputs() -> None:
+    """a and b share their input in the first pass only; the dense model shows both the same all along, then not."""
+    a, b = nn.Linear(4, 4), nn.Linear(4, 4)
+    x, y, d, e, f = (torch.randn(5, 4) for _ in range(5))
+    modules: dict[str, nn.Module] = {"a": a, "b": b}
+    with Inputs(modules) as dense:
+        for left, right in ((d, d), (e, f)):
+            dense.begin(5)
+            a(left), b(right)
+    with Statistics(modules, dense=dense) as statistics:
+        statistics.begin()
+        a(x), b(x)
+        statistics.begin()
+        a(y), b(y)
+    for name, second in (("a", e), ("b", f)):
+        moments = statistics.moments(name)
+        assert moments is not None and moments.cross is not None and moments.count == 10
+        torch.testing.assert_close(moments.cross, d.t() @ x + second.t() @ y)
+        torch.testing.assert_close(moments.hessian, x.t() @ x + y.t() @ y)
+
+
+def test_routed_inputs_have_no_dense_twin() -> None:
+    a, b = nn.Linear(4, 4), nn.Linear(4, 4)
+    x = torch.randn(5, 4)
+    with Inputs({"a": a, "b": b}) as dense:
+        dense.begin(5)
+        a(x), b(x[:3])
+    with Statistics({"a": a, "b": b}, dense=dense) as statistics:
+        statistics.begin()
+        a(x), b(x[2:])
+    left, right = statistics.moments("a"), statistics.moments("b")
+    assert left is not None and left.cross is not None and right is not None and right.cross is None
+
+
+@pytest.mark.parametrize("targets", [False, True])
+def test_dense_targets_follow_the_dense_model(targets: bool) -> None:
+    """cross = sum d x^T of every module, with x behind packed modules and d what the untouched model shows."""
+    torch.manual_seed(0)
+    model, twin = Tied(), Tied()
+    twin.load_state_dict(model.state_dict())
+    found: dict[str, Moments] = {}
+    packed: dict[str, Packed] = {}
+    weights = {id(m.weight): n for n, (m, _) in linears(model).items()}
+
+    def solver(w: Tensor, params: Bipolar, moments: Moments | None) -> Packed:
+        assert moments is not None
+        name = weights[id(w)]
+        found[name], packed[name] = moments, solve(w, params, moments)
+        return packed[name]
+
+    calibrated(model, IDS, linears(model), installer(model), targets=targets, solver=solver)
+    assert list(found) == list(linears(twin)) and no_hooks(model)
+    if not targets:
+        assert all(m.cross is None for m in found.values())
+        return
+    dense, done = inputs_of(twin, list(found)), dict[str, Tensor]()
+    for name in found:  # a module's input is behind all that was packed before it: in a pass over the model so far
+        done[name] = inputs_of(twin, [name])[name]
+        twin.get_submodule(name).weight = nn.Parameter(bipolar.unpack(packed[name]))
+    for name, moments in found.items():
+        assert moments.cross is not None
+        # q and k are packed after their statistics are complete, so k's input does not see q; here it does not read q either
+        torch.testing.assert_close(moments.cross, dense[name].t() @ done[name], rtol=1e-4, atol=1e-3)
+
+
+def inputs_of(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
+    """What modules read over all windows, (tokens, K)."""
+    seen: dict[str, list[Tensor]] = {n: [] for n in names}
+    handles = [
+        model.get_submodule(n).register_forward_pre_hook(lambda m, args, n=n: seen[n].append(args[0].reshape(-1, args[0].shape[-1]))) for n in names
+    ]
+    with torch.no_grad():
+        model(IDS)
+    for handle in handles:
+        handle.remove()
+    return {n: torch.cat(rows) for n, rows in seen.items()}
 
 
 def bert() -> tuple[nn.Module, Any]:
