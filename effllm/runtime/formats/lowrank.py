@@ -12,7 +12,7 @@ Layout (version 1):
     channels  int32 (c,)   optional: distinct input channels
     pivots    int32 (r,)   optional, not beside channels: distinct output rows, increasing
 
-Source: factorized linears after arXiv 2403.07378 (plain), the shift of arXiv 2306.02147's kind of feature regression, channels after LOST,
+Source: factorized linears after arXiv 2403.07378 (plain), the shift after atomic feature mimicking (KDD 2024), channels after LOST,
 pivots after arXiv 2501.19090; factors that are quantized themselves are ours.
 """
 
