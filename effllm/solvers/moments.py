@@ -16,7 +16,7 @@ class Moments:
 
     hessian (K, K) = sum x x^T; total (K,) = sum x; magnitude (K,) = sum |x|. `cross` (K, K) = sum d x^T, with d the input that the same
     layer has in the dense model: there where x comes from a compressed prefix, so that a solver can aim at the dense output.
-    fisher (N, K) = mean squared gradient of the loss per weight, for Fisher-weighted solvers.
+    dense_total (K,) = sum d, beside it. fisher (N, K) = mean squared gradient of the loss per weight, for Fisher-weighted solvers.
     """
 
     hessian: Tensor
@@ -25,6 +25,7 @@ class Moments:
     count: int
     cross: Tensor | None = None
     fisher: Tensor | None = None
+    dense_total: Tensor | None = None
 
     @property
     def mean(self) -> Tensor:
@@ -44,5 +45,8 @@ class Moments:
 def of_inputs(x: Tensor, dense: Tensor | None = None) -> Moments:
     """Moments of inputs x (tokens, K); `dense` (tokens, K) are the same tokens' inputs in the dense model."""
     x = x.double() if x.dtype == torch.float64 else x.float()
-    cross = None if dense is None else dense.to(x.dtype).t() @ x
-    return Moments(x.t() @ x, x.sum(0), x.abs().sum(0), x.shape[0], cross)
+    moments = Moments(x.t() @ x, x.sum(0), x.abs().sum(0), x.shape[0])
+    if dense is not None:
+        dense = dense.to(x.dtype)
+        moments.cross, moments.dense_total = dense.t() @ x, dense.sum(0)
+    return moments

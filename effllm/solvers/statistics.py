@@ -157,12 +157,13 @@ def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 
 def _empty(k: int, device: torch.device, *, cross: bool) -> Moments:
     square = torch.zeros(k, k, device=device)
-    return Moments(square, square.new_zeros(k), square.new_zeros(k), 0, square.clone() if cross else None)
+    row = square.new_zeros(k)
+    return Moments(square, row, row.clone(), 0, square.clone() if cross else None, dense_total=row.clone() if cross else None)
 
 
 def _copy(sums: Moments) -> Moments:
-    cross = None if sums.cross is None else sums.cross.clone()
-    return Moments(sums.hessian.clone(), sums.total.clone(), sums.magnitude.clone(), sums.count, cross)
+    cross, dense = (None if t is None else t.clone() for t in (sums.cross, sums.dense_total))
+    return Moments(sums.hessian.clone(), sums.total.clone(), sums.magnitude.clone(), sums.count, cross, dense_total=dense)
 
 
 def _add(sums: Moments, x: Tensor, twin: Tensor | None, sign: int = 1) -> None:
@@ -173,6 +174,8 @@ def _add(sums: Moments, x: Tensor, twin: Tensor | None, sign: int = 1) -> None:
     sums.magnitude.add_(flat.abs().sum(0), alpha=sign)
     sums.count += sign * flat.shape[0]
     if twin is None:
-        sums.cross = None
-    elif sums.cross is not None:
-        sums.cross.addmm_(twin.reshape(flat.shape).float().t(), flat, alpha=sign)
+        sums.cross = sums.dense_total = None
+    elif sums.cross is not None and sums.dense_total is not None:
+        other = twin.reshape(flat.shape).float()
+        sums.cross.addmm_(other.t(), flat, alpha=sign)
+        sums.dense_total.add_(other.sum(0), alpha=sign)
