@@ -60,7 +60,7 @@ def make(problem: Problem, layout: str, copies: int | None = None, seed: int = 0
         raise TuneError("E-TUN-SHAPE", f"{problem.op}: m={problem.m}, n={problem.n}, k={problem.k}", "give positive whole numbers")
     made: Operands = op.inputs(problem, layout, 1 if copies is None else copies, seed)
     if copies is None:
-        made = _copied(made, rotation(made.nbytes, problem.device))
+        made = copied(made, rotation(made.nbytes, problem.device))
     return made
 
 
@@ -78,7 +78,9 @@ def rotation(nbytes: int, device: str) -> int:
     return max(2, min(_MOST, -(-factor * cache_bytes(device) // max(1, nbytes))))
 
 
-def _copied(made: Operands, copies: int) -> Operands:
+def copied(made: Operands, copies: int) -> Operands:
+    """The same operands with `copies` copies of all tensors."""
+
     def clone(value: Any) -> Any:
         if isinstance(value, Tensor):
             return value.clone()
@@ -151,7 +153,7 @@ def bipolar_linear(problem: Problem, layout: str, copies: int, seed: int) -> Ope
         args = (*head, packed[0]["codes"], packed[0]["scale"], packed[0].get("minimum"), None, n, *tail)
     nbytes = sum(t.numel() * t.element_size() for p in packed for t in p.values())
     made = Operands([args], nbytes, lambda: _expected(problem, whole, x, xs, seed))
-    return made if copies == 1 else _copied(made, copies)
+    return made if copies == 1 else copied(made, copies)
 
 
 def _expected(problem: Problem, w: _Weight, x: Tensor, xs: Tensor | None, seed: int) -> list[Expected]:
