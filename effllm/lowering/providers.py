@@ -8,6 +8,7 @@ from effllm.errors import KernelError, nearest
 from effllm.lowering.op import OPS, Problem, Provider, Verdict
 
 _MODULES: dict[str, tuple[str, ...]] = {"cpu": ("effllm.kernels.cpu",), "cuda": ("effllm.kernels.triton",)}
+_FAMILIES = ("bipolar_linear", "attention", "lowrank_linear", "lowrank_bipolar_linear", "monarch_linear")
 _loaded: set[str] = set()
 _problems: dict[str, str] = {}  # device -> why its kernels are missing
 
@@ -16,7 +17,7 @@ def load(device: str) -> str:
     """Import the kernel package of a device type; returns why it is missing, or an empty string."""
     if device not in _loaded:
         _loaded.add(device)
-        for family in ("bipolar_linear", "attention", "lowrank_linear", "lowrank_bipolar_linear"):  # define the ops that kernels register with
+        for family in _FAMILIES:  # define the ops that kernels register with
             importlib.import_module(f"effllm.lowering.{family}")
         for module in _MODULES.get(device, ()):
             try:

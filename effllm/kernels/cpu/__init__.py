@@ -9,7 +9,7 @@ from torch import Tensor
 
 from effllm.autotune import use
 from effllm.errors import KernelError
-from effllm.kernels.cpu import build, lowrank, lowrank_bipolar
+from effllm.kernels.cpu import build, lowrank, lowrank_bipolar, monarch
 from effllm.kernels.cpu.build import ISAS, Isa
 from effllm.kernels.cpu.choose import CpuTuning, arguments, thresholds
 from effllm.lowering.op import OPS, Config, Problem, Provider, Verdict
@@ -43,7 +43,7 @@ def ensure(isa: Isa) -> None:
     def decode_attention(q, k, v, mask, scale):  # type: ignore[no-untyped-def]
         return q.new_empty(q.shape)
 
-    for fake in (decode_attention, linear, linear_a8, linear_many, linear_a8_many):
+    for fake in (decode_attention, linear, linear_a8, linear_many, linear_a8_many, *monarch.FAKES):
         torch.library.register_fake(f"{isa.namespace}::{fake.__name__}", fake)
     torch.library.register_fake(f"{isa.namespace}::lowrank", lowrank.fake)
     torch.library.register_fake(f"{isa.namespace}::lowrank_bipolar", lowrank_bipolar.fake)
@@ -76,13 +76,28 @@ def _provider(op: str, isa: Isa, rank: int) -> Provider:
     return Provider(f"cpu-{isa.name}", op, "cpu", "tile16", lambda p: supports(p, isa), run if attention else linear, tuning, lambda: ensure(isa), rank=rank)
 
 
+def _monarch(op: str, isa: Isa, rank: int) -> Provider:
+    def verdict(problem: Problem) -> Verdict:
+        why = monarch.refusal(problem)
+        return Verdict(False, why) if why else supports(problem, isa)
+
+    def call(*args: Any, problem: Problem, config: Config | None = None) -> Tensor:
+        ensure(isa)
+        y: Tensor = getattr(getattr(torch.ops, isa.namespace), op)(*args, **monarch.arguments(problem, config, isa.name))
+        return y
+
+    return Provider(f"cpu-{isa.name}", op, "cpu", monarch.LAYOUTS[op], verdict, call, monarch.MonarchTuning(isa.name), lambda: ensure(isa), rank=rank)
+
+
 def register() -> None:
     """Add the CPU providers to the ops. Builds nothing yet."""
     use.on_forget(thresholds.cache_clear)
-    use.on_forget(lowrank.products_from.cache_clear)
-    use.on_forget(lowrank_bipolar.thresholds.cache_clear)
+    for cached in (lowrank.products_from, lowrank_bipolar.thresholds, monarch.matmul_from):
+        use.on_forget(cached.cache_clear)
     for rank, isa in enumerate(reversed(ISAS), start=1):
         for op in ("bipolar_linear", "bipolar_linear_a8", "bipolar_linear_many", "bipolar_linear_a8_many", "decode_attention"):
             OPS[op].register(_provider(op, isa, rank))
         lowrank.register(isa, rank, ensure)
         lowrank_bipolar.register(isa, rank, ensure)
+        for op in monarch.OPS:
+            OPS[op].register(_monarch(op, isa, rank))

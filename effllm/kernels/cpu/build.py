@@ -21,8 +21,8 @@ from effllm.errors import KernelError
 from effllm.runtime.host import cache_root, cpu_flags, cpu_name
 
 HERE = Path(__file__).parent
-UNITS = ("bipolar.cpp", "attention.cpp", "lowrank.cpp", "lowrank_bipolar.cpp")
-SOURCES = (*UNITS, "bipolar.h", "expand.h", "single.h", "lookup.h", "activation.h", "vector.h", "gemv.h", "phases.h", "operands.h", "sparse.h", "packed.h")
+UNITS = tuple(sorted(p.name for p in HERE.glob("*.cpp")))
+SOURCES = (*UNITS, *sorted(p.name for p in HERE.glob("*.h")))
 _TARGET = "0x020b000000000000"  # stable ABI as of torch 2.11
 
 
