@@ -18,7 +18,7 @@ from effllm.lowering.op import Config
 
 _SHARED = 1.0  # variance of the error that all configurations share: a machine's constants may be far off
 _NOISE = 1e-4  # variance of a measurement: about 1 %
-_SIZES = tuple((s, own * s) for s in (0.02, 0.05, 0.1, 0.2, 0.4) for own in (0.3, 1.0))  # standard deviations: per value, own
+_SIZES = tuple((s, own * s) for s in (0.05, 0.1, 0.2, 0.3) for own in (0.5, 1.0))  # standard deviations: per value, own
 
 
 class Learned:

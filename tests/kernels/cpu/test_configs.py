@@ -31,7 +31,8 @@ def provider(op: str, isa: str) -> Provider:
 
 def problems(bits: int) -> Iterator[Problem]:
     """Odd and even rows around the sizes of a pass, columns that do not fill a block, outputs that do not fill a tile."""
-    for act, dtype, group, affine in (("a8", torch.float32, 32, True), ("a16", torch.bfloat16, 64, False), ("a16", torch.float32, 16, True), ("a8", torch.bfloat16, 0, False)):
+    kinds = (("a8", torch.float32, 32, True), ("a16", torch.bfloat16, 64, False), ("a16", torch.float32, 16, True), ("a8", torch.bfloat16, 0, False))
+    for act, dtype, group, affine in kinds:
         op = "bipolar_linear_a8" if act == "a8" else "bipolar_linear"
         for m in (1, 3, 8, 13, 53):
             yield Problem(op, 77, 208 if group in (0, 16) else 224 if group == 32 else 256, bits, group, affine, act, m, dtype)
