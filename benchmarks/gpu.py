@@ -1,10 +1,10 @@
-"""Packed GEMV and GEMM on a CUDA or ROCm GPU: verified, tuned over the cost model's best candidates, timed with a cold L2 cache.
+"""Packed GEMV and GEMM on a CUDA or ROCm GPU: verified, tuned as `effllm tune` does, timed in turns with a cold L2 cache.
 
 Every timing is a CUDA graph of one call per weight copy; the copies together exceed four times the L2 cache, so each call reads
 its weight from memory. Each is kept in the tuning store, wrong results and failures as such. Achieved bandwidth (packed bytes over
 time) stands next to the device's measured copy bandwidth, and the time next to the bound that no kernel can beat.
 
-    python -m benchmarks.gpu [--json FILE] [--rows 1 16] [--top 12]
+    python -m benchmarks.gpu [--json FILE] [--rows 1 16] [--budget 20]
     python -m benchmarks.gpu --predict [cuda:90]     what the cost model says of a GPU that need not be there
 """
 
@@ -129,52 +129,35 @@ def l2_bytes() -> int:
     return int(machines.gpu("cuda")["l2"])
 
 
-def time_shape(n: int, k: int, bits: int, m: int, top: int, copy: float, act: str = "a16") -> dict[str, Any]:
-    """Tune over the `top` cheapest candidates and time the best; predicted and measured times stand side by side."""
-    from benchmarks.gpu_tuning import GROUP, measure, problem_of
-    from effllm.autotune import fingerprint, use
+def time_shape(n: int, k: int, bits: int, m: int, budget_s: float, copy: float, act: str = "a16") -> dict[str, Any]:
+    """Tune within a budget, then time the winner, the model's first choice and the peers in turns; predicted and measured stand side by side."""
+    from benchmarks.gpu_tuning import GROUP, problem_of, tune_and_compare
+    from effllm.autotune import use
     from effllm.autotune.store import open_store
-    from effllm.kernels.triton import launch
-    from effllm.kernels.triton.choose import TritonTuning
-    from effllm.lowering.bipolar_linear import provider, quantize_activation
-    from effllm.runtime.formats import bipolar
-    from effllm.runtime.layouts import words
+    from effllm.lowering.bipolar_linear import provider
 
-    packed = weight(n, k, bits, GROUP, "symmetric", 0)
-    first = words.repack(packed)
-    nbytes = sum(t.numel() * t.element_size() for t in first.values())
-    tensors = [first] + [{key: t.clone() for key, t in first.items()} for _ in range(copies(nbytes, l2_bytes()) - 1)]
-    x: Tensor = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    xq, xs = quantize_activation(x) if act == "a8" else (x, None)
-    zero = bipolar.zero_point(bits, "symmetric")
-
-    def clock(tiles: Any) -> tuple[float, float]:
-        def call(t: dict[str, Tensor]) -> Tensor:
-            return launch.linear(xq, xs, t["codes"], t["scale"], None, None, n=n, bits=bits, group=GROUP, zero=zero, dtype=x.dtype, config=tiles)
-
-        return graph_seconds([lambda t=t: call(t) for t in tensors])
-
-    problem, tuning = problem_of(n, k, bits, m, act), TritonTuning()
-    timed = measure(problem, tuning.ranked(problem)[:top], checker(packed, x, act), clock, open_store(), fingerprint.environment("cuda"))
+    problem = problem_of(n, k, bits, m, act)
+    ours = provider(problem.op, "triton")
+    row = tune_and_compare(problem, ours, open_store(), budget_s, None, peers(n, k, bits, m, act))
     use.forget()
-    if not timed:
-        raise SystemExit(f"no configuration of {problem} computes a right result; `effllm cache` lists what was tried")
-    best = min(timed, key=lambda row: row["us"])
+    row |= {"n": n, "k": k, "m": m, "bits": bits, "group": GROUP, "act": act, "chosen": use.choose(ours, problem).note}
+    return row | {"of_copy": row["gb_s"] * 1e9 / copy if "gb_s" in row else None}
+
+
+def peers(n: int, k: int, bits: int, m: int, act: str) -> dict[str, Callable[[int], Any]]:
+    """Calls on the i-th of several weights: dense bf16, and where they take the problem gemlite and the int4 kernel of torch."""
+    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
     dense = [torch.randn(n, k, device="cuda", dtype=x.dtype) for _ in range(copies(2 * n * k, l2_bytes()))]
-    dense_seconds, _ = graph_seconds([lambda w=w: torch.nn.functional.linear(x, w) for w in dense])
-    rate = nbytes / best["us"] * 1e6
-    bound = tuning.predict(problem, best["config"]).bound
-    return {
-        "n": n, "k": k, "m": m, "bits": bits, "group": GROUP, "act": act, "bytes": nbytes, **best, "first_choice_us": timed[0]["us"],
-        "gb_s": rate / 1e9, "of_copy": rate / copy, "bound_us": bound * 1e6, "of_bound": bound * 1e6 / best["us"],
-        "dense_bf16_us": dense_seconds * 1e6, "chosen": use.choose(provider(problem.op, "triton"), problem).note, "tuned": timed,
-    }  # fmt: skip
+    found: dict[str, Callable[[int], Any]] = {"dense_bf16": lambda i: torch.nn.functional.linear(x, dense[i % len(dense)])}
+    if act == "a16" and importlib.util.find_spec("gemlite") is not None:
+        found["gemlite"] = gemlite(n, k, bits, m)
+    if act == "a16" and bits == 4 and torch.version.cuda:
+        found["tinygemm"] = tinygemm(n, k, x)
+    return found
 
 
-def time_gemlite(n: int, k: int, bits: int, m: int) -> float | None:
-    """Seconds of gemlite's kernel on the same problem in fp16, where it is installed."""
-    if importlib.util.find_spec("gemlite") is None:
-        return None
+def gemlite(n: int, k: int, bits: int, m: int) -> Callable[[int], Any]:
+    """gemlite's kernel on the same problem in fp16."""
     from gemlite.core import DType, GemLiteLinear
 
     from benchmarks.gpu_tuning import GROUP
@@ -187,21 +170,19 @@ def time_gemlite(n: int, k: int, bits: int, m: int) -> float | None:
         layer.pack(codes, torch.rand(groups, device="cuda").half(), torch.full(groups, 2.0 ** (bits - 1), device="cuda").half(), None)
         layers.append(layer)
     x = torch.randn(m, k, device="cuda", dtype=torch.float16)
-    return graph_seconds([lambda layer=layer: layer(x) for layer in layers])[0]
+    return lambda i: layers[i % len(layers)](x)
 
 
-def time_tinygemm(n: int, k: int, m: int) -> float:
-    """Seconds of torch's int4 kernel, the one torchao's int4 weight-only uses."""
+def tinygemm(n: int, k: int, x: Tensor) -> Callable[[int], Any]:
+    """torch's int4 kernel, the one torchao's int4 weight-only uses."""
     from benchmarks.gpu_tuning import GROUP
 
-    inner = 8
     weights = []
     for _ in range(copies(n * k // 2, l2_bytes())):
         codes = torch.randint(0, 256, (n, k // 2), device="cuda", dtype=torch.uint8)
-        weights.append(torch._convert_weight_to_int4pack(codes, inner))
+        weights.append(torch._convert_weight_to_int4pack(codes, 8))
     scales = torch.rand(k // GROUP, n, 2, device="cuda", dtype=torch.bfloat16)
-    x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-    return graph_seconds([lambda w=w: torch._weight_int4pack_mm(x, w, GROUP, scales) for w in weights])[0]
+    return lambda i: torch._weight_int4pack_mm(x, weights[i % len(weights)], GROUP, scales)
 
 
 def versions() -> dict[str, Any]:
@@ -215,12 +196,24 @@ def versions() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def line(row: dict[str, Any]) -> str:
+    """A row in one line."""
+    at = f"m={row['m']} {row['n']}x{row['k']} w{row['bits']}{row['act']}"
+    if "tuned_us" not in row:
+        return f"{at}: not timed, {row['refused']}"
+    others = ", ".join(f"{name} {row[f'{name}_us']:.1f}" for name in ("dense_bf16", "gemlite", "tinygemm") if f"{name}_us" in row)
+    return (
+        f"{at}: {row['tuned_us']:.2f} us (quartiles {row['tuned_spread_us']:.2f} apart), {row['gb_s']:.0f} GB/s, {row['of_copy']:.0%} of copy, "
+        f"{row['of_bound']:.0%} of bound, predicted {row['predicted_us']:.2f}, model's first {row['first_us']:.2f}, {row['trials']} trials, {others}"
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run everything and write one JSON file under benchmarks/results/."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rows", type=int, nargs="+", default=[1])
-    parser.add_argument("--top", type=int, default=12, help="candidates of the cost model to time")
+    parser.add_argument("--budget", type=float, default=20.0, help="seconds of tuning per problem; what was measured before is not measured again")
     parser.add_argument("--predict", nargs="?", const="cuda:90", metavar="CLASS", help="print the cost model's figures and measure nothing")
     args = parser.parse_args(argv)
     if args.predict:
@@ -235,25 +228,15 @@ def main(argv: list[str] | None = None) -> int:
     copy = copy_bandwidth()
     report["machine"]["copy_gb_s"] = copy / 1e9
     print(f"{report['machine']['gpu']}: {len(report['verified'])} results verified, copy {copy / 1e9:.0f} GB/s")
+    path = args.json or RESULTS / f"gpu-{report['machine']['gpu'].lower().replace(' ', '-')}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     for m in args.rows:
         for n, k in SHAPES:
             for bits, act in [(b, "a16") for b in BITS] + [(4, "a8")]:
-                row = time_shape(n, k, bits, m, args.top, copy, act)
-                if act == "a16":
-                    gemlite = time_gemlite(n, k, bits, m)
-                    row["gemlite_us"] = None if gemlite is None else gemlite * 1e6
-                    row["tinygemm_us"] = time_tinygemm(n, k, m) * 1e6 if bits == 4 and torch.version.cuda else None
+                row = time_shape(n, k, bits, m, args.budget, copy, act)
                 report["rows"].append(row)
-                peers = ", ".join(f"{name} {row[f'{name}_us']:.1f}" for name in ("gemlite", "tinygemm") if row.get(f"{name}_us"))
-                print(
-                    f"m={m} {n}x{k} w{bits}{act}: {row['us']:.2f} us ±{row['spread']:.0%}, {row['gb_s']:.0f} GB/s, {row['of_copy']:.0%} of copy, "
-                    f"{row['of_bound']:.0%} of bound, "
-                    f"predicted {row['predicted_us']:.2f}, model's first {row['first_choice_us']:.2f}, dense bf16 {row['dense_bf16_us']:.1f} {peers}",
-                    flush=True,
-                )
-    path = args.json or RESULTS / f"gpu-{report['machine']['gpu'].lower().replace(' ', '-')}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n")
+                path.write_text(json.dumps(report, indent=1) + "\n")  # what was measured stays if the session ends
+                print(line(row), flush=True)
     print(path)
     return 0
 

@@ -1,22 +1,19 @@
-"""What benchmarks/gpu.py tunes with: verified timings kept in the tuning store, and the cost model's figures without a GPU."""
+"""What benchmarks/gpu.py tunes with: the search, worker and interleaved clock of `effllm tune`, and the cost model's figures without a GPU."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from effllm.autotune import gpus
-from effllm.autotune.fingerprint import Environment
-from effllm.autotune.key import Key
-from effllm.autotune.measurement import Measurement
+from effllm.autotune import gpus, inputs, measure, search
 from effllm.autotune.store import Store
-from effllm.lowering.op import Problem
+from effllm.autotune.worker import Worker
+from effllm.lowering.op import Config, Problem, Provider
 
 GROUP = 128
-REPEATS = 20  # replays of a graph
 
 
 def problem_of(n: int, k: int, bits: int, m: int | None, act: str = "a16", group: int = GROUP, affine: bool = False) -> Problem:
@@ -30,40 +27,38 @@ def right(errors: tuple[float, float]) -> bool:
     return got <= 2 * plain + 2.0**-14
 
 
-def measure(
-    problem: Problem, ranked: list[tuple[float, Any]], check: Callable[[Any], tuple[float, float]], clock: Callable[[Any], tuple[float, float]],
-    store: Store, environment: Environment,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """Verify and time configurations, each kept in the store: the timed ones, in the order given.
+def tune_and_compare(
+    problem: Problem, provider: Provider, store: Store, budget_s: float, runner: search.Runner | None, others: Mapping[str, Callable[[int], object]], *,
+    seconds: float | None = None, slack: float | None = measure.SLACK, **more: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """Search as `effllm tune` does, in a worker process unless a runner is given; then the winner, the model's first choice and `others` in turns.
 
-    A configuration that this software is known to compute wrongly, or not at all, is not tried again. `clock` returns seconds and relative spread.
+    `others` take the number of a weight copy. Times and spreads (interquartile) in microseconds. Raises TuneError; SystemExit where nothing is right.
     """
-    key = Key.of(problem, "triton")
-    known, timed = store.results(key, environment), []
-    for predicted, tiles in ranked:
-        base = Measurement(key, tiles.config(), "wrong", environment, predicted=predicted)
-        if base.config_text in known and known[base.config_text].status != "ok":
-            continue
-        try:
-            if right(check(tiles)):
-                seconds, spread = clock(tiles)
-                base = replace(base, status="ok", seconds=seconds, spread=seconds * spread, n=REPEATS)
-                timed.append({"config": tiles.config(), "us": seconds * 1e6, "spread": spread, "predicted_us": predicted * 1e6})
-        except (RuntimeError, triton_errors()) as error:  # of the compiler or the launch; an illegal access ends the next call
-            short = "out of memory" in str(error).lower() or "out of resource" in str(error).lower()
-            base = replace(base, status="oom" if short else "error")
-        store.append(base)
-    return timed
+    tuning = provider.tuning
+    assert tuning is not None
+    with contextlib.ExitStack() as stack:
+        found = search.tune(provider, problem, store, budget_s, runner or stack.enter_context(Worker(seconds=seconds, slack=slack)), **more)
+    if found.best is None:
+        raise SystemExit(f"no configuration of {problem} computes a right result: {'; '.join(found.notes)}")
+    operands = inputs.make(problem, provider.layout)
+    configs = {"tuned": found.best.config, "first": tuning.first(problem)}
 
+    def ours(config: Config) -> Callable[[int], object]:
+        return lambda i: provider.call(*operands.args[i % len(operands.args)], problem=problem, config=config)
 
-def triton_errors() -> type[Exception]:
-    """What Triton raises for a kernel that it cannot compile or fit."""
-    try:
-        from triton.errors import TritonError
-    except ImportError:
-        return RuntimeError
-    found: type[Exception] = TritonError
-    return found
+    calls = [*(ours(c) for c in configs.values()), *others.values()]
+    session = measure.time_interleaved(calls, len(operands.args), device=problem.device, seconds=seconds, slack=slack)
+    row: dict[str, Any] = {"config": dict(found.best.config), "bytes": operands.nbytes, "trials": len(found.trials), "new": found.measured}
+    row |= {"stopped": found.stopped, "spearman": found.spearman, "refused": session.refused or None, "notes": found.notes}
+    for name, timing in zip([*configs, *others], session.timings, strict=False):
+        row |= {f"{name}_us": timing.seconds * 1e6, f"{name}_spread_us": timing.spread * 1e6}
+    predicted = tuning.predict(problem, found.best.config)
+    row |= {"predicted_us": predicted.seconds * 1e6, "bound_us": found.bound * 1e6}
+    if session.timings:
+        row |= {"gb_s": operands.nbytes / row["tuned_us"] / 1e3, "of_bound": row["bound_us"] / row["tuned_us"]}
+    tried = [{"config": dict(t.config), "status": t.status, "us": t.seconds and t.seconds * 1e6, "predicted_us": t.predicted * 1e6} for t in found.trials]
+    return row | {"tried": tried}
 
 
 def predict(name: str) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 from effllm.autotune import artifacts
 from effllm.autotune.difference import Difference, compare, distance
 from effllm.autotune.fingerprint import Environment, Scalar, environment
-from effllm.autotune.key import Key, bucket, provider_source
+from effllm.autotune.key import Key, bucket, problem_of, provider_source
 from effllm.autotune.measurement import Measurement
 from effllm.autotune.store import Store
 from effllm.errors import TuneError, nearest
+from effllm.lowering.op import OPS, YES, Verdict
 
 _NOT_ASKED = ("op", "source")  # of the key: not part of a shape
 
@@ -52,7 +54,9 @@ def why(op: str, shape: str, directory: Path | None) -> dict[str, Any]:
     if not compared:
         return result | {"line": f"the store {store.directory} has no entry of {op}"}
     _, _, entry, wanted, now, differences = min(compared, key=lambda c: c[:2])
-    found = store.find(wanted, environment=now) if now is not None else None
+    found = store.find(wanted, _legal(wanted), now) if now is not None else None
+    if found is None and now is not None:
+        differences = [*differences, *_refused(wanted, entry)]
     line = _verdict(entry, differences) if found is None else f"an entry applies: {found.note}"
     best = found.entry if found is not None else entry
     if found is not None:
@@ -74,6 +78,21 @@ def _wanted(m: Measurement, asked: dict[str, Scalar]) -> list[tuple[Key, Environ
     key = Key(m.key.op, provider, source, problem, bucket(_whole("m", rows)), _whole("align", own.get("align", m.key.align)))
     now = _environment(key.device)
     return [(key, now, compare(m, key, now))]
+
+
+def _legal(key: Key) -> Callable[[Mapping[str, Scalar]], Verdict] | None:
+    """Whether the key's kernel still takes a configuration; None for a kernel or problem that this version does not have."""
+    problem = problem_of(key)
+    provider = OPS[key.op].providers.get(key.provider) if problem is not None and key.op in OPS else None
+    tuning = provider.tuning if provider is not None else None
+    return None if tuning is None or problem is None else lambda config: tuning.legal(problem, config)
+
+
+def _refused(key: Key, entry: Measurement) -> list[Difference]:
+    """The difference that bars an entry whose configuration the kernel does not take any more."""
+    legal = _legal(key)
+    verdict = legal(entry.config) if legal is not None else YES
+    return [] if verdict.ok else [Difference("config", "config", verdict.reason, entry.config_text, "never used")]
 
 
 def _environment(device: str) -> Environment | None:
@@ -127,7 +146,7 @@ def _state(m: Measurement) -> str:
 
 def _known_op(op: str, stored: set[str]) -> None:
     from effllm.lowering import providers
-    from effllm.lowering.op import OPS
+
 
     providers.load("cpu")
     if op not in OPS and op not in stored:

@@ -29,9 +29,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "effllm.solvers": (*_DATA, "effllm.solvers", "effllm.runtime.dense"),
     "effllm.lowering": (*_DATA, "effllm.lowering", "effllm.compat", "effllm.kernels", "effllm.autotune"),
     "effllm.runtime.host": (),
-    # tuning lies below the kernels, which ask it for configurations; what measures the kernels themselves lies above them
+    # tuning lies below the kernels, which ask it for configurations; it reaches them through the registry of ops
     "effllm.autotune": _TUNING,
-    "effllm.autotune.calibrate": (*_TUNING, "effllm.kernels"),
     "effllm.autotune.bench": (*_TUNING, "effllm.__version__"),
     "effllm.kernels": (*_DATA, "effllm.lowering", "effllm.kernels", "effllm.autotune", "effllm.compat", "effllm.runtime.atomic", "effllm.runtime.host"),
     "effllm.passes": (

@@ -1,7 +1,7 @@
 """Measures the constants of the cost model on this CPU (machines.py names them), in a few seconds.
 
-Each constant comes from the thing it stands for: reads of a large buffer, a kernel whose weights lie in cache, PyTorch's own
-products, the smallest call of an op, the same call with all threads.
+Each constant comes from the thing it stands for: reads of a large buffer and of a large weight by the kernel that does least besides, a
+kernel whose weights lie in cache, PyTorch's own products, the smallest call of an op, the same call with all threads.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
-from effllm.autotune import machines
+from effllm.autotune import inputs, machines
 from effllm.autotune.machine import OtherLoad, measure_bandwidth
 from effllm.errors import TuneError
 from effllm.lowering import providers
 from effllm.lowering.bipolar_linear import quantize_activation
 from effllm.lowering.op import Config, Problem, Provider
 
+_LARGE = (32768, 4096)  # (N, K) of an 8-bit weight of 128 MiB, which no last-level cache of a small machine keeps
 BUSY = 0.5  # cores that others may keep busy before a measurement is refused
 
 
@@ -32,7 +33,8 @@ def measure(*, allow_load: bool = False) -> machines.Constants:
     if provider.tuning is None:
         raise TuneError("E-TUN-KERNEL", f"only {provider.name!r} runs here: {why}", "install g++ (see effllm doctor), then calibrate")
     load, threads = OtherLoad(), torch.get_num_threads()
-    found = {"single": 1e9 * measure_bandwidth(1), "bandwidth": 1e9 * measure_bandwidth(threads)}
+    # the kernels read several streams at once and may be faster than a sum over one: what bounds them is the faster of the two
+    found = {"single": max(1e9 * measure_bandwidth(1), _reads(provider, 1)), "bandwidth": max(1e9 * measure_bandwidth(threads), _reads(provider, threads))}
     found["bandwidth"] = max(found.values())
     found["product"], found["product32"] = (_product(dtype) / threads for dtype in (torch.bfloat16, torch.float32))
     found["call"] = _linear(provider, 1, 16, 32, "registers", 1)
@@ -43,6 +45,22 @@ def measure(*, allow_load: bool = False) -> machines.Constants:
     if busy is not None and busy > BUSY and not allow_load:
         raise TuneError("E-TUN-LOAD", f"other processes kept {busy:.1f} cores busy meanwhile", "calibrate when the machine is quiet")
     return {name: found[name] for name in machines.NAMES}
+
+
+def _reads(provider: Provider, threads: int, repeats: int = 5) -> float:
+    """Bytes per second of one token times a large weight: the best of a few and of all configurations that read it as it is."""
+    n, k = _LARGE
+    problem = Problem("bipolar_linear_a8", n, k, 8, 0, False, "a8", 1)
+    made = inputs.make(problem, provider.layout, copies=1)
+    assert provider.tuning is not None
+    best = float("inf")
+    for config in provider.tuning.configs(problem):
+        if config["threads"] == threads and config["path"] in ("registers", "single"):
+            for _ in range(repeats):
+                start = time.perf_counter()
+                provider.call(*made.args[0], problem=problem, config=config)
+                best = min(best, time.perf_counter() - start)
+    return made.nbytes / best
 
 
 def _issue(provider: Provider, call: float) -> float:

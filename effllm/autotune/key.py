@@ -17,7 +17,7 @@ from effllm.autotune.source import provider_source, source_hash
 from effllm.errors import TuneError
 from effllm.lowering.op import Problem
 
-__all__ = ["BUCKETS", "SHAPE_FIELDS", "Key", "align_class", "bucket", "problem_fields", "provider_source", "source_hash"]
+__all__ = ["BUCKETS", "SHAPE_FIELDS", "Key", "align_class", "bucket", "problem_fields", "problem_of", "provider_source", "source_hash"]
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048)
 _SCALARS = (str, int, float, bool, type(None))
@@ -114,6 +114,17 @@ def problem_fields(problem: Problem) -> dict[str, Scalar]:
         if f.name not in ("op", "m", "detail"):
             found[f.name] = str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value
     return found | dict(problem.detail) | {"device": torch.device(problem.device).type}
+
+
+def problem_of(key: Key) -> Problem | None:
+    """The Problem behind a key, with the bucket as its rows; None where the key lacks a field of one."""
+    names = {f.name for f in fields(Problem)}
+    values: dict[str, Any] = {f: getattr(torch, str(v), None) if f.endswith("dtype") else v for f, v in key.problem.items() if f in names}
+    detail = tuple(sorted((f, v) for f, v in key.problem.items() if f not in names and isinstance(v, str | int | float)))
+    try:
+        return Problem(key.op, **values, m=key.m_bucket, detail=detail)
+    except TypeError:
+        return None
 
 
 def scalars(what: str, values: Mapping[str, Any]) -> dict[str, Scalar]:

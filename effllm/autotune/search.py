@@ -1,4 +1,5 @@
-"""Finds the configuration of a problem: ranked by the cost model, a few verified and timed, then coordinate descent from the best.
+"""Finds the configuration of a problem: ranked by the cost model, a few verified and timed, then those that the results so far make most
+promising (learned.py), and coordinate descent at the end.
 
 Every result goes to the store at once, failures too, and nothing that the store has is tried again: a search that was cut short goes
 on where it stopped, and one that was finished measures nothing. What runs candidates is a Runner: a worker process, this process, or
@@ -15,6 +16,7 @@ from typing import Any, Protocol
 
 from effllm.autotune import fingerprint, journal, space
 from effllm.autotune.key import Key
+from effllm.autotune.learned import Learned
 from effllm.autotune.measure import Outcome, Session
 from effllm.autotune.measurement import Measurement
 from effllm.autotune.space import Space
@@ -23,10 +25,9 @@ from effllm.errors import TuneError
 from effllm.lowering.op import Config, Problem, Provider
 
 TOP, DIVERSE = 4, 2  # first candidates: the best ranked, and of other kinds
-_LARGE = 64  # configurations from which a space gets twice as many
-_ROUND = 4  # neighbours of a round, and as many of the best by what was learned
+_ROUND = 4  # trials between two looks at what was learned
 NEAR_BOUND = 0.92  # share of the bound at which a search stops
-LEAST_GAIN = 0.01  # of a round of descent
+LEAST_GAIN = 0.01  # of a round, measured or expected
 RANKED = 0.7  # Spearman below which the cost model is not trusted
 _BATCH = 8  # candidates that are timed together
 _TIMEOUT = 60.0  # s for one candidate
@@ -108,6 +109,7 @@ class Search:
         self.space = Space(self.tuning.configs(problem), lambda c: self.tuning.predict(problem, c).seconds)
         if not self.space.ranked:
             raise TuneError("E-TUN-SHAPE", f"{provider.name} has no configuration for {problem}", "see `effllm doctor` for what the kernel takes")
+        self.learned = Learned(self.space.ranked, [self.space.predicted(c) for c in self.space.ranked])
         bound = min(self.tuning.predict(problem, c).bound for c in self.space.ranked)
         self.result = Result(problem, provider.name, bound)
         self.tried: dict[str, Trial] = {}
@@ -193,14 +195,18 @@ class Search:
         self.tried[space.text_of(trial.config)] = trial
         self.result.trials.append(trial)
 
-    def next(self, best: Config) -> list[Config]:
-        """The round after `best`: untried neighbours, and what now ranks highest, both by predictions corrected from the trials so far."""
-        learned = self.space.corrected([(t.config, t.seconds) for t in self.result.trials if t.seconds is not None])
-        fresh = [c for c in sorted(self.space.neighbours(best), key=learned) if space.text_of(c) not in self.tried][:_ROUND]
-        taken = {*self.tried, *(space.text_of(c) for c in fresh)}
-        if len(self.space.ranked) > _LARGE:
-            fresh += [c for c in sorted(self.space.ranked, key=learned) if space.text_of(c) not in taken][:_ROUND]
-        return fresh
+    def promising(self) -> tuple[list[Config], float]:
+        """The next round by what was learned, and the expected gain of its first as a share of the best time."""
+        done = {place: t for t in self.result.trials if (place := self.space.place(t.config)) is not None}
+        found = self.learned.next({p: t.seconds for p, t in done.items() if t.seconds is not None}, set(done), _ROUND)
+        return [self.space.ranked[i] for i, _ in found], found[0][1] if found else 0.0
+
+    def descent(self, best: Config) -> list[Config]:
+        """A round of coordinate descent: untried neighbours of `best`, the most promising ones first."""
+        done = {p: t.seconds for t in self.result.trials if t.seconds is not None and (p := self.space.place(t.config)) is not None}
+        expected = self.learned.expected(done)
+        fresh = [c for c in self.space.neighbours(best) if space.text_of(c) not in self.tried]
+        return sorted(fresh, key=lambda c: expected[self.space.place(c) or 0])[:_ROUND]
 
     def ranking(self) -> float | None:
         """Spearman correlation of predicted and measured times; None for fewer than four."""
@@ -226,8 +232,6 @@ def tune(
     """
     search = Search(provider, problem, store, budget_s, runner, key=key, environment=environment, clock=clock)
     found = search.space
-    if len(found.ranked) > _LARGE:
-        top, diverse = 2 * top, 2 * diverse
     first = found.start(provider.tuning.first(problem) if provider.tuning else None, top, diverse)
     if not search.take(first):
         return search.finish("budget")
@@ -236,6 +240,7 @@ def tune(
         search.result.notes.append(f"the cost model ranks the first candidates with a Spearman correlation of {rho:.2f}: the search is widened")
         if not search.take(found.start(None, 2 * top, 4 * diverse)):
             return search.finish("budget")
+    descending = False
     while True:
         best = search.result.best
         if best is None:
@@ -243,15 +248,21 @@ def tune(
         assert best.seconds is not None
         if search.result.bound >= NEAR_BOUND * best.seconds:
             return search.finish(f"within {1 - NEAR_BOUND:.0%} of the bound")
-        before = len(search.tried)
-        if not search.take(search.next(best.config)):
-            return search.finish("budget")
-        if len(search.tried) == before:
+        fresh, gain = search.promising()
+        if gain < LEAST_GAIN:  # what was learned points nowhere: the last look is next to the best
+            descending = True
+        if descending:
+            fresh = search.descent(best.config)
+        if not fresh:
             return search.finish("no neighbour is left")
+        if not search.take(fresh):
+            return search.finish("budget")
         now = search.result.best
         assert now is not None and now.seconds is not None
-        if now.seconds > best.seconds * (1 - LEAST_GAIN):
+        gained = now.seconds < best.seconds * (1 - LEAST_GAIN)
+        if descending and not gained:
             return search.finish(f"under {LEAST_GAIN:.0%} gained in a round")
+        descending = not gained
 
 
 def exhaustive(provider: Provider, problem: Problem, store: Store, runner: Runner, *, budget_s: float = 1e9, **more: Any) -> Result:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 from effllm.lowering.op import Config
 
-_PASSES, _SHRINK = 8, 1.0  # of the fit of factors; trials' worth of belief in the cost model
 _HOPELESS = 16.0  # times the best prediction: not worth a trial for diversity's sake
 
 
@@ -26,6 +25,7 @@ class Space:
         self._priced = priced
         self.ranked: list[Config] = [c for _, c in sorted(priced.values(), key=lambda pair: pair[0])]
         self._fields = sorted({f for c in self.ranked for f in c})
+        self._place = {text_of(c): i for i, c in enumerate(self.ranked)}
 
     def __contains__(self, text: str) -> bool:
         return text in self._priced
@@ -33,6 +33,10 @@ class Space:
     def predicted(self, config: Config) -> float:
         """Seconds by the cost model."""
         return self._priced[text_of(config)][0]
+
+    def place(self, config: Config) -> int | None:
+        """A configuration's place in `ranked`; None for one that is not legal."""
+        return self._place.get(text_of(config))
 
     def start(self, first: Config | None, top: int, diverse: int) -> list[Config]:
         """The model's `first` choice, the `top` best ranked, and `diverse` that differ from all of those in as many fields as possible.
@@ -51,27 +55,6 @@ class Space:
             hope.remove(far)
         return chosen
 
-    def corrected(self, measured: Iterable[tuple[Config, float]]) -> Callable[[Config], float]:
-        """The prediction times a factor per value of each field, fitted to what was measured and drawn towards 1 where that is little.
-
-        A cost model is mostly wrong about kinds of configurations, not about single ones.
-        """
-        rest = [(c, math.log(seconds / self.predicted(c))) for c, seconds in measured]
-        mean = sum(r for _, r in rest) / max(1, len(rest))
-        factors: dict[tuple[str, object], float] = {}
-
-        def fitted(config: Config) -> float:
-            return mean + sum(factors.get((f, v), 0.0) for f, v in config.items())
-
-        for _ in range(_PASSES):
-            for f in self._fields:
-                sums: dict[object, list[float]] = {}
-                for c, r in rest:
-                    sums.setdefault(c.get(f), []).append(r - fitted(c) + factors.get((f, c.get(f)), 0.0))
-                for v, left in sums.items():
-                    factors[f, v] = sum(left) / (len(left) + _SHRINK)
-        return lambda c: self.predicted(c) * math.exp(fitted(c))
-
     def _apart(self, a: Config, b: Config) -> float:
         return sum((100.0 if isinstance(a.get(f), str) else 1.0) for f in self._fields if a.get(f) != b.get(f))
 
@@ -87,8 +70,10 @@ class Space:
         return sorted(found.values(), key=self.predicted)
 
     def _next(self, config: Config, f: str) -> list[object]:
-        values = {c.get(f) for c in self.ranked}
+        values = {c.get(f) for c in self.ranked} - {None}  # a field that only other paths have
         here = config.get(f)
+        if here is None:
+            return []
         if isinstance(here, str) or not all(isinstance(v, int | float) for v in values):
             return sorted((v for v in values if v != here), key=str)
         steps: list[float] = sorted(values)  # type: ignore[type-var, arg-type]

@@ -57,8 +57,22 @@ def test_an_unwritable_place_is_an_error(tmp_path: Path) -> None:
         machines.keep(dict(machines.DEFAULTS))
 
 
+def test_the_bandwidth_is_no_lower_than_what_a_kernel_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bound below what kernels reach is no bound: the faster of a sum and a kernel counts, for one thread and for all."""
+    if providers.select(Problem("bipolar_linear_a8", 16, 32, 8, 32, False, "a8", 1))[0].tuning is None:
+        pytest.skip("no compiled kernels")
+    monkeypatch.setattr(calibrate, "measure_bandwidth", lambda threads: 9.0 * threads)
+    monkeypatch.setattr(calibrate, "_reads", lambda provider, threads: {1: 11e9}.get(threads, 14e9))
+    monkeypatch.setattr(calibrate, "_product", lambda *_: 1e11)
+    monkeypatch.setattr(calibrate, "_linear", lambda *_: 1e-5)
+    found = calibrate.measure(allow_load=True)
+    threads = torch.get_num_threads()
+    assert found["single"] == 11e9 and found["bandwidth"] == (11e9 if threads == 1 else max(14e9, 9e9 * threads))
+
+
 def test_load_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "measure_bandwidth", lambda *_: 10.0)
+    monkeypatch.setattr(calibrate, "_reads", lambda *_: 1e10)
     monkeypatch.setattr(calibrate, "_product", lambda *_: 1e11)
     monkeypatch.setattr(calibrate, "_linear", lambda *_: 1e-5)
     monkeypatch.setattr(calibrate.OtherLoad, "cores", lambda self: 1.7)

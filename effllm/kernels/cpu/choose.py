@@ -19,6 +19,7 @@ import torch
 
 from effllm.autotune import machines
 from effllm.autotune.cost import Prediction, crossovers, values_of
+from effllm.autotune.key import bucket
 from effllm.kernels.cpu import cost
 from effllm.lowering.op import YES, Config, Problem, Verdict
 from effllm.runtime.host import cpu_flags
@@ -75,7 +76,7 @@ class CpuTuning:
 
     def _refusal(self, problem: Problem, path: str) -> str:
         """Why a path cannot run a problem here; empty where it can."""
-        if path == "single" and (problem.act != "a8" or max(1, problem.m or 1) > 1):
+        if path == "single" and (problem.act != "a8" or (problem.m or 1) > 1):
             return "one token of int8 activations is what 'single' takes"
         if path == "single" and (self.isa != "avx512" or "avx512vbmi" not in cpu_flags()):
             return "the processor has no byte permutation across 64 bytes"
@@ -87,7 +88,8 @@ class CpuTuning:
 
     def _fields(self, problem: Problem, path: str) -> list[dict[str, int]]:
         """The further fields of a path, every combination that differs in what runs."""
-        m, digits = max(1, problem.m or 1), int(values_of(problem)["digits"])
+        # what one member of a bucket of the store may run, all may: a pass of more rows than there are is one of fewer
+        m, digits = bucket(max(1, problem.m or 1)), int(values_of(problem)["digits"])
         if path == "single":
             return [{"tiles": t} for t in (1, 2, 4)]
         if path == "registers":
@@ -95,7 +97,7 @@ class CpuTuning:
         if path == "expand":
             return [{}]
         passes = _PASSES[digits] if self.isa == "avx512" else ((max(1, 2 // digits), 2),)
-        # a pass of more rows than there are is one of fewer; few rows are slower wherever more fit
+        # few rows are slower wherever more fit
         passes = tuple(p for p in passes if p[0] <= m and not (p == (4, 2) and digits == 1 and m >= 6)) or passes[:1]
         held = m * digits * (problem.k + cost.PAD) >> 10
         chunks = [c for c in _CHUNKS if c == _CHUNKS[0] or held > c // 2]
