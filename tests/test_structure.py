@@ -27,7 +27,8 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "effllm.solvers": (*_DATA, "effllm.solvers", "effllm.runtime.dense"),
     "effllm.lowering": (*_DATA, "effllm.lowering", "effllm.compat", "effllm.kernels", "effllm.autotune"),
     "effllm.kernels": (*_DATA, "effllm.lowering", "effllm.kernels", "effllm.autotune", "effllm.compat", "effllm.runtime.atomic"),
-    "effllm.passes": (*_BASE, "effllm.runtime", "effllm.lowering.op", "effllm.lowering", "effllm.passes", "effllm.compat", "effllm.autotune", "effllm.solvers"),
+    "effllm.coupling": (*_BASE, "effllm.coupling", "effllm.compat"),
+    "effllm.passes": (*_BASE, "effllm.coupling", "effllm.runtime", "effllm.lowering.op", "effllm.lowering", "effllm.passes", "effllm.compat", "effllm.autotune", "effllm.solvers"),
 }
 
 

@@ -6,6 +6,11 @@ alike ask it. It stands on torch.export's graph and networkx, and knows nothing 
 
 from effllm.coupling.dimension import Dimension, Loop, Member, Structure, inverse
 from effllm.coupling.graph import CoupledGraph, Slot
+from effllm.coupling.nm import Improved, improve_nm
+from effllm.coupling.order import channel_energy, channel_order, nm_order
 from effllm.coupling.permute import permute
 
-__all__ = ["CoupledGraph", "Dimension", "Loop", "Member", "Slot", "Structure", "inverse", "permute"]
+__all__ = [
+    "CoupledGraph", "Dimension", "Improved", "Loop", "Member", "Slot", "Structure", "channel_energy", "channel_order", "improve_nm", "inverse", "nm_order",
+    "permute",
+]  # fmt: skip

@@ -180,14 +180,13 @@ def cut(e: Expr, at: int, why: str) -> tuple[Expr, Expr]:
         _become(e, Sum((first, second)))
         return first, second
     if isinstance(e, Sum):
-        done = 0
-        for i, part in enumerate(e.parts):
-            if done + part.size >= at:
-                break
-            done += part.size
-        if done + part.size == at:
-            return resolve(Sum(e.parts[: i + 1])), resolve(Sum(e.parts[i + 1 :]))
-        first, second = cut(part, at - done, why)
+        i = 0
+        while at >= e.parts[i].size:
+            at -= e.parts[i].size
+            i += 1
+        if at == 0:
+            return resolve(Sum(e.parts[:i])), resolve(Sum(e.parts[i:]))
+        first, second = cut(e.parts[i], at, why)
         return resolve(Sum((*e.parts[:i], first))), resolve(Sum((second, *e.parts[i + 1 :])))
     inner = prod(f.size for f in e.factors[1:])
     if at % inner:

@@ -16,6 +16,8 @@ from effllm.coupling.rules import RULES, Call, pointwise
 from effllm.coupling.rules.base import Axes, pinned_like
 
 Named = tuple[str, Axes]
+# what rotary embeddings do with the empty part that is not rotated
+_EMPTY = frozenset({"aten.slice", "aten.split", "aten.split_with_sizes", "aten.cat", "aten.narrow", "aten.to", "aten.mul", "aten.add", "aten.transpose"})
 
 
 @dataclass
@@ -77,7 +79,7 @@ def _call(flow: Flow, node: fx.Node) -> None:
         if flow.values[node] is not None:
             flow.tensors.append((node.name, flow.values[node]))
             flow.names[node] = node.name
-            _meet(flow, node, f"part of {source}", [source, node])
+            _meet(flow, f"part of {source}", [source, node])
         return
     sizes = _sizes(node.meta.get("val"))
     if sizes is None:  # asserts and sizes: no tensor comes out of them
@@ -88,10 +90,9 @@ def _call(flow: Flow, node: fx.Node) -> None:
     flow.values[node] = result
     flow.names[node] = node.name
     flow.summed += call.summed
-    each = [result] if not isinstance(node.meta["val"], tuple | list) else result
-    flow.tensors += [(node.name, axes) for axes in each]
+    flow.tensors += _named(flow, node)
     flow.tensors += [(node.name, axes) for axes in call.reduced]
-    _meet(flow, node, call.why, [*node.all_input_nodes, node])
+    _meet(flow, call.why, [*node.all_input_nodes, node])
 
 
 def _sizes(value: Any) -> list[list[int]] | None:
@@ -116,7 +117,8 @@ def _apply(call: Call, sizes: list[list[int]]) -> Any:
     nested = any(v and isinstance(v[0], list) for v in call.values.values())
     empty = any(a.size == 0 for v in call.values.values() if not nested for a in v) or any(0 in s for s in sizes)
     result: Any = None
-    if isinstance(target, torch._ops.OpOverload) and not nested and not empty and len(call.values) == len(call.node.all_input_nodes):
+    plain = not nested and (not empty or call.op in _EMPTY) and len(call.values) == len(call.node.all_input_nodes)
+    if isinstance(target, torch._ops.OpOverload) and plain:
         if call.op in RULES:
             result = RULES[call.op](call)
         elif pointwise.is_pointwise(target, call.op):
@@ -134,15 +136,17 @@ def _apply(call: Call, sizes: list[list[int]]) -> Any:
     return unknown if several else unknown[0]
 
 
-def _meet(flow: Flow, node: fx.Node, why: str, nodes: list[Any]) -> None:
+def _meet(flow: Flow, why: str, nodes: list[Any]) -> None:
     """Remember who meets in a call."""
-    named: list[Named] = []
-    for n in nodes:
-        value = flow.values.get(n)
-        if value:
-            several = isinstance(value[0], list)
-            named += [(flow.names.get(n, n.name), axes) for axes in (value if several else [value])]
-    flow.events.append((why, named))
+    flow.events.append((why, [pair for n in nodes for pair in _named(flow, n)]))
+
+
+def _named(flow: Flow, node: fx.Node) -> list[Named]:
+    """A node's tensors with a name for each."""
+    value, name = flow.values.get(node), flow.names.get(node, node.name)
+    if value and isinstance(value[0], list):
+        return [(f"{name}[{i}]", axes) for i, axes in enumerate(value)]
+    return [(name, value)] if value else []
 
 
 def source_of(node: fx.Node, axis: int) -> tuple[fx.Node, int] | None:

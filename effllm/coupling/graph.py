@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from math import prod
 from typing import Any
 
@@ -89,12 +90,13 @@ class CoupledGraph:
     parameters: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @staticmethod
-    def of(model: nn.Module, example_inputs: Any) -> CoupledGraph:
+    def of(model: nn.Module, example_inputs: Any, *, output: str | None = None) -> CoupledGraph:
         """The coupled dimensions of `model(*example_inputs)` (`**` for a dict). Raises CouplingError where the model cannot be traced.
 
-        Only what this call reaches is known: a Hugging Face model wants `use_cache=False`, or its keys and values are outputs and keep their order.
+        Every axis of the output keeps its order. Of a Hugging Face model that is the cache too: pass `use_cache=False`, or
+        `output="logits"` where nothing else of the result matters. Only what this call reaches is known.
         """
-        captured = capture(model, example_inputs)
+        captured = capture(model, example_inputs, output)
         return _build(captured, trace(captured))
 
     def of_parameter(self, name: str, axis: int) -> tuple[Dimension, ...]:
@@ -114,7 +116,7 @@ class CoupledGraph:
             for end in ends[1]:
                 if nx.has_path(self.networkx, start, end):
                     path = nx.shortest_path(self.networkx, start, end)
-                    return [self.networkx.edges[pair]["op"] for pair in zip(path, path[1:], strict=False)]
+                    return [self.networkx.edges[pair]["op"] for pair in pairwise(path)]
         return []
 
     def explain(self, names: int = 3) -> str:
@@ -167,6 +169,7 @@ def _dimension(
     slots: list[Slot], owner: dict[Slot, tuple[Atom, _Place, int]], contexts: dict[Atom, list[Atom]], summed: set[tuple[str, int]], captured: Captured
 ) -> Dimension:
     atom = owner[slots[0]][0]
+    assert all(owner[s][0] is atom for s in slots), "axes that meet in no call cannot be one dimension"
     around = contexts[atom]
     members = []
     for slot in slots:

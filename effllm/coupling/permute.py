@@ -18,7 +18,8 @@ def permute(model: nn.Module, dimension: Dimension, permutation: Tensor, *, vola
     written, for a pinned dimension, a wrong permutation, or a model that is not the captured one.
     """
     if dimension.pinned:
-        raise CouplingError("E-CPL-PINNED", f"dimension {dimension.index} keeps its order: {'; '.join(dimension.pinned)}", "choose a dimension that is not pinned")
+        cause = f"dimension {dimension.index} keeps its order: {'; '.join(dimension.pinned)}"
+        raise CouplingError("E-CPL-PINNED", cause, "choose a dimension that is not pinned")
     if dimension.volatile and not volatile:
         cause = f"dimension {dimension.index} reaches {', '.join(dimension.volatile)}, which no checkpoint holds"
         raise CouplingError("E-CPL-VOLATILE", cause, "pass volatile=True for a model that is not saved and loaded again")
@@ -60,7 +61,8 @@ def _validated(model: nn.Module, dimension: Dimension) -> dict[str, Tensor]:
         tensor = tensors.get(m.parameter)
         if tensor is None or tensor.dim() <= m.axis or tensor.shape[m.axis] != m.axis_size:
             shape = "none" if tensor is None else tuple(tensor.shape)
-            raise CouplingError("E-CPL-MODEL", f"{m.parameter}[{m.axis}] had {m.axis_size} places, now its shape is {shape}", "capture the graph of this model anew")
+            cause = f"{m.parameter}[{m.axis}] had {m.axis_size} places, now its shape is {shape}"
+            raise CouplingError("E-CPL-MODEL", cause, "capture the graph of this model anew")
         if tensor.is_meta:
             raise CouplingError("E-CPL-META", f"{m.parameter} is on the meta device and has no values", "load the weights first")
         if tensor.is_inference() and not torch.is_inference_mode_enabled():
@@ -92,7 +94,8 @@ def _no_overlap(named: list[tuple[str, Tensor]], members: dict[str, Tensor]) -> 
         for i, (a0, a1, a, t) in enumerate(group):
             for b0, b1, b, u in group[i + 1 :]:
                 if a0 < b1 and b0 < a1 and (id(t) in ours or id(u) in ours):
-                    raise CouplingError("E-CPL-ALIAS", f"{a} and {b} share memory without being one parameter", "clone one of them, or tie them as one parameter")
+                    cause = f"{a} and {b} share memory without being one parameter"
+                    raise CouplingError("E-CPL-ALIAS", cause, "clone one of them, or tie them as one parameter")
     for name, t in members.items():
         if any(stride == 0 and size > 1 for size, stride in zip(t.shape, t.stride(), strict=True)):
             raise CouplingError("E-CPL-ALIAS", f"{name} is expanded: several of its elements are one", "make it contiguous")

@@ -66,11 +66,11 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for aten operators, whatever the overload."""
+    """Register a rule for operators whatever the overload; a name without a namespace is aten's."""
 
     def register(function: Rule) -> Rule:
         for name in names:
-            RULES[f"aten.{name}"] = function
+            RULES[name if "." in name else f"aten.{name}"] = function
         return function
 
     return register

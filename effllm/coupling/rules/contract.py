@@ -45,6 +45,21 @@ def addmm(call: Call) -> Axes:
     return broadcast([out, call.axes("self")], call.why)
 
 
+@rule("_grouped_mm", "transformers.grouped_mm_fallback")
+def grouped(call: Call) -> Axes:
+    """Rows x (S, K) sorted by expert and weights (E, K, N): K is summed; which rows meet which expert is by number."""
+    names = list(call.args)
+    a, b = call.args[names[0]], call.args[names[1]]
+    x, w = call.of(a), call.of(b)
+    if len(x) != 2 or len(w) != 3 or call.has("bias"):
+        return unknown(call)
+    unify(x[1], w[1], call.why)
+    call.summed += [(a, 1), (b, 1)]
+    for axis in (x[0], w[0]):
+        pin(axis, f"{call.why} picks experts by number")
+    return [x[0], w[2]]
+
+
 @rule("einsum")
 def einsum(call: Call) -> Axes:
     """Axes of one letter are permuted together; letters that the result does not name are summed."""

@@ -31,7 +31,10 @@ def transpose(call: Call) -> Axes:
         return [axes[moves[d]] if d in moves else axes[next(rest)] for d in range(rank)]
     if name == "numpy_T" or (name == "t" and rank < 2):
         return axes[::-1]
-    a, b = (rank - 2, rank - 1) if name in ("t", "mT") else (call.args.get("dim0", call.args.get("axis0")), call.args.get("dim1", call.args.get("axis1")))
+    if name in ("t", "mT"):
+        a, b = rank - 2, rank - 1
+    else:
+        a, b = (int(call.args[k]) for k in (("dim0", "dim1") if "dim0" in call.args else ("axis0", "axis1")))
     out = list(axes)
     out[a], out[b] = axes[b], axes[a]
     return out
@@ -136,6 +139,7 @@ def cat(call: Call) -> Axes:
     """Parts one after the other; the other axes are permuted together."""
     tensors = [call.of(n) for n in cast(list[fx.Node], call.args["tensors"])]
     dim = (call.args.get("dim") or 0) % len(tensors[0])
+    tensors = [t for t in tensors if t[dim].size] or tensors[:1]
     others = broadcast([[UNIT if i == dim else a for i, a in enumerate(t)] for t in tensors], call.why)
     return [resolve(Sum(tuple(t[dim] for t in tensors))) if i == dim else a for i, a in enumerate(others)]
 
