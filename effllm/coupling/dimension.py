@@ -55,8 +55,8 @@ class Structure:
     """What a permutation of a dimension looks like.
 
     `size` channels are reordered; with `blocks` (such as the number of KV heads) every block may have an order of its own. `unit` is how many
-    consecutive places of an axis move as one (whole heads), `occurrences` how often one axis holds the dimension (2 for gate | up, for rotary pairs i and i + d/2, and
-    for q | k | v).
+    consecutive places of an axis move as one (whole heads), `occurrences` how often one axis holds the dimension: 2 for gate | up and for rotary
+    pairs (i, i + d/2), 3 for the heads of q | k | v.
     """
 
     size: int
