@@ -31,6 +31,14 @@ def argument_names(target: Any) -> list[str]:
     return [a.name for a in overload._schema.arguments]
 
 
+def bind_arguments(target: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A call's arguments by name, defaults filled in, from the schema of an operator overload."""
+    schema = target._schema.arguments
+    bound = {a.name: a.default_value for a in schema if a.has_default_value()}
+    bound.update(zip((a.name for a in schema), args, strict=False))
+    return bound | kwargs
+
+
 def inductor_compiler() -> str | None:
     """The C++ compiler that Inductor would use, None if it finds none.
 

@@ -43,6 +43,10 @@ class PassError(EffllmError):
     """A graph pass that broke its contract (codes E-PAS-*)."""
 
 
+class CouplingError(EffllmError):
+    """Channels of several parameters that cannot be reordered together (codes E-CPL-*)."""
+
+
 class TuneError(EffllmError):
     """A tuning result that cannot be kept, read or looked up (codes E-TUN-*)."""
 

@@ -33,8 +33,9 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "effllm.autotune": _TUNING,
     "effllm.autotune.bench": (*_TUNING, "effllm.__version__"),
     "effllm.kernels": (*_DATA, "effllm.lowering", "effllm.kernels", "effllm.autotune", "effllm.compat", "effllm.runtime.atomic", "effllm.runtime.host"),
+    "effllm.coupling": (*_BASE, "effllm.coupling", "effllm.compat"),
     "effllm.passes": (
-        *_BASE, "effllm.methods", "effllm.runtime", "effllm.lowering.op", "effllm.lowering", "effllm.passes", "effllm.compat",
+        *_BASE, "effllm.coupling", "effllm.methods", "effllm.runtime", "effllm.lowering.op", "effllm.lowering", "effllm.passes", "effllm.compat",
         "effllm.autotune", "effllm.solvers",
     ),
 }

@@ -18,7 +18,7 @@ ENV = os.environ | {"PYTHONPATH": str(ROOT)}
 CODE = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 
 
-@pytest.mark.parametrize("page", ["add-a-format.md", "add-a-pass.md"])
+@pytest.mark.parametrize("page", ["add-a-format.md", "add-a-pass.md", "coupled-dimensions.md"])
 def test_page_runs_from_top_to_bottom(page, tmp_path):
     blocks = CODE.findall((DOCS / page).read_text())
     assert len(blocks) >= 3
