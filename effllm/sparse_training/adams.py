@@ -66,10 +66,10 @@ class AdamS(torch.optim.Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None:
-                    self._update(p, group)
+                    self._update(p, p.grad.float(), group)
         return loss
 
-    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
         if not state:
             state["step"] = 0
@@ -82,7 +82,7 @@ class AdamS(torch.optim.Optimizer):
             state["mask"] = nm_mask(magnitude(theta), *group["pattern"])
         state["step"] += 1
         t = state["step"]
-        first = state["first"].lerp_(p.grad.float(), 1 - beta1)
+        first = state["first"].lerp_(grad, 1 - beta1)
         if group["pattern"] is not None:
             alpha = min(1.0, t / group["total"])
             first = torch.where(state["mask"], first, (1 - alpha) * first + alpha * group["pull"] * theta.sign())

@@ -20,13 +20,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from effllm.errors import WeightError
+from effllm.errors import RecipeError, WeightError, nearest
 from effllm.solvers.gptq import DAMP, damped
 from effllm.solvers.moments import Moments
 from effllm.solvers.nm.core import sweep
 from effllm.solvers.nm.masks import check_pattern, check_weight, nm_mask, normalize, nowag
 from effllm.solvers.nm.sparsegpt import sparsegpt
 
+METRICS = ("full", "diagonal")
 ROUNDS = 20
 TOLERANCE = 2e-3  # relative gain of a round below which the descent ends
 _PARTS = 4  # rows of a block move in so many turns; more tighten the bound on how they meet and cost as much overhead
@@ -72,9 +73,9 @@ def armor(
     tolerance: float = TOLERANCE,
     damp: float = DAMP,
 ) -> Armor:
-    """Factors of w (N, K); the loss is never above that of NoWag's mask in the same metric.
+    """Factors of w (N, K); the loss is never above that of NoWag's mask in the same metric, "full" or "diagonal".
 
-    WeightError: E-WGT-NM where m does not divide the block, E-WGT-BLOCK where the block does not divide N and K;
+    rounds=0 gives the start itself between identities. RecipeError: E-RCP-PATTERN, E-RCP-METRIC; WeightError: E-WGT-NM where m does not divide the block, E-WGT-BLOCK where the block does not divide N and K;
     CalibrationError (E-CAL-HESSIAN).
     """
     check_pattern(n, m)
@@ -89,10 +90,9 @@ def armor(
     hessian = moments.hessian.to(w.device)
     if metric == "full":
         h, aim = damped(hessian, k, damp).float(), w.detach().float()
-        done = _descend(aim, h, _best_start(aim, h, mask, moments, n, m, damp), (n, m, block, rounds, tolerance))
-        return done
+        return _descend(aim, h, _best_start(aim, h, mask, moments, n, m, damp), (n, m, block, rounds, tolerance))
     if metric != "diagonal":
-        raise ValueError(f"metric is 'full' or 'diagonal', not {metric!r}")
+        raise RecipeError("E-RCP-METRIC", f"unknown metric {metric!r}", nearest(metric, METRICS))
     aim, out, into = normalize(w)
     diagonal = hessian.diagonal().double()
     h = torch.diag(diagonal / diagonal.mean().clamp_min(1e-300) + 1e-9).float()

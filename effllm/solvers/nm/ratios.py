@@ -9,6 +9,7 @@ Essential sparsity (arXiv 2306.03805): what can go in one shot before quality fa
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -79,7 +80,7 @@ def knee(sparsity: Sequence[float], quality: Sequence[float], *, drop: float = 3
     Sharply: a step whose slope is more than `drop` times the mean slope of the whole curve below it, and above noise (a fifth of the curve's
     mean slope). Where no step does, the last sparsity.
     """
-    if len(sparsity) != len(quality) or len(sparsity) < 3 or any(b <= a for a, b in zip(sparsity, sparsity[1:], strict=False)):
+    if len(sparsity) != len(quality) or len(sparsity) < 3 or any(b <= a for a, b in itertools.pairwise(sparsity)):
         raise RecipeError("E-RCP-RATIO", "a knee needs three or more rising sparsities with a quality each", "measure more points")
     slope = [(quality[i] - quality[i + 1]) / (sparsity[i + 1] - sparsity[i]) for i in range(len(sparsity) - 1)]
     whole = max(0.0, (quality[0] - quality[-1]) / (sparsity[-1] - sparsity[0]))

@@ -12,6 +12,7 @@ survivors, packed together as a format stores them, and what pruning and roundin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -147,9 +148,8 @@ def _start(w: Tensor, moments: Moments, damp: float, order: Tensor) -> tuple[Ten
     return left, inverse_factor(h).float()
 
 
-def _sweep(left: Tensor, u: Tensor, value: object, block: int) -> None:
+def _sweep(left: Tensor, u: Tensor, value: Callable[[int], Tensor], block: int) -> None:
     """Replace row j of left (K, N) by value(j), and carry the error to the later rows, lazily by blocks."""
-    assert callable(value)
     k = left.shape[0]
     for a in range(0, k, block):
         b = min(a + block, k)
