@@ -16,7 +16,7 @@ def load(device: str) -> str:
     """Import the kernel package of a device type; returns why it is missing, or an empty string."""
     if device not in _loaded:
         _loaded.add(device)
-        for family in ("bipolar_linear", "attention"):  # define the ops that kernels register with
+        for family in ("bipolar_linear", "attention", "nm_linear"):  # define the ops that kernels register with
             importlib.import_module(f"effllm.lowering.{family}")
         for module in _MODULES.get(device, ()):
             try:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from effllm.errors import KernelError
-from effllm.kernels.cpu import build
+from effllm.kernels.cpu import build, nm
 from effllm.kernels.cpu.build import ISAS, Isa
 from effllm.kernels.cpu.choose import CpuTuning, arguments, thresholds
 from effllm.lowering.op import OPS, Config, Problem, Provider, Verdict
@@ -42,7 +42,7 @@ def ensure(isa: Isa) -> None:
     def decode_attention(q, k, v, mask, scale):  # type: ignore[no-untyped-def]
         return q.new_empty(q.shape)
 
-    for fake in (decode_attention, linear, linear_a8, linear_many, linear_a8_many):
+    for fake in (decode_attention, linear, linear_a8, linear_many, linear_a8_many, *nm.fakes()):
         torch.library.register_fake(f"{isa.namespace}::{fake.__name__}", fake)
     _loaded.add(isa.name)
 
@@ -81,3 +81,4 @@ def register() -> None:
     for rank, isa in enumerate(reversed(ISAS), start=1):
         for op in ("bipolar_linear", "bipolar_linear_a8", "bipolar_linear_many", "bipolar_linear_a8_many", "decode_attention"):
             OPS[op].register(_provider(op, isa, rank))
+    nm.register(ensure)

@@ -21,8 +21,8 @@ import torch
 from effllm.errors import KernelError
 
 HERE = Path(__file__).parent
-UNITS = ("bipolar.cpp", "attention.cpp")
-SOURCES = (*UNITS, "bipolar.h", "expand.h", "single.h", "lookup.h", "activation.h", "vector.h")
+UNITS = ("bipolar.cpp", "attention.cpp", "nm.cpp")
+SOURCES = (*UNITS, "nm_rows.h", "nm_tiles.h", "blockdiag.h", "bipolar.h", "expand.h", "single.h", "lookup.h", "activation.h", "vector.h")
 _TARGET = "0x020b000000000000"  # stable ABI as of torch 2.11
 
 

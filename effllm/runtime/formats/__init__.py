@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import ModuleType
 
 from effllm.errors import CheckpointError, nearest
-from effllm.runtime.formats import bipolar, dense
+from effllm.runtime.formats import armor, bipolar, dense, nm
 
-FORMATS: dict[str, ModuleType] = {f.name: f for f in (bipolar, dense)}
+FORMATS: dict[str, ModuleType] = {f.name: f for f in (bipolar, dense, nm, armor)}
 
 
 def get(name: str) -> ModuleType:
