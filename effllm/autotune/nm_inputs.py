@@ -12,8 +12,8 @@ from effllm.errors import TuneError
 from effllm.lowering.op import OPS, Problem
 from effllm.runtime import formats, layouts
 from effllm.runtime.formats import armor, bipolar, dense, nm
-from effllm.runtime.layouts import nm_plain
 from effllm.runtime.formats.base import Packed
+from effllm.runtime.layouts import nm_plain
 
 
 def weight(problem: Problem, seed: int = 0) -> Packed:

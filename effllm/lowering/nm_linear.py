@@ -112,7 +112,9 @@ def problem(
     return Problem(op, n, k, bits, group, affine, "a16", m, dtype, device, scale_dtype, detail(keep, of, values, block))
 
 
-def _problem(op: str, x: Tensor, n: int, k: int, keep: int, of: int, values: Tensor, scale: Tensor | None, minimum: Tensor | None, bits: int, group: int, block: int) -> Problem:
+def _problem(
+    op: str, x: Tensor, n: int, k: int, keep: int, of: int, values: Tensor, scale: Tensor | None, minimum: Tensor | None, bits: int, group: int, block: int
+) -> Problem:
     return problem(
         op, n, k, keep, of, m=rows_of(x), dtype=x.dtype, device=x.device.type, values=None if bits else values.dtype, bits=bits, group=group,
         affine=minimum is not None, scale_dtype=torch.float16 if scale is None else scale.dtype, block=block,

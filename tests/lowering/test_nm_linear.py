@@ -34,7 +34,8 @@ def cases() -> list[Problem]:
             found.append(ops.problem("nm_linear", n, k, keep, of, m=m, dtype=dtype, values=stored))
     found.append(ops.problem("nm_linear", 5, 90, 2, 4, m=2, dtype=BF16, values=BF16))  # padded to whole groups
     found.append(ops.problem("nm_linear", 100, 64, 2, 4, m=0, dtype=BF16, values=BF16))
-    coded = [(2, 4, 8, 32, False), (2, 4, 4, 128, False), (2, 4, 8, 16, True), (2, 4, 4, 0, True), (6, 8, 3, 64, False), (4, 8, 8, 32, True), (1, 4, 5, 16, False)]
+    coded = [(2, 4, 8, 32, False), (2, 4, 4, 128, False), (2, 4, 8, 16, True), (2, 4, 4, 0, True)]
+    coded += [(6, 8, 3, 64, False), (4, 8, 8, 32, True), (1, 4, 5, 16, False)]
     for i, (keep, of, bits, group, affine) in enumerate(coded):
         for j, dtype in enumerate((BF16, F32, F16)):
             m, n, k = shapes[1 + (i + 2 * j) % 5]
@@ -109,7 +110,8 @@ def test_tiles_refuse_other_patterns() -> None:
     with pytest.raises(KernelError, match="E-KRN-LAYOUT"):
         layouts.get("nm_tiles").repack(nm_inputs.weight(ops.problem("nm_linear", 16, 32, 4, 8, values=BF16)))
     tiles = OPS["nm_linear"].providers["cpu-avx512-tiles"]
-    for p in (ops.problem("nm_linear", 16, 32, 4, 8, values=BF16), ops.problem("nm_linear", 16, 32, 2, 4, values=F32), ops.problem("nm_linear", 16, 32, 2, 4, values=BF16, dtype=F32)):
+    other = [(4, 8, BF16, BF16), (2, 4, F32, BF16), (2, 4, BF16, F32)]
+    for p in (ops.problem("nm_linear", 16, 32, keep, of, values=values, dtype=dtype) for keep, of, values, dtype in other):
         assert not tiles.supports(p) and tiles.supports(p).reason
     assert not OPS["armor_linear"].providers["cpu-portable"].supports(ops.problem("armor_linear", 24, 24, 2, 4, values=BF16, block=8))
 
@@ -136,7 +138,8 @@ def test_opcheck(op: str, provider: Provider) -> None:
     provider.prepare()
     x = torch.randn(2, problem.k).to(BF16)
     zero = (2**problem.bits - 1) / 2
-    args = (x, t["values"], t.get("scale"), t.get("minimum"), t["index"], t.get("left"), t.get("right"), None, problem.n, 2, 4, problem.bits, problem.group, zero)
+    tensors = (x, t["values"], t.get("scale"), t.get("minimum"), t["index"], t.get("left"), t.get("right"), None)
+    args = (*tensors, problem.n, 2, 4, problem.bits, problem.group, zero)
     torch.library.opcheck(own.default, args, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 
@@ -187,8 +190,13 @@ def test_gradients_of_armor() -> None:
     args: list[Any] = list(nm_inputs.arguments(packed, "armor_linear", "nm_plain", torch.randn(2, 16)))
     for i in (0, 1, 2, 6):
         args[i] = args[i].double().requires_grad_()
-    run = torch.ops.effllm.armor_linear
-    assert torch.autograd.gradcheck(lambda x, a, v, b: run(x, a, v, None, None, args[5], b, None, 8, 16, 2, 4, 0, 0, 0.0, "reference"), (args[0], args[1], args[2], args[6]))
+    sizes = (8, 16, 2, 4, 0, 0, 0.0, "reference")
+
+    def run(x: Tensor, a: Tensor, v: Tensor, b: Tensor) -> Tensor:
+        y: Tensor = torch.ops.effllm.armor_linear(x, a, v, None, None, args[5], b, None, *sizes)
+        return y
+
+    assert torch.autograd.gradcheck(run, (args[0], args[1], args[2], args[6]))
 
 
 def test_masked_training_under_compile() -> None:

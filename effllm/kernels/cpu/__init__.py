@@ -42,7 +42,8 @@ def ensure(isa: Isa) -> None:
     def decode_attention(q, k, v, mask, scale):  # type: ignore[no-untyped-def]
         return q.new_empty(q.shape)
 
-    for fake in (decode_attention, linear, linear_a8, linear_many, linear_a8_many, *nm.fakes()):
+    fakes: tuple[Any, ...] = (decode_attention, linear, linear_a8, linear_many, linear_a8_many, *nm.fakes())
+    for fake in fakes:
         torch.library.register_fake(f"{isa.namespace}::{fake.__name__}", fake)
     _loaded.add(isa.name)
 

@@ -65,8 +65,9 @@ def _call(op: str, isa: Isa, tiles: bool, ensure: Callable[[Isa], None]) -> Call
     def run(x: Tensor, values: Tensor, scale: Tensor | None, minimum: Tensor | None, index: Tensor, left: Tensor | None, right: Tensor | None,
             bias: Tensor | None, n: int, keep: int, of: int, bits: int, group: int, zero: float, problem: Problem, config: Config | None) -> Tensor:  # fmt: skip
         ensure(isa)
+        own = getattr(getattr(torch.ops, isa.namespace), name)
         more = arguments(problem, config, isa.name, tiles)
-        y: Tensor = getattr(getattr(torch.ops, isa.namespace), name)(x, values, scale, minimum, index, left, right, bias, n, keep, of, bits, group, zero, **more)
+        y: Tensor = own(x, values, scale, minimum, index, left, right, bias, n, keep, of, bits, group, zero, **more)
         return y
 
     def nm_linear(x, values, index, bias, n, k, keep, of, problem, config=None):  # type: ignore[no-untyped-def]

@@ -58,7 +58,8 @@ def symbols_of(problem: Problem, isa: str = "") -> dict[str, float]:
     found = {"block": 0.0, "value_bytes": 0.0} | values_of(problem)
     keep, of = int(found["keep"]), int(found["of"])
     bits = of if nm.index_kind(keep, of) == "bitmap" else keep * nm.WIDTHS[of]
-    fast = isa == "avx512" and problem.dtype == torch.bfloat16 and ("values", "bfloat16") in problem.detail and {"avx512_bf16", "avx512_vbmi2"} <= build.cpu_flags()
+    narrow = problem.dtype == torch.bfloat16 and ("values", "bfloat16") in problem.detail
+    fast = isa == "avx512" and narrow and {"avx512_bf16", "avx512_vbmi2"} <= build.cpu_flags()
     return found | {"index_bits": bits / of, "fast": float(fast)}
 
 

@@ -35,7 +35,10 @@ def outputs(n: int, block: int) -> int:
     return block or (128 if n >= 128 * _PROGRAMS // 8 else 64)
 
 
-def dense(values: Tensor, scale: Tensor | None, minimum: Tensor | None, index: Tensor, *, n: int, k: int, bits: int, group: int, zero: float, dtype: torch.dtype) -> Tensor:
+def dense(
+    values: Tensor, scale: Tensor | None, minimum: Tensor | None, index: Tensor,
+    *, n: int, k: int, bits: int, group: int, zero: float, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """The dense weight, transposed: (K, N) in `dtype`."""
     w = torch.empty(k, n, dtype=dtype, device=values.device)
     groups, width = values.shape[1:]

@@ -191,7 +191,9 @@ def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
     return expand(values_of(packed, dtype), columns_of(packed), packed.shape[1], packed.attrs["m"])
 
 
-def nbytes(*, n: int, m: int, bits: int = 0, value_bytes: int = 2, group: int = bipolar.CHANNEL, grid: str = "symmetric", scale_bytes: int = 2, **_: Any) -> sympy.Expr:
+def nbytes(
+    *, n: int, m: int, bits: int = 0, value_bytes: int = 2, group: int = bipolar.CHANNEL, grid: str = "symmetric", scale_bytes: int = 2, **_: Any
+) -> sympy.Expr:
     """Stored bytes over the symbols N and K; `bits` 0 for floating-point values of `value_bytes`."""
     rows, k = sympy.symbols("N K", positive=True, integer=True)
     kc = sympy.ceiling(k / sympy.Integer(m)) * n

@@ -40,7 +40,8 @@ def repack(packed: Packed) -> dict[str, Tensor]:
     part = parts.part(core, "values")
     bits = part.attrs["bits"] if part.format == bipolar.name else 0
     if (core.attrs["n"], core.attrs["m"]) != (2, 4) or bits not in (0, 4, 8):
-        raise KernelError("E-KRN-LAYOUT", f"{core.attrs['n']}:{core.attrs['m']} with {bits} bits in words", "words hold 2:4 weights, floating point or coded in 4 or 8 bits")
+        cause = f"{core.attrs['n']}:{core.attrs['m']} with {bits} bits in words"
+        raise KernelError("E-KRN-LAYOUT", cause, "words hold 2:4 weights, floating point or coded in 4 or 8 bits")
     groups = -(-core.shape[1] // BLOCK) * BLOCK // 4
     pair = (nm.columns_of(core) % 4).view(core.shape[0], -1, 2)
     nibble = _turned(pair[..., 0] | pair[..., 1] << 2, groups, 4).view(groups // 8, 8, -1)

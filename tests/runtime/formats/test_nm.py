@@ -124,7 +124,7 @@ def test_bad_input(change: object, code_: str) -> None:
 
 def test_a_mask_along_the_wrong_axis_is_noticed() -> None:
     transposed = random_mask(64, 64, 2, 4).t().contiguous()
-    with pytest.raises(WeightError, match="row .* allows 2"):
+    with pytest.raises(WeightError, match=r"row .* allows 2"):
         nm.from_dense(torch.randn(64, 64), transposed, 2, 4)
 
 
