@@ -63,21 +63,21 @@ def _call(op: str, isa: Isa, tiles: bool, ensure: Callable[[Isa], None]) -> Call
     name = "nm_tiles" if tiles else "nm_rows"
 
     def run(x: Tensor, values: Tensor, scale: Tensor | None, minimum: Tensor | None, index: Tensor, left: Tensor | None, right: Tensor | None,
-            bias: Tensor | None, n: int, keep: int, of: int, bits: int, group: int, zero: float, problem: Problem, config: Config | None) -> Tensor:  # fmt: skip
+            bias: Tensor | None, n: int, keep: int, of: int, bits: int, group: int, zero: float, problem: Problem, config: Config | None = None) -> Tensor:  # fmt: skip
         ensure(isa)
         own = getattr(getattr(torch.ops, isa.namespace), name)
         more = arguments(problem, config, isa.name, tiles)
         y: Tensor = own(x, values, scale, minimum, index, left, right, bias, n, keep, of, bits, group, zero, **more)
         return y
 
-    def nm_linear(x, values, index, bias, n, k, keep, of, problem, config=None):  # type: ignore[no-untyped-def]
-        return run(x, values, None, None, index, None, None, bias, n, keep, of, 0, 0, 0.0, problem, config)
+    def nm_linear(x, values, index, bias, n, k, keep, of, **how):  # type: ignore[no-untyped-def]
+        return run(x, values, None, None, index, None, None, bias, n, keep, of, 0, 0, 0.0, **how)
 
-    def nm_bipolar_linear(x, codes, scale, minimum, index, bias, n, k, keep, of, bits, group, zero, problem, config=None):  # type: ignore[no-untyped-def]
-        return run(x, codes, scale, minimum, index, None, None, bias, n, keep, of, bits, group, zero, problem, config)
+    def nm_bipolar_linear(x, codes, scale, minimum, index, bias, n, k, keep, of, bits, group, zero, **how):  # type: ignore[no-untyped-def]
+        return run(x, codes, scale, minimum, index, None, None, bias, n, keep, of, bits, group, zero, **how)
 
-    def armor_linear(x, left, values, scale, minimum, index, right, bias, n, k, keep, of, bits, group, zero, problem, config=None):  # type: ignore[no-untyped-def]
-        return run(x, values, scale, minimum, index, left, right, bias, n, keep, of, bits, group, zero, problem, config)
+    def armor_linear(x, left, values, scale, minimum, index, right, bias, n, k, keep, of, bits, group, zero, **how):  # type: ignore[no-untyped-def]
+        return run(x, values, scale, minimum, index, left, right, bias, n, keep, of, bits, group, zero, **how)
 
     calls: dict[str, Any] = {"nm_linear": nm_linear, "nm_bipolar_linear": nm_bipolar_linear, "armor_linear": armor_linear}
     found: Callable[..., Tensor] = calls[op]
