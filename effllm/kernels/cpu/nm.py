@@ -63,7 +63,8 @@ def _call(op: str, isa: Isa, tiles: bool, ensure: Callable[[Isa], None]) -> Call
     name = "nm_tiles" if tiles else "nm_rows"
 
     def run(x: Tensor, values: Tensor, scale: Tensor | None, minimum: Tensor | None, index: Tensor, left: Tensor | None, right: Tensor | None,
-            bias: Tensor | None, n: int, keep: int, of: int, bits: int, group: int, zero: float, problem: Problem, config: Config | None = None) -> Tensor:  # fmt: skip
+            bias: Tensor | None, n: int, keep: int, of: int, bits: int, group: int, zero: float,
+            problem: Problem, config: Config | None = None) -> Tensor:  # fmt: skip
         ensure(isa)
         own = getattr(getattr(torch.ops, isa.namespace), name)
         more = arguments(problem, config, isa.name, tiles)
