@@ -9,7 +9,7 @@ from pathlib import Path
 
 from effllm.errors import OptionError
 from effllm.hf.variants import BASELINES
-from effllm.lowering import bipolar_linear, providers
+from effllm.lowering import bipolar_linear, nm_linear, providers
 from effllm.lowering.op import OPS
 from effllm.recipe import ACTS, OFFSETS, SOLVERS
 from effllm.runtime.formats import FORMATS
@@ -30,7 +30,7 @@ def render() -> str:
     for name, values in names.items():
         lines.append(f"| {name} | {', '.join(values)} |")
     lines += ["", "| op | kernel | device | reads layout |", "|---|---|---|---|"]
-    for op in (bipolar_linear.LINEAR.name, bipolar_linear.LINEAR_A8.name):
+    for op in (bipolar_linear.LINEAR.name, bipolar_linear.LINEAR_A8.name, nm_linear.NM.name, nm_linear.NM_BIPOLAR.name, nm_linear.ARMOR.name):
         for provider in sorted(OPS[op].providers.values(), key=lambda p: (p.device, p.name)):
             lines.append(f"| {op} | {provider.name} | {provider.device} | {provider.layout} |")
     lines += ["", "`effllm doctor` says which of these run on a machine, and why not the others.", ""]

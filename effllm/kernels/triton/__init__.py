@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effllm.kernels.triton import launch, ops
+from effllm.kernels.triton import launch, nm_ops, ops
 from effllm.kernels.triton.choose import TritonTuning
 from effllm.lowering import bipolar_linear
 from effllm.lowering.op import YES, Config, Problem, Provider, Verdict
@@ -59,3 +59,4 @@ def register() -> None:
     calls: dict[str, Any] = {"bipolar_linear": _linear, "bipolar_linear_a8": _linear_a8}
     for op in (bipolar_linear.LINEAR, bipolar_linear.LINEAR_A8):
         op.register(Provider("triton", op.name, "cuda", "words", supports, calls[op.name], TritonTuning(), late=True, rank=10))
+    nm_ops.register()

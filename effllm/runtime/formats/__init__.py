@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import ModuleType
 
 from effllm.errors import CheckpointError, nearest
-from effllm.runtime.formats import bipolar, dense, lowrank, monarch, sltrain
+from effllm.runtime.formats import armor, bipolar, dense, lowrank, monarch, nm, sltrain
 
-FORMATS: dict[str, ModuleType] = {f.name: f for f in (bipolar, dense, lowrank, monarch, sltrain)}
+FORMATS: dict[str, ModuleType] = {f.name: f for f in (armor, bipolar, dense, lowrank, monarch, nm, sltrain)}
 
 
 def get(name: str) -> ModuleType:

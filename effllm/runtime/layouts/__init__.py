@@ -2,6 +2,9 @@
 
 Every layout module offers `repack(packed) -> dict` with the keys codes, scale and, for affine weights, minimum, and its exact
 inverse `restore(tensors, shape, attrs) -> Packed`; `codes(tensors...)` decodes rows for gathers.
+
+The layouts of N:M and ARMOR weights (nm_*) offer `repack` to values, index (scale, minimum, left, right), and `values`, `codes`,
+`columns`, `wrapper`, which read those back in plain torch: differentiable in floating-point values, so one can train through any layout.
 """
 
 from __future__ import annotations
@@ -9,9 +12,11 @@ from __future__ import annotations
 from types import ModuleType
 
 from effllm.errors import KernelError, nearest
-from effllm.runtime.layouts import planes, tile16, words
+from effllm.runtime.layouts import nm_plain, nm_rows, nm_tiles, nm_words, planes, tile16, words
 
-LAYOUTS: dict[str, ModuleType] = {"planes": planes, "tile16": tile16, "words": words}
+LAYOUTS: dict[str, ModuleType] = {
+    "planes": planes, "tile16": tile16, "words": words, "nm_plain": nm_plain, "nm_rows": nm_rows, "nm_tiles": nm_tiles, "nm_words": nm_words,
+}  # fmt: skip
 
 
 def get(name: str) -> ModuleType:
