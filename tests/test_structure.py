@@ -25,6 +25,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "effllm.runtime.layouts": _DATA,
     "effllm.runtime.dense": ("effllm.compat",),
     "effllm.solvers": (*_DATA, "effllm.solvers", "effllm.runtime.dense"),
+    "effllm.recovery": (*_DATA, "effllm.recovery", "effllm.solvers", "effllm.runtime.dense", "effllm.runtime.atomic"),
     "effllm.lowering": (*_DATA, "effllm.lowering", "effllm.compat", "effllm.kernels", "effllm.autotune"),
     "effllm.kernels": (*_DATA, "effllm.lowering", "effllm.kernels", "effllm.autotune", "effllm.compat", "effllm.runtime.atomic"),
     "effllm.passes": (*_BASE, "effllm.runtime", "effllm.lowering.op", "effllm.lowering", "effllm.passes", "effllm.compat", "effllm.autotune", "effllm.solvers"),
