@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from effllm.errors import OptionError, RecoveryError
 from effllm.recovery import adapters, state
 from effllm.recovery.adapters import Adapter
-from effllm.recovery.data import Data, data as read
+from effllm.recovery.data import Data
+from effllm.recovery.data import data as read
 from effllm.recovery.forward import Body, block_names
 from effllm.recovery.loss import Weights
 from effllm.recovery.optimizer import Masters
-from effllm.recovery.ordered import Ordered, rank_left
+from effllm.recovery.ordered import Ordered
 from effllm.recovery.report import RecoveryReport
-from effllm.recovery.select import Selection, frozen_except, pairs, selected
+from effllm.recovery.select import Selection, frozen_except, selected
 from effllm.recovery.targets import Targets, asker
 from effllm.recovery.trainer import Regularisers, Trainer
 from effllm.recovery.truncation import Truncation
@@ -79,8 +80,8 @@ def recover(
     from it bit for bit. The same arguments give the same result on one machine with the same number of threads.
 
     Raises RecoveryError (E-REC-NOTHING, E-REC-TEACHER, E-REC-NAN, E-REC-RESUME, E-REC-OUTPUT), CalibrationError (E-CAL-SHORT,
-    E-CAL-FORM), CheckpointError and OptionError. After E-REC-NAN, or any other error, the model has the last values whose loss and
-    gradients were finite, adapters taken out.
+    E-CAL-FORM), CheckpointError and OptionError. After E-REC-NAN the model has values whose loss and gradients were finite, at most
+    20 steps old; after any other error those of the last step. Adapters are merged in both cases.
     """
     _check(steps, batch, accumulate, lr, warmup, perturbation, precision, every)
     if resume and checkpoint is None:
@@ -92,12 +93,12 @@ def recover(
     with _evaluating(model), _graph(model) as freeze:
         body = _body(model, first, weights, features)
         ask = asker(teacher, items, body, body.features)
+        kind = _precision(precision, model)
         adapted = _adapt(model, what, adapter, masks, body, seed)
         done = False
         try:
             selection = selected(model, what)
             freeze(selection)
-            kind = _precision(precision, model, first)
             masters = Masters(selection.parameters, betas=betas, decay=decay, clip=clip)
             regularisers = Regularisers(model, selection, truncation, ordered, perturbation, seed)
             settings = _settings(what, steps, accumulate, lr, warmup, betas, decay, clip, weights, body, adapter, truncation, ordered, perturbation, kind, seed, items)
@@ -163,9 +164,9 @@ def _adapt(model: nn.Module, what: str | Sequence[str], adapter: Adapter | None,
     return bool(names)
 
 
-def _precision(wanted: str, model: nn.Module, first: Any) -> str:
+def _precision(wanted: str, model: nn.Module) -> str:
     """ "bf16" (autocast), "fp32", or the model's own narrower dtype."""
-    own = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dim() > 1 and not p.requires_grad}
+    own = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dim() > 1}
     if own and torch.float32 not in own and torch.float64 not in own:
         return f"{str(next(iter(own))).removeprefix('torch.')} model, fp32 masters"
     if wanted != "auto":
@@ -176,7 +177,7 @@ def _precision(wanted: str, model: nn.Module, first: Any) -> str:
 
 
 def _settings(*values: Any) -> dict[str, Any]:
-    names = "what steps accumulate lr warmup betas decay clip loss features adapter truncation ordered perturbation precision seed data".split()
+    names = ["what", "steps", "accumulate", "lr", "warmup", "betas", "decay", "clip", "loss", "features", "adapter", "truncation", "ordered", "perturbation", "precision", "seed", "data"]
     plain: dict[str, Any] = {}
     for name, value in zip(names, values, strict=True):
         if isinstance(value, Data):
@@ -219,6 +220,3 @@ def _graph(model: nn.Module) -> Iterator[Callable[[Selection], None]]:
         for p, requires, grad in before:
             p.requires_grad_(requires)
             p.grad = grad
-
-
-__all__ = ["Progress", "RecoveryReport", "pairs", "rank_left", "recover"]
