@@ -51,6 +51,10 @@ class TuneError(EffllmError):
     """A tuning result that cannot be kept, read or looked up (codes E-TUN-*)."""
 
 
+class RecoveryError(EffllmError):
+    """A recovery that cannot start or has to stop (codes E-REC-*)."""
+
+
 class OptionError(EffllmError):
     """An option of the backend or the command line that does not exist or has a wrong value (codes E-OPT-*)."""
 

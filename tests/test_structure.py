@@ -28,6 +28,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "effllm.runtime.dense": ("effllm.compat",),
     "effllm.solvers": (*_DATA, "effllm.solvers", "effllm.runtime.dense"),
     "effllm.sparse_training": (*_BASE, "effllm.solvers.nm", "effllm.sparse_training"),
+    "effllm.recovery": (*_DATA, "effllm.recovery", "effllm.solvers", "effllm.runtime.dense", "effllm.runtime.atomic"),
     "effllm.lowering": (*_DATA, "effllm.lowering", "effllm.compat", "effllm.kernels", "effllm.autotune"),
     "effllm.runtime.host": (),
     # tuning lies below the kernels, which ask it for configurations; it reaches them through the registry of ops

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from effllm.autotune import nm_inputs
-from effllm.lowering.bipolar_linear import _run, plain, provider
+from effllm.lowering.bipolar_linear import run, plain, provider
 from effllm.lowering.op import YES, Op, Problem, Provider, define, rows_of
 from effllm.runtime import layouts
 from effllm.runtime.formats import bipolar, nm
@@ -81,21 +81,21 @@ def trains(*tensors: Tensor | None) -> bool:
 def _nm_linear(x, values, index, bias, n, k, keep, of, kernel):  # type: ignore[no-untyped-def]
     if trains(x, values, bias):
         return nm_linear_torch(x, values, index, bias, n, k, keep, of, provider("nm_linear", kernel).layout)
-    return _run("nm_linear", x, values, index, bias, n, k, keep, of, kernel)
+    return run("nm_linear", x, values, index, bias, n, k, keep, of, kernel)
 
 
 def _nm_bipolar_linear(x, codes, scale, minimum, index, bias, n, k, keep, of, bits, group, zero, kernel):  # type: ignore[no-untyped-def]
     if trains(x, scale, minimum, bias):
         layout = provider("nm_bipolar_linear", kernel).layout
         return nm_bipolar_linear_torch(x, codes, scale, minimum, index, bias, n, k, keep, of, bits, group, zero, layout)
-    return _run("nm_bipolar_linear", x, codes, scale, minimum, index, bias, n, k, keep, of, bits, group, zero, kernel)
+    return run("nm_bipolar_linear", x, codes, scale, minimum, index, bias, n, k, keep, of, bits, group, zero, kernel)
 
 
 def _armor_linear(x, left, values, scale, minimum, index, right, bias, n, k, keep, of, bits, group, zero, kernel):  # type: ignore[no-untyped-def]
     if trains(x, left, None if bits else values, scale, minimum, right, bias):
         layout = provider("armor_linear", kernel).layout
         return armor_linear_torch(x, left, values, scale, minimum, index, right, bias, n, k, keep, of, bits, group, zero, layout)
-    return _run("armor_linear", x, left, values, scale, minimum, index, right, bias, n, k, keep, of, bits, group, zero, kernel)
+    return run("armor_linear", x, left, values, scale, minimum, index, right, bias, n, k, keep, of, bits, group, zero, kernel)
 
 
 def detail(keep: int, of: int, values: torch.dtype | None, block: int = 0) -> tuple[tuple[str, str | int | float], ...]:

@@ -5,30 +5,12 @@
 // Bytes     I O t (P + S) codes and their scales once.
 // Phases    digits of x, tiles of w1 to fp32, digits of those sums, tiles of w2.
 #pragma once
-#include "bipolar.h"
+#include "packed.h"
 #include "monarch.h"
-
-namespace effllm {
-// instantiated in bipolar.cpp
-#define EFFLLM_TILES(B, D) \
-  extern template void multiply_tiles<EFFLLM_ISA, B, D>(const Weight&, const Activations&, int64_t, int64_t, const float*, const float*, void*, Type, int64_t);
-#define EFFLLM_BITS(D) EFFLLM_TILES(1, D) EFFLLM_TILES(2, D) EFFLLM_TILES(3, D) EFFLLM_TILES(4, D) EFFLLM_TILES(5, D) EFFLLM_TILES(6, D) EFFLLM_TILES(7, D) EFFLLM_TILES(8, D)
-EFFLLM_BITS(2)
-EFFLLM_BITS(3)
-#undef EFFLLM_BITS
-#undef EFFLLM_TILES
-}  // namespace effllm
 
 namespace effllm::monarch {
 
 constexpr int64_t kCodeRows = 512;  // tokens whose sums are kept at once
-
-using Run = void (*)(const Weight&, const Activations&, int64_t, int64_t, const float*, const float*, void*, Type, int64_t);
-template <int D> Run pick(int64_t bits) {
-  static constexpr Run table[8] = {multiply_tiles<V, 1, D>, multiply_tiles<V, 2, D>, multiply_tiles<V, 3, D>, multiply_tiles<V, 4, D>,
-                                   multiply_tiles<V, 5, D>, multiply_tiles<V, 6, D>, multiply_tiles<V, 7, D>, multiply_tiles<V, 8, D>};
-  return table[bits - 1];
-}
 
 struct Codes {  // a factor of `count` blocks with `rows` rows each
   Weight block0;
@@ -76,7 +58,6 @@ inline void through_codes(const Sizes& z, const void* x, Type type, const Codes&
   float* input = kept.input.take(std::max(z.in * z.m * z.p, z.out * z.m * z.inner()));
   float* sums = kept.sums.take(z.in * z.m * q);
   Activations *xs = kept.x.data(), *zs = kept.z.data();
-  const Run first = digits == 2 ? pick<2>(w1.bits) : pick<3>(w1.bits), second = digits == 2 ? pick<2>(w2.bits) : pick<3>(w2.bits);
   // tiles in pairs
   const Chunks cut1(w1.tiles, w1.nbytes() / static_cast<double>(w1.tiles), 2), cut2(w2.tiles, w2.nbytes() / static_cast<double>(w2.tiles), 2);
   const int64_t counts[4] = {z.in, z.in * cut1.each, z.out, z.out * cut2.each};
@@ -95,7 +76,7 @@ inline void through_codes(const Sizes& z, const void* x, Type type, const Codes&
       const int64_t block = task / cut1.each;
       Weight w = w1.block(block);
       w.ldy = q;
-      first(w, xs[block], cut1.from(task), cut1.to(task), nullptr, nullptr, sums + block * z.m * q, Type::f32, 0);
+      multiply_range<V>(w, w1.bits, xs[block], cut1.from(task), cut1.to(task), nullptr, sums + block * z.m * q, Type::f32, Plan{});
     } else if (phase == 2) {
       float* to = input + task * z.m * z.inner();
       w2.shape(zs[task], z.m, digits);
@@ -110,7 +91,7 @@ inline void through_codes(const Sizes& z, const void* x, Type type, const Codes&
       w.ldy = rows;
       w.col = -from * 16;
       float* out = scratch.take(z.m * rows);
-      second(w, zs[block], from, to, nullptr, nullptr, out, Type::f32, 0);
+      multiply_range<V>(w, w2.bits, zs[block], from, to, nullptr, out, Type::f32, Plan{});
       finish(z, block, from * 16, from * 16 + rows, out, rows, bias, y, type);
     }
   });

@@ -1,0 +1,222 @@
+"""`effllm.recover`: distil the dense model into a compressed one, training only what the compression left to train."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effllm.errors import OptionError, RecoveryError
+from effllm.recovery import adapters, state
+from effllm.recovery.adapters import Adapter
+from effllm.recovery.data import Data
+from effllm.recovery.data import data as read
+from effllm.recovery.forward import Body, block_names
+from effllm.recovery.loss import Weights
+from effllm.recovery.optimizer import Masters
+from effllm.recovery.ordered import Ordered
+from effllm.recovery.report import RecoveryReport
+from effllm.recovery.select import Selection, frozen_except, selected
+from effllm.recovery.targets import Targets, asker
+from effllm.recovery.trainer import Regularisers, Trainer
+from effllm.recovery.truncation import Truncation
+
+Progress = Callable[[int, int, str], None]
+_DEFAULT_ADAPTERS = {"perp": Adapter(), "lora": Adapter(), "dsee": Adapter("dsee", rank=4)}
+
+
+def recover(
+    model: nn.Module,
+    teacher: nn.Module | Targets,
+    data: Any,
+    steps: int = 300,
+    *,
+    what: str | Sequence[str] = "factors",
+    batch: int = 2,
+    accumulate: int = 1,
+    lr: float = 1e-3,
+    warmup: float = 0.1,
+    betas: tuple[float, float] = (0.9, 0.95),
+    decay: float = 0.0,
+    clip: float | None = 1.0,
+    loss: Weights | Mapping[str, float] | None = None,
+    features: int | None = 4,
+    adapter: Adapter | None = None,
+    masks: Mapping[str, Tensor] | None = None,
+    truncation: Truncation | None = None,
+    ordered: Ordered | None = None,
+    perturbation: float = 0.0,
+    precision: str = "auto",
+    seed: int = 0,
+    checkpoint: str | Path | None = None,
+    every: int = 100,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> RecoveryReport:
+    """Train a compressed model, in place, to answer as its dense teacher does; returns a RecoveryReport.
+
+    teacher: the dense model, or its answers from `cache_targets`. data: token windows, a LongTensor (windows, length), `batch` of
+    which make a forward pass, or an iterable of model inputs, one per forward pass; a step reads `accumulate` forward passes.
+
+    what: "factors" trains what compressed modules declare (low-rank and Monarch factors, sparse values); "perp" norms, biases and a
+    masked LoRA on pruned linears (arXiv 2312.15230); "lora" that LoRA on every dense linear but the head; "dsee" a low-rank plus
+    sparse update of them (arXiv 2111.00160); "all" every parameter; a list of globs the parameters with such names. Adapters are
+    merged into their weights at the end and keep pruned weights at zero. masks: of pruned linears, by module name as (out, in);
+    without one a weight of zero counts as pruned.
+
+    lr: step size relative to each tensor's root mean square, after a linear warm-up over that share of the steps and along a
+    cosine to 0. loss: weights kl, lm, features and temperature, see `Weights`; features: number of blocks whose outputs are matched,
+    evenly spaced, None for all. truncation (TRP), ordered (Maestro's ordered dropout) and perturbation (noise on the trained
+    tensors, relative to their size, as PELA's regularisation) are options of the low-rank trainer.
+
+    precision: "fp32", "bf16" (autocast) or "auto": bf16 where the processor multiplies it in hardware. A model in bf16 is trained in bf16 with
+    fp32 masters either way. checkpoint: a directory for the state, written every `every` steps and at the end; resume=True goes on
+    from it bit for bit. The same arguments give the same result on one machine with the same number of threads.
+
+    Raises RecoveryError (E-REC-NOTHING, E-REC-TEACHER, E-REC-NAN, E-REC-RESUME, E-REC-OUTPUT), CalibrationError (E-CAL-SHORT,
+    E-CAL-FORM), CheckpointError and OptionError. After E-REC-NAN the model has values whose loss and gradients were finite, at most
+    20 steps old; after any other error those of the last step. Adapters are merged in both cases.
+    """
+    _check(steps, batch, accumulate, lr, warmup, perturbation, precision, every)
+    if resume and checkpoint is None:
+        raise OptionError("E-OPT-RECOVER", "resume=True without a checkpoint directory", "pass checkpoint=")
+    start = time.perf_counter()
+    weights = loss if isinstance(loss, Weights) else _weights(loss)
+    items = read(data, batch, accumulate)
+    first = items.join(items.micro(0, seed))
+    with _evaluating(model), _graph(model) as freeze:
+        body = _body(model, first, weights, features)
+        ask = asker(teacher, items, body, body.features)
+        kind = _precision(precision, model)
+        adapted = _adapt(model, what, adapter, masks, body, seed)
+        done = False
+        try:
+            selection = selected(model, what)
+            freeze(selection)
+            masters = Masters(selection.parameters, betas=betas, decay=decay, clip=clip)
+            regularisers = Regularisers(model, selection, truncation, ordered, perturbation, seed)
+            settings = _settings(what, steps, accumulate, lr, warmup, betas, decay, clip, weights, body, adapter, truncation, ordered, perturbation, kind, seed, items)
+            trainer = Trainer(body, ask, items, masters, weights, regularisers, kind, seed, accumulate)
+            report = RecoveryReport(selection.what, selection.count, selection.share, str(selection), steps, kind, body.head_name, body.features)
+            folder = None if checkpoint is None else Path(checkpoint)
+            if resume and folder is not None and folder.exists():
+                report.resumed_from, report.history = state.load(folder, masters, regularisers.generator, settings)
+            _passes(report, items, steps * accumulate)
+
+            def keep(step: int) -> None:
+                if folder is not None:
+                    state.save(folder, masters, regularisers.generator, step, settings, report.history)
+
+            report.tokens = trainer.run(report.history, report.resumed_from, steps, lr, round(warmup * steps), progress, every, keep)
+            done = True
+        finally:
+            # after an error the trainer has put the last good values back: they are worth keeping
+            if adapted:
+                adapters.remove(model, merge=True)
+        if done:
+            report.ranks = regularisers.finish(masters)
+    report.seconds = time.perf_counter() - start
+    return report
+
+
+def _check(steps: int, batch: int, accumulate: int, lr: float, warmup: float, perturbation: float, precision: str, every: int) -> None:
+    for name, value in (("steps", steps), ("batch", batch), ("accumulate", accumulate), ("every", every)):
+        if value < 1:
+            raise OptionError("E-OPT-RECOVER", f"{name}={value}", "give at least 1")
+    if not (0 < lr < 1 and 0 <= warmup < 1 and 0 <= perturbation < 1):
+        raise OptionError("E-OPT-RECOVER", f"lr={lr}, warmup={warmup}, perturbation={perturbation}", "give an lr in (0, 1) and the two others in [0, 1)")
+    if precision not in ("auto", "fp32", "bf16"):
+        raise OptionError("E-OPT-RECOVER", f"precision={precision!r}", "valid: auto, bf16, fp32")
+
+
+def _weights(loss: Mapping[str, float] | None) -> Weights:
+    try:
+        return Weights(**(loss or {}))
+    except TypeError as error:
+        raise OptionError("E-OPT-LOSS", f"{sorted(loss or {})} are no losses", "valid: kl, lm, features, temperature") from error
+
+
+def _body(model: nn.Module, first: Any, weights: Weights, features: int | None) -> Body:
+    names = block_names(model, features) if weights.features and features != 0 else ()
+    try:
+        return Body(model, first, names)
+    except IndexError as error:
+        raise RecoveryError("E-REC-VOCABULARY", f"the model does not run on the recovery data: {error}", "tokenize the text with this model's tokenizer") from error
+
+
+def _adapt(model: nn.Module, what: str | Sequence[str], adapter: Adapter | None, masks: Mapping[str, Tensor] | None, body: Body, seed: int) -> bool:
+    """Install adapters where `what` is about them; whether there are any."""
+    if not isinstance(what, str) or what not in _DEFAULT_ADAPTERS:
+        if adapter is not None or masks is not None:
+            raise OptionError("E-OPT-ADAPTER", f"what={what!r} trains no adapter", 'leave adapter and masks out, or use what="perp", "lora" or "dsee"')
+        return False
+    chosen = adapter or _DEFAULT_ADAPTERS[what]
+    if (chosen.kind == "dsee") != (what == "dsee"):
+        raise OptionError("E-OPT-ADAPTER", f"an adapter of kind {chosen.kind!r} for what={what!r}", 'kind "dsee" belongs to what="dsee", "mask" and "scale" to the others')
+    names = adapters.sites(model, what, masks, body.head)
+    adapters.install(model, names, chosen, masks, seed)
+    return bool(names)
+
+
+def _precision(wanted: str, model: nn.Module) -> str:
+    """ "bf16" (autocast), "fp32", or the model's own narrower dtype."""
+    own = {p.dtype for p in model.parameters() if p.is_floating_point() and p.dim() > 1}
+    if own and torch.float32 not in own and torch.float64 not in own:
+        return f"{str(next(iter(own))).removeprefix('torch.')} model, fp32 masters"
+    if wanted != "auto":
+        return wanted
+    device = next(model.parameters()).device
+    fast = torch.cpu._is_avx512_bf16_supported() if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return "bf16" if fast else "fp32"
+
+
+def _settings(*values: Any) -> dict[str, Any]:
+    names = ["what", "steps", "accumulate", "lr", "warmup", "betas", "decay", "clip", "loss", "features", "adapter", "truncation", "ordered", "perturbation", "precision", "seed", "data"]
+    plain: dict[str, Any] = {}
+    for name, value in zip(names, values, strict=True):
+        if isinstance(value, Data):
+            value = [value.fingerprint(), value.batch]
+        elif isinstance(value, Body):
+            value = list(value.features)
+        elif hasattr(value, "__dataclass_fields__"):
+            value = asdict(value)
+        plain[name] = list(value) if isinstance(value, tuple) else value
+    return plain
+
+
+def _passes(report: RecoveryReport, items: Data, micros: int) -> None:
+    epochs = micros * items.batch / len(items.items)
+    if epochs > 8:
+        report.notes.append(f"the data was read {epochs:.0f} times: more text would do more good than more steps")
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode meanwhile: distillation aims at the teacher's answers, which dropout would blur."""
+    was = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in was:
+            module.training = training
+
+
+@contextmanager
+def _graph(model: nn.Module) -> Iterator[Callable[[Selection], None]]:
+    """Yields a function that lets exactly a selection require grad; at the end every parameter is as it was, without a gradient."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    for p, _, _ in before:
+        p.grad = None
+    try:
+        yield lambda selection: frozen_except(model, selection.parameters.values()) and None
+    finally:
+        for p, requires, grad in before:
+            p.requires_grad_(requires)
+            p.grad = grad
