@@ -34,7 +34,7 @@ def lowrank(problem: Problem, layout: str, copies: int, seed: int) -> Operands:
     b = [_spread(r, k, g).to(factor) for r in ranks]
     channels = torch.randperm(k, generator=g)[:count].sort().values if count else None
     dense = torch.zeros(n, k)
-    tail: tuple[Tensor | None, ...] = (channels, None)
+    tail: tuple[Tensor | None, ...] = (channels, None, None)
     if problem.op == "sparse_lowrank_linear":
         at = torch.randperm(n * k, generator=g)[:nonzeros].sort().values
         values = torch.randn(nonzeros, generator=g).to(factor)

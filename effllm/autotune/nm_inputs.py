@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effllm.autotune.inputs import Expected, Operands, _copied
+from effllm.autotune.inputs import Expected, Operands, copied
 from effllm.errors import TuneError
 from effllm.lowering.op import OPS, Problem
 from effllm.runtime import formats, layouts
@@ -73,7 +73,7 @@ def nm_linear(problem: Problem, layout: str, copies: int, seed: int) -> Operands
     x = (torch.randn(m, problem.k, generator=g) * 2.0 ** torch.randint(-3, 2, (m, 1), generator=g)).to(problem.dtype)
     args = arguments(packed, problem.op, layout, x.to(problem.device))
     made = Operands([args], packed.nbytes, lambda: _expected(problem, packed, x))
-    return made if copies == 1 else _copied(made, copies)
+    return made if copies == 1 else copied(made, copies)
 
 
 def _expected(problem: Problem, packed: Packed, x: Tensor) -> list[Expected]:

@@ -17,16 +17,19 @@ from torch import Tensor
 from effllm.autotune import lowrank_inputs as inputs
 from effllm.lowering import gradient
 from effllm.lowering.bipolar_linear import linear_reference, plain, provider, run, weight
+from effllm.lowering.lowrank_linear import placed
 from effllm.lowering.op import YES, Op, Problem, Provider, define, rows_of
 from effllm.runtime import layouts
 
 
 def reference(
-    x: Tensor, a_codes: Tensor, a_scale: Tensor, a_minimum: Tensor | None, b_codes: Tensor, b_scale: Tensor, b_minimum: Tensor | None, bias: Tensor | None,
-    n: int, rank: int, a_bits: int, a_group: int, a_zero: float, b_bits: int, b_group: int, b_zero: float,
+    x: Tensor, a_codes: Tensor, a_scale: Tensor, a_minimum: Tensor | None, b_codes: Tensor, b_scale: Tensor, b_minimum: Tensor | None,
+    pivots: Tensor | None, bias: Tensor | None, n: int, rank: int, a_bits: int, a_group: int, a_zero: float, b_bits: int, b_group: int, b_zero: float,
 ) -> Tensor:  # fmt: skip
     """x (..., K) to (..., N) (layout planes): two bipolar linears with the intermediate in x's dtype."""
     middle = linear_reference(x, b_codes, b_scale, b_minimum, None, rank, b_bits, b_group, b_zero)
+    if pivots is not None:
+        return placed(middle, linear_reference(middle, a_codes, a_scale, a_minimum, None, n, a_bits, a_group, a_zero), pivots, bias)
     return linear_reference(middle, a_codes, a_scale, a_minimum, bias, n, a_bits, a_group, a_zero)
 
 
@@ -39,17 +42,18 @@ def many_reference(
     for i, (a, b) in enumerate(zip(a_codes, b_codes, strict=True)):
         first = (a, a_scale[i], a_minimum[i] if a_minimum else None)
         second = (b, b_scale[i], b_minimum[i] if b_minimum else None)
-        found.append(reference(x, *first, *second, None, a.shape[1], b.shape[1], a_bits, a_group, a_zero, b_bits, b_group, b_zero))
+        found.append(reference(x, *first, *second, None, None, a.shape[1], b.shape[1], a_bits, a_group, a_zero, b_bits, b_group, b_zero))
     return torch.cat(found, -1)
 
 
 def problem_of(
     op: str, n: int, k: int, rank: int, *, bits: int, group: int, affine: bool, b_bits: int | None = None, b_group: int | None = None, b_affine: bool | None = None,
-    m: int | None = None, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", scale_dtype: torch.dtype = torch.float16,
+    pivoted: bool = False, m: int | None = None, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", scale_dtype: torch.dtype = torch.float16,
 ) -> Problem:  # fmt: skip
     """The kernel problem: bits, group and affine are A's; B's are the same unless given. `n` and `rank` are sums over siblings."""
     detail = (
-        ("b_affine", int(affine if b_affine is None else b_affine)), ("b_bits", b_bits or bits), ("b_group", group if b_group is None else b_group), ("rank", rank),
+        ("b_affine", int(affine if b_affine is None else b_affine)), ("b_bits", b_bits or bits), ("b_group", group if b_group is None else b_group), ("pivoted", int(pivoted)),
+        ("rank", rank),
     )  # fmt: skip
     return Problem(op, n, k, bits, group, affine, "a16", m, dtype, device, scale_dtype, detail)
 
@@ -58,10 +62,11 @@ def _full(op: str, kernel: str, codes: Tensor) -> int:
     return int(layouts.get(provider(op, kernel).layout).full_rows(codes))
 
 
-def _problem(x, ac, as_, am, bc, bs, bm, bias, n, rank, a_bits, a_group, a_zero, b_bits, b_group, b_zero, kernel):  # type: ignore[no-untyped-def]
+def _problem(x, ac, as_, am, bc, bs, bm, pivots, bias, n, rank, a_bits, a_group, a_zero, b_bits, b_group, b_zero, kernel):  # type: ignore[no-untyped-def]
     about = {"m": rows_of(x), "dtype": x.dtype, "device": x.device.type, "scale_dtype": as_.dtype}
     grids = {"bits": a_bits, "group": a_group, "affine": am is not None, "b_bits": b_bits, "b_group": b_group, "b_affine": bm is not None}
-    return problem_of("lowrank_bipolar_linear", n, int(x.shape[-1]), rank, **grids, **about), plain(kernel)
+    rows = n if pivots is None else int(pivots.shape[0])
+    return problem_of("lowrank_bipolar_linear", rows, int(x.shape[-1]), rank, **grids, **about, pivoted=pivots is not None), plain(kernel)
 
 
 def _problem_many(x, ac, as_, am, bc, bs, bm, a_bits, a_group, a_zero, b_bits, b_group, b_zero, kernel):  # type: ignore[no-untyped-def]
@@ -72,19 +77,22 @@ def _problem_many(x, ac, as_, am, bc, bs, bm, a_bits, a_group, a_zero, b_bits, b
     return problem_of(op, n, int(x.shape[-1]), rank, **grids, **about), plain(kernel)
 
 
-def _dense(x, a, b, bias, n, rank, a_grid, b_grid, layout):  # type: ignore[no-untyped-def]
+def _dense(x, a, b, pivots, bias, n, rank, a_grid, b_grid, layout):  # type: ignore[no-untyped-def]
     """Through the dense factors, for autograd; a and b are (codes, scale, minimum), grids (bits, group, zero)."""
     first = weight(*b, k=x.shape[-1], n=rank, bits=b_grid[0], group=b_grid[1], zero=b_grid[2], layout=layout)
     second = weight(*a, k=rank, n=n, bits=a_grid[0], group=a_grid[1], zero=a_grid[2], layout=layout)
     middle = torch.nn.functional.linear(x, first.to(x.dtype))
+    if pivots is not None:
+        return placed(middle, torch.nn.functional.linear(middle, second.to(x.dtype)), pivots, bias)
     return torch.nn.functional.linear(middle, second.to(x.dtype), None if bias is None else bias.to(x.dtype))
 
 
-def _lowrank(x, ac, as_, am, bc, bs, bm, bias, n, rank, a_bits, a_group, a_zero, b_bits, b_group, b_zero, kernel):  # type: ignore[no-untyped-def]
+def _lowrank(x, ac, as_, am, bc, bs, bm, pivots, bias, n, rank, a_bits, a_group, a_zero, b_bits, b_group, b_zero, kernel):  # type: ignore[no-untyped-def]
     if gradient.wanted(x, as_, am, bs, bm, bias):
         layout = provider("lowrank_bipolar_linear", kernel).layout
-        return _dense(x, (ac, as_, am), (bc, bs, bm), bias, n, rank, (a_bits, a_group, a_zero), (b_bits, b_group, b_zero), layout)
-    return run("lowrank_bipolar_linear", x, ac, as_, am, bc, bs, bm, bias, n, rank, a_bits, a_group, a_zero, b_bits, b_group, b_zero, kernel)
+        return _dense(x, (ac, as_, am), (bc, bs, bm), pivots, bias, n, rank, (a_bits, a_group, a_zero), (b_bits, b_group, b_zero), layout)
+    operands = (ac, as_, am, bc, bs, bm, pivots, bias)
+    return run("lowrank_bipolar_linear", x, *operands, n, rank, a_bits, a_group, a_zero, b_bits, b_group, b_zero, kernel)
 
 
 def _many(x, ac, as_, am, bc, bs, bm, a_bits, a_group, a_zero, b_bits, b_group, b_zero, kernel):  # type: ignore[no-untyped-def]
@@ -94,7 +102,7 @@ def _many(x, ac, as_, am, bc, bs, bm, a_bits, a_group, a_zero, b_bits, b_group, 
         found = []
         for i, (a, b) in enumerate(zip(ac, bc, strict=True)):
             factors = (a, as_[i], am[i] if am else None), (b, bs[i], bm[i] if bm else None)
-            found.append(_dense(x, *factors, None, _full(op, kernel, a), _full(op, kernel, b), *grids, layout))
+            found.append(_dense(x, *factors, None, None, _full(op, kernel, a), _full(op, kernel, b), *grids, layout))
         return torch.cat(found, -1)
     return run(op, x, ac, as_, am, bc, bs, bm, a_bits, a_group, a_zero, b_bits, b_group, b_zero, kernel)
 
@@ -102,8 +110,8 @@ def _many(x, ac, as_, am, bc, bs, bm, a_bits, a_group, a_zero, b_bits, b_group, 
 _FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 _GRIDS = "int a_bits, int a_group, float a_zero, int b_bits, int b_group, float b_zero, str kernel"
 LOWRANK_BIPOLAR: Op = define(
-    "lowrank_bipolar_linear(Tensor x, Tensor a_codes, Tensor a_scale, Tensor? a_minimum, Tensor b_codes, Tensor b_scale, Tensor? b_minimum, Tensor? bias, "
-    f"int n, int rank, {_GRIDS}) -> Tensor",
+    "lowrank_bipolar_linear(Tensor x, Tensor a_codes, Tensor a_scale, Tensor? a_minimum, Tensor b_codes, Tensor b_scale, Tensor? b_minimum, "
+    f"Tensor? pivots, Tensor? bias, int n, int rank, {_GRIDS}) -> Tensor",
     reference,
     _lowrank,
     tolerance=_FLOOR,

@@ -1,6 +1,7 @@
 """Ops of low-rank weights with dense factors, alone and with a sparse part.
 
     lowrank_linear          y = concat(x B^T, x[..., channels]) A^T + bias    a (N, r + c), b (r, K), channels (c) int64
+                            with pivots (N) int64: concat(z, A z) with column i moved to pivots[i], z = x B^T, a (N - r, r)
     lowrank_linear_many     siblings that share x: first stages as one, outputs side by side
     sparse_lowrank_linear   y = (x B^T) A^T + x S^T + bias                    S (N, K) in CSR: values (nnz), columns (nnz), rows (N + 1)
 
@@ -12,6 +13,7 @@ autograd differentiates with respect to x, factors, values and bias.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -24,12 +26,21 @@ from effllm.lowering.bipolar_linear import plain, run
 from effllm.lowering.op import YES, Op, Problem, Provider, define, rows_of
 
 
-def lowrank_reference(x: Tensor, a: Tensor, b: Tensor, channels: Tensor | None, bias: Tensor | None) -> Tensor:
+def lowrank_reference(x: Tensor, a: Tensor, b: Tensor, channels: Tensor | None, pivots: Tensor | None, bias: Tensor | None) -> Tensor:
     """x (..., K) to (..., N) in x's dtype, factors rounded to it; the intermediate is in x's dtype too."""
     middle = linear(x, b.to(x.dtype))
+    if pivots is not None:
+        return placed(middle, linear(middle, a.to(x.dtype)), pivots, bias)
     if channels is not None:
         middle = torch.cat([middle, x.index_select(-1, channels)], -1)
     return linear(middle, a.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+
+def placed(first: Tensor, rest: Tensor, pivots: Tensor, bias: Tensor | None) -> Tensor:
+    """concat(first, rest) with column i moved to pivots[i], plus bias."""
+    back = torch.empty_like(pivots).scatter_(0, pivots, torch.arange(pivots.shape[0], device=pivots.device))
+    y = torch.cat([first, rest], -1).index_select(-1, back)
+    return y if bias is None else y + bias.to(y.dtype)
 
 
 def lowrank_many_reference(x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
@@ -49,16 +60,16 @@ def sparse_dense(values: Tensor, columns: Tensor, rows: Tensor, k: int) -> Tenso
 
 def sparse_lowrank_reference(x: Tensor, a: Tensor, b: Tensor, values: Tensor, columns: Tensor, rows: Tensor, bias: Tensor | None) -> Tensor:
     """x (..., K) to (..., N): the low-rank product plus the sparse one. Makes S dense."""
-    y = lowrank_reference(x, a, b, None, bias)
+    y = lowrank_reference(x, a, b, None, None, bias)
     return y + linear(x, sparse_dense(values, columns, rows, x.shape[-1]).to(x.dtype))
 
 
 def problem_of(
     op: str, n: int, k: int, rank: int, factor: torch.dtype, *, m: int | None = None, dtype: torch.dtype = torch.bfloat16, device: str = "cpu",
-    channels: int = 0, nonzeros: int = 0,
+    channels: int = 0, nonzeros: int = 0, pivoted: bool = False,
 ) -> Problem:  # fmt: skip
     """The kernel problem of one of the ops; `rank` and `n` are sums over siblings, `factor` is the dtype of the factors."""
-    detail = (("channels", channels), ("factor", str(factor).removeprefix("torch.")), ("nonzeros", nonzeros), ("rank", rank))
+    detail = (("channels", channels), ("factor", str(factor).removeprefix("torch.")), ("nonzeros", nonzeros), ("pivoted", int(pivoted)), ("rank", rank))
     return Problem(op, n, k, 0, 0, False, "a16", m, dtype, device, torch.float16, detail)
 
 
@@ -67,8 +78,9 @@ def _of(op: str, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], **more: in
     return problem_of(op, n, int(x.shape[-1]), rank, a[0].dtype, m=rows_of(x), dtype=x.dtype, device=x.device.type, **more)
 
 
-def _problem(x, a, b, channels, bias, kernel):  # type: ignore[no-untyped-def]
-    return _of("lowrank_linear", x, [a], [b], channels=0 if channels is None else channels.shape[0]), plain(kernel)
+def _problem(x, a, b, channels, pivots, bias, kernel):  # type: ignore[no-untyped-def]
+    found = _of("lowrank_linear", x, [a], [b], channels=0 if channels is None else channels.shape[0], pivoted=pivots is not None)
+    return (found if pivots is None else replace(found, n=int(pivots.shape[0]))), plain(kernel)
 
 
 def _problem_many(x, a, b, kernel):  # type: ignore[no-untyped-def]
@@ -79,10 +91,10 @@ def _problem_sparse(x, a, b, values, columns, rows, bias, kernel):  # type: igno
     return _of("sparse_lowrank_linear", x, [a], [b], nonzeros=values.shape[0]), plain(kernel)
 
 
-def _lowrank(x, a, b, channels, bias, kernel):  # type: ignore[no-untyped-def]
+def _lowrank(x, a, b, channels, pivots, bias, kernel):  # type: ignore[no-untyped-def]
     if gradient.wanted(x, a, b, bias):
-        return lowrank_reference(x, a, b, channels, bias)
-    return run("lowrank_linear", x, a, b, channels, bias, kernel)
+        return lowrank_reference(x, a, b, channels, pivots, bias)
+    return run("lowrank_linear", x, a, b, channels, pivots, bias, kernel)
 
 
 def _many(x, a, b, kernel):  # type: ignore[no-untyped-def]
@@ -106,7 +118,7 @@ def _define(schema: str, reference: Any, composite: Any, problem: Any) -> Op:
     return op
 
 
-LOWRANK = _define("lowrank_linear(Tensor x, Tensor a, Tensor b, Tensor? channels, Tensor? bias, str kernel)", lowrank_reference, _lowrank, _problem)
+LOWRANK = _define("lowrank_linear(Tensor x, Tensor a, Tensor b, Tensor? channels, Tensor? pivots, Tensor? bias, str kernel)", lowrank_reference, _lowrank, _problem)
 LOWRANK_MANY = _define("lowrank_linear_many(Tensor x, Tensor[] a, Tensor[] b, str kernel)", lowrank_many_reference, _many, _problem_many)
 SPARSE_LOWRANK = _define(
     "sparse_lowrank_linear(Tensor x, Tensor a, Tensor b, Tensor values, Tensor columns, Tensor rows, Tensor? bias, str kernel)",

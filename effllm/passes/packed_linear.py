@@ -17,13 +17,12 @@ from effllm.lowering import providers
 from effllm.lowering.bipolar_linear import stamped
 from effllm.lowering.op import Problem, Provider, rows_of
 from effllm.methods import Method
-from effllm.passes import emitters
 from effllm.passes.base import Bound, Context, add_input, replace
+from effllm.passes.insert import insert
 from effllm.passes.sites import Site, others, read
 from effllm.recipe import Rule
 from effllm.report import Decision, PassReport
 from effllm.runtime.formats.base import Packed
-from effllm.runtime.layouts import compose
 from effllm.runtime.weights import kind_of
 
 
@@ -104,11 +103,11 @@ def _apply(graph: fx.Graph, site: Site, real: Tensor, module: str, rule: Rule, c
     dtype = value.dtype if kind == "linear" else real.dtype
     act = asked.act if kind == "linear" else "a16"
     packed: Packed = context.store.describe(real, asked, transposed=site.transposed)
-    params, emitter = asked.resolved(packed.attrs), emitters.of(packed.format)
-    problem = kind_of(packed.format).problem(packed, act=act, dtype=dtype, device=real.device.type, m=rows_of(value) if kind == "linear" else 1)
+    params, form = asked.resolved(packed.attrs), kind_of(packed.format)
+    problem = form.problem(packed, act=act, dtype=dtype, device=real.device.type, m=rows_of(value) if kind == "linear" else 1)
     provider, why = providers.select(problem, context.kernel)
     size = {"bytes_before": real.numel() * real.element_size(), "bytes_after": packed.nbytes}
-    config = {**emitter.config(packed), "act": act}
+    config = {**form.describe(packed), "act": act}
     before, after = _predict(problem, provider) if kind == "linear" else (None, None)
     if kind == "linear" and provider.tuning is not None:
         choice = use.choose(provider, problem)
@@ -117,9 +116,9 @@ def _apply(graph: fx.Graph, site: Site, real: Tensor, module: str, rule: Rule, c
     if before is not None and after is not None and after > before * context.max_slowdown:
         reason = f"predicted {after / before:.2f}x the time of the dense linear at {problem.m} rows"
         return Decision(node.name, module, "kept", "slower", reason, **size, time_before=before, time_after=after, kernel=provider.name, config=config)
-    tensors = _bind(graph, site, packed, params, provider.layout, real.device, context)
+    tensors = _bind(graph, site, real, params, provider.layout, context)
     with graph.inserting_before(node):
-        new = emitter.insert(graph, site, packed, tensors, dtype, act, stamped(provider))
+        new = insert(graph, site, packed, tensors, dtype, act, stamped(provider))
     replace(context, node, new)
     return Decision(node.name, module, "applied", "applied", why, **size, time_before=before, time_after=after, kernel=provider.name, config=config)
 
@@ -130,14 +129,14 @@ def _predict(problem: Problem, provider: Provider) -> tuple[float | None, float 
     return dense.seconds(problem), provider.tuning.predict(problem, provider.tuning.first(problem)).seconds
 
 
-def _bind(graph: fx.Graph, site: Site, packed: Packed, params: Method, layout: str, device: torch.device, context: Context) -> dict[str, fx.Node]:
+def _bind(graph: fx.Graph, site: Site, real: Tensor, params: Method, layout: str, context: Context) -> dict[str, fx.Node]:
     """Placeholders for the packed tensors; a weight used twice in the same way is bound once."""
     for b in context.bound:
         same = b.source is site.weight and b.layout == layout and b.transposed == site.transposed
         if same and b.params.stored_as() == params.stored_as():
             return b.nodes
     nodes = {}
-    for key, (shape, dtype) in compose.shapes(packed, layout).items():
-        nodes[key] = add_input(graph, f"{site.weight.name}_{key}", shape, dtype, device)
+    for key, t in context.store.tensors(real, params, layout, transposed=site.transposed).items():
+        nodes[key] = add_input(graph, f"{site.weight.name}_{key}", tuple(t.shape), t.dtype, t.device)
     context.bound.append(Bound(site.weight, params, layout, nodes, site.transposed))
     return nodes

@@ -22,7 +22,7 @@ from effllm import compat
 from effllm.errors import OptionError
 from effllm.methods import Method
 from effllm.runtime.formats.base import Packed
-from effllm.runtime.layouts import compose
+from effllm.runtime.weights import kind_of
 
 Solver = Callable[[Tensor, Method], Packed]
 
@@ -51,7 +51,7 @@ class _Entry:
         self.resolved: dict[_Form, _Form] = {}  # as asked -> with the offset that "auto" came to
         self.shapes: dict[_Form, Packed] = {}  # on meta
         self.layouts: dict[_Form, dict[str, dict[str, Tensor]]] = {}
-        self.passing: set[_Form] = set()  # canonical copies that go once a kernel's layout is made
+        self.canonical: dict[_Form, Packed] = {}  # what was solved, until a kernel's layout is made of it
 
 
 class PackStore:
@@ -92,8 +92,8 @@ class PackStore:
                 resolved = (asked[0].resolved(packed.attrs), transposed)
                 entry.resolved[asked] = entry.resolved[resolved] = resolved
                 entry.shapes[resolved] = packed.to("meta")
-                entry.layouts[resolved] = {"planes": compose.arrange(packed, "planes")}
-                entry.passing.add(resolved)
+                entry.layouts[resolved] = {}
+                entry.canonical[resolved] = packed
             return entry.shapes[entry.resolved[asked]]
 
     def tensors(self, weight: Tensor, params: Method, layout: str, *, transposed: bool = False) -> dict[str, Tensor]:
@@ -104,11 +104,12 @@ class PackStore:
             resolved = entry.resolved[params.stored_as(), transposed]
             have = entry.layouts[resolved]
             if layout not in have:
-                source = next(iter(have))
-                have[layout] = compose.arrange(compose.restore(shape, have[source], source), layout)
-                if resolved in entry.passing:
-                    del have["planes"]
-            entry.passing.discard(resolved)
+                kind = kind_of(shape.format)
+                packed = entry.canonical.pop(resolved, None)
+                if packed is None:
+                    source = next(iter(have))
+                    packed = kind.restore(shape, have[source], source)
+                have[layout] = kind.arrange(packed, layout)
             return have[layout]
 
     def refresh(self, model: nn.Module) -> int:

@@ -81,6 +81,8 @@ def supports(problem: Problem, isa: Isa) -> Verdict:
         return Verdict(False, f"processor lacks {', '.join(lacking)}")
     if problem.dtype not in _FLOATS:
         return Verdict(False, f"activations are {problem.dtype}, not float32, bfloat16 or float16")
+    if dict(problem.detail).get("pivoted"):
+        return Verdict(False, "rows with pivots")
     factor = dict(problem.detail).get("factor", "bfloat16")
     if factor not in ("float32", "bfloat16", "float16"):
         return Verdict(False, f"factors are {factor}, not float32, bfloat16 or float16")
@@ -95,7 +97,9 @@ def provider(op: str, isa: Isa, rank: int, ensure: Callable[[Isa], None]) -> Pro
         y: Tensor = getattr(torch.ops, isa.namespace).lowrank(x, a, b, *rest, **arguments(problem, config, isa.name))
         return y
 
-    def one(x: Tensor, a: Tensor, b: Tensor, channels: Tensor | None, bias: Tensor | None, *, problem: Problem, config: Config | None = None) -> Tensor:
+    def one(
+        x: Tensor, a: Tensor, b: Tensor, channels: Tensor | None, pivots: Tensor | None, bias: Tensor | None, *, problem: Problem, config: Config | None = None
+    ) -> Tensor:  # fmt: skip
         return run(x, [a], [b], (channels, bias, None, None, None), problem, config)
 
     def many(x: Tensor, a: list[Tensor], b: list[Tensor], *, problem: Problem, config: Config | None = None) -> Tensor:

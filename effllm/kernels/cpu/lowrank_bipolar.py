@@ -94,6 +94,8 @@ def supports(problem: Problem, isa: Isa) -> Verdict:
         return Verdict(False, f"processor lacks {', '.join(lacking)}")
     if problem.dtype not in _FLOATS:
         return Verdict(False, f"activations are {problem.dtype}, not float32, bfloat16 or float16")
+    if dict(problem.detail).get("pivoted"):
+        return Verdict(False, "rows with pivots")
     bits = (problem.bits, int(dict(problem.detail)["b_bits"]))
     if not all(1 <= b <= 8 for b in bits):
         return Verdict(False, f"factors of {bits[1]} and {bits[0]} bits; the kernel takes 1 to 8 in both, run a mixed weight as two linears")
@@ -108,7 +110,7 @@ def provider(op: str, isa: Isa, rank: int, ensure: Callable[[Isa], None]) -> Pro
         y: Tensor = getattr(torch.ops, isa.namespace).lowrank_bipolar(x, *args, **arguments(problem, config, isa.name))
         return y
 
-    def one(x, ac, as_, am, bc, bs, bm, bias, n, rank, *grids, problem, config=None):  # type: ignore[no-untyped-def]
+    def one(x, ac, as_, am, bc, bs, bm, pivots, bias, n, rank, *grids, problem, config=None):  # type: ignore[no-untyped-def]
         def some(t: Tensor | None) -> list[Tensor]:
             return [] if t is None else [t]
 

@@ -27,7 +27,7 @@ name = "sltrain"
 version = 1
 tensor_names: tuple[str, ...] = ("a", "b", "sparse.values", "sparse.columns", "sparse.rows", "shift")
 _PARTS = {"dense": dense, "bipolar": bipolar}
-_BIAS = 32768
+BIAS = 32768
 
 
 def make(a: Packed, b: Packed, sparse: Tensor, *, dtype: torch.dtype = torch.bfloat16, shift: Tensor | None = None) -> Packed:
@@ -36,7 +36,7 @@ def make(a: Packed, b: Packed, sparse: Tensor, *, dtype: torch.dtype = torch.bfl
     where = sparse.nonzero()
     rows = torch.zeros(n + 1, dtype=torch.int32, device=sparse.device)
     rows[1:] = torch.bincount(where[:, 0], minlength=n).cumsum(0)
-    columns = (where[:, 1] - _BIAS).to(torch.int16) if k <= 2 * _BIAS else where[:, 1].to(torch.int32)
+    columns = (where[:, 1] - BIAS).to(torch.int16) if k <= 2 * BIAS else where[:, 1].to(torch.int32)
     held = {"sparse.values": sparse[where[:, 0], where[:, 1]].to(dtype), "sparse.columns": columns.contiguous(), "sparse.rows": rows}
     if shift is not None:
         held["shift"] = shift.float().contiguous()
@@ -48,7 +48,7 @@ def make(a: Packed, b: Packed, sparse: Tensor, *, dtype: torch.dtype = torch.bfl
 def columns(packed: Packed) -> Tensor:
     """Column of every nonzero, int64 (nnz,)."""
     stored = packed.tensors["sparse.columns"]
-    return stored.long() + (_BIAS if stored.dtype == torch.int16 else 0)
+    return stored.long() + (BIAS if stored.dtype == torch.int16 else 0)
 
 
 def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -91,7 +91,7 @@ def validate(packed: Packed) -> None:
     if shift is not None and (tuple(shift.shape) != (n,) or shift.dtype != torch.float32):
         raise bad(f"shift is {shift.dtype} {tuple(shift.shape)}")
     values, index, rows = (t[f"sparse.{key}"] for key in ("values", "columns", "rows"))
-    wide = torch.int16 if k <= 2 * _BIAS else torch.int32
+    wide = torch.int16 if k <= 2 * BIAS else torch.int32
     if tuple(values.shape) != (nnz,) or values.dtype not in dense.DTYPES or tuple(index.shape) != (nnz,) or index.dtype != wide:
         raise bad(f"values are {values.dtype} {tuple(values.shape)} and columns {index.dtype} {tuple(index.shape)} for {nnz} nonzeros")
     if tuple(rows.shape) != (n + 1,) or rows.dtype != torch.int32:

@@ -6,9 +6,6 @@ the kernel reads; a bipolar weight by itself has no prefix. Tensors that belong 
 
 from __future__ import annotations
 
-from typing import Any
-
-import torch
 from torch import Tensor
 
 from effllm.runtime import layouts
@@ -46,22 +43,6 @@ def restore(like: Packed, tensors: dict[str, Tensor], layout: str) -> Packed:
             back |= {f"{key}.{name}": t for name, t in restore(p, own, layout).tensors.items()}
     back |= {name: tensors[flat] for name, flat in _loose(like).items()}
     return Packed(like.format, like.version, like.shape, {name: back[name] for name in like.tensors}, dict(like.attrs))
-
-
-def shapes(like: Packed, layout: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
-    """Shapes and dtypes of what `arrange` gives, from the weight on the meta device."""
-    if like.format == bipolar.name:
-        found: dict[str, Any] = layouts.get(layout).fake_shapes(like.shape, like.attrs["bits"], like.attrs["group"])
-        kept = {key: found[key] for key in _CODED if key != "minimum" or "minimum" in like.tensors}
-        return {key: (shape, dtype or like.tensors["scale"].dtype) for key, (shape, dtype) in kept.items()}
-    out: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
-    for key in parts.names(like):
-        p = parts.part(like, key)
-        if p.format == dense.name:
-            out[key] = (tuple(p.shape), p.tensors["values"].dtype)
-        else:
-            out |= {f"{key}_{name}": found for name, found in shapes(p, layout).items()}
-    return out | {flat: (tuple(like.tensors[name].shape), like.tensors[name].dtype) for name, flat in _loose(like).items()}
 
 
 def _loose(packed: Packed) -> dict[str, str]:

@@ -8,8 +8,12 @@ from effllm.errors import CheckpointError, nearest
 from effllm.runtime.formats.base import Packed
 from effllm.runtime.weights.base import PackedWeight
 from effllm.runtime.weights.bipolar import BipolarWeight
+from effllm.runtime.weights.lowrank import LowRankWeight, SparseLowRankWeight
+from effllm.runtime.weights.monarch import MonarchWeight
+from effllm.runtime.weights.nm import ArmorWeight, NMWeight
 
-KINDS: dict[str, type[PackedWeight]] = {kind.format: kind for kind in (BipolarWeight,)}
+_CLASSES: tuple[type[PackedWeight], ...] = (BipolarWeight, LowRankWeight, SparseLowRankWeight, MonarchWeight, NMWeight, ArmorWeight)
+KINDS: dict[str, type[PackedWeight]] = {kind.format: kind for kind in _CLASSES}
 
 
 def kind_of(format: str) -> type[PackedWeight]:
@@ -24,4 +28,4 @@ def make(packed: Packed, *, act: str = "a16", dtype: torch.dtype = torch.float32
     return kind_of(packed.format)(packed, act=act, dtype=dtype, kernel=kernel)
 
 
-__all__ = ["KINDS", "BipolarWeight", "PackedWeight", "kind_of", "make"]
+__all__ = ["KINDS", "ArmorWeight", "BipolarWeight", "LowRankWeight", "MonarchWeight", "NMWeight", "PackedWeight", "SparseLowRankWeight", "kind_of", "make"]

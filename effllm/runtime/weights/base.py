@@ -29,6 +29,7 @@ class PackedWeight(functional.Refusing, nn.Module):
     """
 
     format: ClassVar[str]
+    trainable: ClassVar[tuple[str, ...]] = ()  # arranged tensors that are parameters where they are floating point
 
     def __init__(self, packed: Packed, *, act: str = "a16", dtype: torch.dtype = torch.float32, kernel: str | None = None) -> None:
         super().__init__()
@@ -50,8 +51,8 @@ class PackedWeight(functional.Refusing, nn.Module):
 
     @property
     def config(self) -> dict[str, Any]:
-        """What a Decision says about the weight."""
-        raise NotImplementedError
+        """What a Decision says of the module."""
+        return {**self.describe(self._meta), "act": self.act}
 
     @property
     def label(self) -> str:
@@ -72,16 +73,30 @@ class PackedWeight(functional.Refusing, nn.Module):
         self.shape, self.attrs, self._meta = packed.shape, dict(packed.attrs), packed.to("meta")
         self._bind(provider)
         trained = {name for name, p in self._parameters.items() if p is not None and p.requires_grad}
-        tensors = compose.arrange(packed, self.layout)
-        values = {key for key in parts.names(packed) if key in tensors}
-        for key in (*self.optional(), *tensors):
-            if key in values:
+        tensors = self.arrange(packed, self.layout)
+        for key in dict.fromkeys((*self.optional(packed), *tensors)):
+            if key in self.trainable and key in tensors and tensors[key].is_floating_point():
                 self.register_parameter(key, nn.Parameter(tensors[key], requires_grad=key in trained))
-            elif key in tensors or key not in self._buffers:
+            else:
                 self.register_buffer(key, tensors.get(key))
 
     @classmethod
-    def optional(cls) -> tuple[str, ...]:
+    def arrange(cls, packed: Packed, layout: str) -> dict[str, Tensor]:
+        """The tensors that a kernel reads."""
+        return compose.arrange(packed, layout)
+
+    @classmethod
+    def restore(cls, like: Packed, tensors: dict[str, Tensor], layout: str) -> Packed:
+        """The inverse of `arrange`; `like` is the weight on the meta device."""
+        return compose.restore(like, tensors, layout)
+
+    @staticmethod
+    def describe(packed: Packed) -> dict[str, Any]:
+        """What a Decision says of a stored weight."""
+        raise NotImplementedError
+
+    @classmethod
+    def optional(cls, packed: Packed) -> tuple[str, ...]:
         """Buffers that not every weight of the format has; None where it has not."""
         return ()
 
@@ -95,7 +110,7 @@ class PackedWeight(functional.Refusing, nn.Module):
 
     def packed(self) -> Packed:
         """The weight in its format's canonical layout."""
-        return compose.restore(self._meta, self.tensors(), self.layout)
+        return self.restore(self._meta, self.tensors(), self.layout)
 
     @property
     def nbytes(self) -> int:

@@ -30,7 +30,7 @@ class BipolarWeight(PackedWeight):
         return Problem(op, n, k, a["bits"], a["group"], "minimum" in packed.tensors, act, m, dtype, device, packed.tensors["scale"].dtype)
 
     @classmethod
-    def optional(cls) -> tuple[str, ...]:
+    def optional(cls, packed: Packed) -> tuple[str, ...]:
         """Symmetric and integer grids store no minimum."""
         return ("minimum",)
 
@@ -39,10 +39,10 @@ class BipolarWeight(PackedWeight):
         self.zero = bipolar.zero_point(self.bits, self.attrs["grid"], self.attrs["source_bits"])
         self._form = (self.act, *self.shape, self.bits, self.group, self.zero, ops.stamped(provider))
 
-    @property
-    def config(self) -> dict[str, Any]:
-        """Bits, group, grid and activations."""
-        return {"bits": self.bits, "group": self.group, "grid": self.attrs["grid"], "act": self.act}
+    @staticmethod
+    def describe(packed: Packed) -> dict[str, Any]:
+        """Bits, group and grid."""
+        return {key: packed.attrs[key] for key in ("bits", "group", "grid")}
 
     @property
     def label(self) -> str:

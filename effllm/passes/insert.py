@@ -1,10 +1,9 @@
-"""bipolar-INT weights in a graph: linear with 16-bit or int8 activations, and the embedding gather."""
+"""The node that takes the place of a dense linear or embedding, for a packed weight of any format."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import fx
@@ -14,15 +13,21 @@ from effllm.passes.base import call
 from effllm.passes.sites import Site
 from effllm.runtime.formats import bipolar
 from effllm.runtime.formats.base import Packed
-
-
-def config(packed: Packed) -> dict[str, Any]:
-    """What a Decision says of the weight."""
-    return {key: packed.attrs[key] for key in ("bits", "group", "grid")}
+from effllm.runtime.weights import kind_of
+from effllm.runtime.weights.structured import StructuredWeight
 
 
 def insert(graph: fx.Graph, site: Site, packed: Packed, w: Mapping[str, fx.Node], dtype: torch.dtype, act: str, kernel: str) -> fx.Node:
-    """The op that takes the place of `site`, with the packed tensors `w`."""
+    """Insert the op on the packed tensors `w`; `packed` is the weight on the meta device."""
+    kind = kind_of(packed.format)
+    if issubclass(kind, StructuredWeight):
+        found = kind.call(packed)
+        return call(graph, getattr(torch.ops.effllm, found.op).default, found.arguments(site.x, w, site.bias, kernel), site.node)
+    return _bipolar(graph, site, packed, w, dtype, act, kernel)
+
+
+def _bipolar(graph: fx.Graph, site: Site, packed: Packed, w: Mapping[str, fx.Node], dtype: torch.dtype, act: str, kernel: str) -> fx.Node:
+    """Linear with 16-bit or int8 activations, or the embedding gather."""
     node, x, bias, (n, k), a = site.node, site.x, site.bias, packed.shape, packed.attrs
     three = (w["codes"], w["scale"], w.get("minimum"))
     zero = bipolar.zero_point(a["bits"], a["grid"], a["source_bits"])
