@@ -44,13 +44,12 @@ def many_reference(
 
 
 def problem_of(
-    op: str, n: int, k: int, rank: int, *, bits: int, group: int, affine: bool, b_bits: int | None = None, b_group: int | None = None, b_affine: bool | None = None,
-    m: int | None = None, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", scale_dtype: torch.dtype = torch.float16,
+    op: str, n: int, k: int, rank: int, *, bits: int, group: int, affine: bool,
+    b_bits: int | None = None, b_group: int | None = None, b_affine: bool | None = None, m: int | None = None, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", scale_dtype: torch.dtype = torch.float16,
 ) -> Problem:  # fmt: skip
     """The kernel problem: bits, group and affine are A's; B's are the same unless given. `n` and `rank` are sums over siblings."""
-    detail = (
-        ("b_affine", int(affine if b_affine is None else b_affine)), ("b_bits", b_bits or bits), ("b_group", group if b_group is None else b_group), ("rank", rank),
-    )  # fmt: skip
+    other = (int(affine if b_affine is None else b_affine), b_bits or bits, group if b_group is None else b_group)
+    detail = (*zip(("b_affine", "b_bits", "b_group"), other, strict=True), ("rank", rank))
     return Problem(op, n, k, bits, group, affine, "a16", m, dtype, device, scale_dtype, detail)
 
 

@@ -44,7 +44,8 @@ def first_item(x, b, workspace, item, M, R, K, stride, columns, BR: tl.constexpr
     acc3 = tl.zeros((BR, BK), tl.float32)
     for start in range(split * columns, tl.minimum(K, (split + 1) * columns), BK):
         k = start + tl.arange(0, BK)
-        w = tl.load(b + r.to(tl.int64)[:, None] * K + k[None, :], mask=(r < R)[:, None] & (k < K)[None, :], other=0.0, eviction_policy="evict_first").to(tl.float32)
+        w = tl.load(b + r.to(tl.int64)[:, None] * K + k[None, :], mask=(r < R)[:, None] & (k < K)[None, :], other=0.0, eviction_policy="evict_first")
+        w = w.to(tl.float32)
         acc0 = product(w, row_of(x, m, k, M, K, stride), acc0)
         if MB > 1:
             acc1 = product(w, row_of(x, m + 1, k, M, K, stride), acc1)
