@@ -45,7 +45,8 @@ def many_reference(
 
 def problem_of(
     op: str, n: int, k: int, rank: int, *, bits: int, group: int, affine: bool,
-    b_bits: int | None = None, b_group: int | None = None, b_affine: bool | None = None, m: int | None = None, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", scale_dtype: torch.dtype = torch.float16,
+    b_bits: int | None = None, b_group: int | None = None, b_affine: bool | None = None, m: int | None = None,
+    dtype: torch.dtype = torch.bfloat16, device: str = "cpu", scale_dtype: torch.dtype = torch.float16,
 ) -> Problem:  # fmt: skip
     """The kernel problem: bits, group and affine are A's; B's are the same unless given. `n` and `rank` are sums over siblings."""
     other = (int(affine if b_affine is None else b_affine), b_bits or bits, group if b_group is None else b_group)
