@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
 import triton
 from torch import Tensor
 
-from effllm.autotune import machines
+from effllm.autotune import machines, use
 from effllm.kernels.triton.lowrank import first_kernel, fused_kernel, second_kernel
+from effllm.kernels.triton.lowrank_cost import LowrankTritonTuning
 from effllm.kernels.triton.lowrank_gemm import stage_kernel
+from effllm.lowering.lowrank_linear import problem_of
 
-FEW = 8  # rows up to which factors are read once a row block on the ordinary cores; the matrix cores take 16 at least
 _counters: dict[tuple[torch.device, int], Tensor] = {}
 
 
@@ -33,14 +35,21 @@ class Plan:
     warps: int = 4
 
 
-def plan(m: int, rank: int, k: int, device: torch.device) -> Plan:
-    """Splits so that the first stage, which has the fewer rows, gives two items to every multiprocessor."""
-    if m > FEW:
-        return Plan("dot", bm=64 if m > 32 else 16, bk=64 if m > 32 else 128)
+def plan(kind: str, m: int, rank: int, k: int, device: torch.device) -> Plan:
+    """Tiles of a kind. Splits so that the first stage, which has the fewer rows, gives two items to every multiprocessor."""
+    if kind == "dot":
+        return Plan(kind, bm=64 if m > 32 else 16, bk=64 if m > 32 else 128)
     sms = int(machines.gpu(str(device))["sms"])
     tiles = triton.cdiv(rank, 16)
     split = max(1, min(8, 2 * sms // tiles, k // 512))
-    return Plan("fused", split=split, programs=sms)
+    return Plan(kind, split=split, programs=sms)
+
+
+@functools.lru_cache(maxsize=4096)
+def choice(m: int, n: int, k: int, rank: int, channels: int, dtype: torch.dtype, factor: torch.dtype, device: torch.device) -> Plan:
+    """What runs where the caller asks for nothing: the cost model's choice."""
+    problem = problem_of("lowrank_linear", n, k, rank, factor, m=m, dtype=dtype, device=str(device), channels=channels)
+    return plan(str(LowrankTritonTuning().first(problem)["kind"]), m, rank, k, device)
 
 
 def _counter(device: torch.device) -> Tensor | None:
@@ -52,6 +61,9 @@ def _counter(device: torch.device) -> Tensor | None:
     if found is None and not (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         found = _counters[device, stream] = torch.zeros(2, dtype=torch.int32, device=device)
     return found
+
+
+use.on_forget(choice.cache_clear)
 
 
 def _few(x: Tensor, a: Tensor, b: Tensor, channels: Tensor | None, bias: Tensor | None, y: Tensor, how: Plan) -> None:
@@ -91,7 +103,8 @@ def lowrank(
     y = torch.empty(flat.shape[0], a.shape[0], dtype=x.dtype, device=x.device) if out is None else out
     if y.numel():
         with torch.cuda.device_of(x):
-            chosen = how or plan(flat.shape[0], b.shape[0], flat.shape[1], x.device)
+            count = 0 if channels is None else channels.shape[0]
+            chosen = how or choice(flat.shape[0], a.shape[0], flat.shape[1], b.shape[0], count, x.dtype, a.dtype, x.device)
             run = _many if chosen.kind == "dot" else _few
             run(flat, a.contiguous(), b.contiguous(), channels, None if bias is None else bias.contiguous(), y, chosen)
     return y.reshape(*x.shape[:-1], a.shape[0])

@@ -10,11 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 from effllm.kernels.triton import aot
 from effllm.kernels.triton.lowrank import first_kernel, fused_kernel, second_kernel
+from effllm.kernels.triton.lowrank_cost import LowrankTritonTuning
 from effllm.kernels.triton.lowrank_gemm import stage_kernel
+from effllm.lowering.lowrank_linear import problem_of
 from tests.kernels.triton.lowrank_cases import cases
 
 FLOOR = {"float32": 2e-6, "float16": 5e-5}
@@ -38,6 +41,15 @@ def test_error_is_that_of_plain_torch(results: dict[str, dict[str, Any]], case: 
 def test_the_barrier_leaves_its_counter_at_zero(results: dict[str, dict[str, Any]]) -> None:
     found = [got["counters"] for got in results.values() if got["case"]["kind"] == "fused"]
     assert len(found) == 5 and all(counters == [0, 0] for counters in found)
+
+
+def test_the_model_changes_to_the_matrix_cores_for_many_rows() -> None:
+    tuning = LowrankTritonTuning()
+    problem = problem_of("lowrank_linear", 4096, 4096, 1024, torch.bfloat16, m=1, device="cuda")
+    kinds = [tuning.first(problem.at(m))["kind"] for m in (1, 2, 4, 64, 512)]
+    assert kinds[0] == "fused" and kinds[-1] == "dot" and sorted(kinds, key=["fused", "apart", "dot"].index) == kinds
+    one = tuning.predict(problem, {"kind": "fused"})
+    assert one.nbytes == pytest.approx(2 * 2 * 1024 * 4096, rel=0.01) and one.bound <= one.seconds < tuning.predict(problem, {"kind": "apart"}).seconds
 
 
 INTEGERS = ("M", "N", "R", "C", "K", "stride", "columns", "ldz", "ldx")
