@@ -8,10 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from effllm.lowering import lowrank_bipolar_linear as packed
-from effllm.lowering import lowrank_linear as dense
 from effllm.lowering import providers
 from effllm.lowering.op import OPS
+from effllm.runtime.formats import bipolar
 from tests.lowering.cases import Case, arguments, make_packed
 
 providers.load("cpu")
@@ -57,8 +56,6 @@ COMPILED = pytest.mark.parametrize("compiled", [False, True], ids=["eager", "ind
 def test_bipolar_linear(kernel: str, compiled: bool) -> None:
     case = Case(4, 32, "affine", 3, 16, 40, torch.float32)
     codes, scale, minimum, zero = arguments(make_packed(case), OPS["bipolar_linear"].providers[kernel].layout)
-    from effllm.runtime.formats import bipolar
-
     w = bipolar.unpack(make_packed(case), F64)
     x, bias = torch.randn(3, 40), torch.randn(16)
 
@@ -70,8 +67,6 @@ def test_bipolar_linear(kernel: str, compiled: bool) -> None:
 
 
 def test_merged_bipolar_linear() -> None:
-    from effllm.runtime.formats import bipolar
-
     case = Case(3, 32, "symmetric", 2, 16, 64, torch.float32)
     packs = [make_packed(case, seed) for seed in (0, 1)]
     parts = [arguments(p, "tile16") for p in packs]
@@ -126,8 +121,6 @@ def test_sparse(index: torch.dtype, compiled: bool) -> None:
 
 @COMPILED
 def test_bipolar_factors(compiled: bool) -> None:
-    from effllm.runtime.formats import bipolar
-
     a, b = make_packed(Case(8, 32, "symmetric", 1, 16, 24, torch.float32)), make_packed(Case(4, 32, "affine", 1, 24, 40, torch.float32), 1)
     wa, wb = bipolar.unpack(a, F64), bipolar.unpack(b, F64)
     first, second = arguments(b, "tile16"), arguments(a, "tile16")
@@ -146,4 +139,3 @@ def test_kernels_run_where_no_gradient_is_asked_for() -> None:
     assert not y.requires_grad
     own = torch.ops.effllm_cpu_portable.lowrank(x.detach(), [a], [b], None, None, None, None, None)
     assert torch.equal(y, own)
-    assert packed.LOWRANK_BIPOLAR.problem is not None and dense.LOWRANK.problem is not None

@@ -113,7 +113,7 @@ NATIVE = [(op, p) for op, p in HERE if p.name != "reference"]
 
 @pytest.mark.parametrize(("op", "provider"), NATIVE, ids=[f"{o}-{p.name}" for o, p in NATIVE])
 def test_memory_past_the_operands_is_not_read(op: str, provider: Provider) -> None:
-    """Operands inside larger buffers of NaN, or of ones bits, give what they give alone."""
+    """Operands inside larger buffers of NaN, or of the largest integers, give what they give alone."""
     problem, args = small(op, provider)
     alone = call(provider, problem, tuple(args))
 
