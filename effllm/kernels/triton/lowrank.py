@@ -26,8 +26,8 @@ def product(w, xv, acc):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def row_of(x, m, k, M, K, stride):  # type: ignore[no-untyped-def]
-    """Columns k of row m of x as fp32; zeros outside."""
-    return tl.load(x + m.to(tl.int64) * stride + k, mask=(k < K) & (m < M), other=0.0).to(tl.float32)
+    """Columns k of row m of x as fp32, zeros outside; rows past the last read the last, and are not stored."""
+    return tl.load(x + tl.minimum(m, M - 1).to(tl.int64) * stride + k, mask=k < K, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -55,22 +55,23 @@ def first_item(x, b, workspace, item, M, R, K, stride, columns, BR: tl.constexpr
     to = workspace + (split * M + m).to(tl.int64) * R + r
     tl.store(to, tl.sum(acc0, 1), mask=r < R)
     if MB > 1:
-        tl.store(to + R, tl.sum(acc1, 1), mask=(r < R) & (m + 1 < M))
+        tl.store(to + R, tl.sum(acc1, 1), mask=(r < R) & (m + 1 + r * 0 < M))
     if MB > 2:
-        tl.store(to + 2 * R, tl.sum(acc2, 1), mask=(r < R) & (m + 2 < M))
-        tl.store(to + 3 * R, tl.sum(acc3, 1), mask=(r < R) & (m + 3 < M))
+        tl.store(to + 2 * R, tl.sum(acc2, 1), mask=(r < R) & (m + 2 + r * 0 < M))
+        tl.store(to + 3 * R, tl.sum(acc3, 1), mask=(r < R) & (m + 3 + r * 0 < M))
 
 
 @triton.jit
 def middle(workspace, x, channels, m, j, M, R, C, stride, SPLIT: tl.constexpr):  # type: ignore[no-untyped-def]
     """Columns j of row m of the second stage's input: o, and behind it the channels of x. From L2, not from a cache that other programs cannot see."""
     o = tl.zeros(j.shape, tl.float32)
+    m = tl.minimum(m, M - 1)
     for split in tl.static_range(SPLIT):
-        o += tl.load(workspace + (split * M + m).to(tl.int64) * R + j, mask=(j < R) & (m < M), other=0.0, cache_modifier=".cg")
+        o += tl.load(workspace + (split * M + m).to(tl.int64) * R + j, mask=j < R, other=0.0, cache_modifier=".cg")
     if channels is not None:
         inside = (j >= R) & (j < R + C)
         k = tl.load(channels + j - R, mask=inside, other=0)
-        o += tl.load(x + m.to(tl.int64) * stride + k, mask=inside & (m < M), other=0.0).to(tl.float32)
+        o += tl.load(x + m.to(tl.int64) * stride + k, mask=inside, other=0.0).to(tl.float32)
     return o
 
 
@@ -80,7 +81,7 @@ def finish(y, bias, acc, m, n, M, N):  # type: ignore[no-untyped-def]
     total = tl.sum(acc, 1)
     if bias is not None:
         total += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)
-    tl.store(y + m.to(tl.int64) * N + n, total.to(y.dtype.element_ty), mask=(n < N) & (m < M))
+    tl.store(y + m.to(tl.int64) * N + n, total.to(y.dtype.element_ty), mask=(n < N) & (m + n * 0 < M))
 
 
 @triton.jit
