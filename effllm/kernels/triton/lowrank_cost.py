@@ -21,7 +21,7 @@ from effllm.autotune.cost import ACT, BANDWIDTH, CALL, OUT, K, M, Model, N, Pred
 from effllm.lowering.op import YES, Config, Problem, Verdict
 
 KINDS = ("fused", "apart", "dot")
-RANK, CHANNELS = sympy.symbols("rank channels", nonnegative=True)
+RANK, SECOND = sympy.symbols("rank second", nonnegative=True)  # SECOND: values of A
 VALUE, SMS, CLOCK, LATENCY, MMA = sympy.symbols("value sms clock latency mma", positive=True)
 _LANES = 128  # instructions a multiprocessor issues a clock, in threads
 
@@ -29,7 +29,7 @@ _LANES = 128  # instructions a multiprocessor issues a clock, in threads
 @functools.cache
 def models() -> Mapping[str, Model]:
     """Kind -> model."""
-    weights = RANK * K + N * (RANK + CHANNELS)
+    weights = RANK * K + SECOND
     nbytes = weights * VALUE + M * (K * ACT + N * OUT)
     flops = 2 * M * weights
     instructions = weights * (1.5 * sympy.ceiling(M / 4) + 1.3 * M)
