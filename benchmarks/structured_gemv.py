@@ -20,7 +20,7 @@ import torch
 from benchmarks.timing import RESULTS, interleaved, save
 from effllm.autotune import inputs
 from effllm.autotune.use import choose
-from effllm.lowering import lowrank_linear, providers
+from effllm.lowering import lowrank_bipolar_linear, lowrank_linear, providers
 from effllm.lowering.op import Problem
 
 NAME = "structured-2core-zen4"
@@ -74,7 +74,18 @@ def lowrank(n: int, k: int, m: int) -> Row:
     return of_problem(lowrank_linear.problem_of("lowrank_linear", n, k, rank, torch.bfloat16, m=m, dtype=torch.bfloat16), rank=rank)
 
 
-ROWS: dict[str, Callable[[int, int, int], Row]] = {"lowrank": lowrank}
+def lowrank_bipolar(bits: int) -> Callable[[int, int, int], Row]:
+    """The same rank with bipolar factors of `bits` bits in groups of 128 with fp16 scales."""
+
+    def row(n: int, k: int, m: int) -> Row:
+        rank = half_rank(n, k)
+        problem = lowrank_bipolar_linear.problem_of("lowrank_bipolar_linear", n, k, rank, bits=bits, group=128, affine=False, m=m, dtype=torch.bfloat16)
+        return of_problem(problem, rank=rank, bits=bits)
+
+    return row
+
+
+ROWS: dict[str, Callable[[int, int, int], Row]] = {"lowrank": lowrank, "lowrank-w8": lowrank_bipolar(8), "lowrank-w4": lowrank_bipolar(4)}
 
 
 def measure(shape: str, names: list[str], m: int, rounds: int) -> list[dict[str, Any]]:
@@ -90,7 +101,8 @@ def measure(shape: str, names: list[str], m: int, rounds: int) -> list[dict[str,
     for name, row, t in zip(names, rows, times[1:], strict=True):
         saved, faster = base.nbytes / row.nbytes, times[0] / t
         about = {"row": name, "shape": shape, "m": m} | row.about
-        figures = {"us": t * 1e6, "dense_us": times[0] * 1e6, "gb_s": row.nbytes / t / 1e9, "byte_ratio": saved, "speedup": faster, "of_byte_ratio": faster / saved}
+        figures = {"us": t * 1e6, "dense_us": times[0] * 1e6, "gb_s": row.nbytes / t / 1e9, "dense_gb_s": base.nbytes / times[0] / 1e9}
+        figures |= {"byte_ratio": saved, "speedup": faster, "of_byte_ratio": faster / saved}
         lines.append(about | figures | {"error": row.error})
     return lines
 

@@ -27,8 +27,7 @@ def lowrank(problem: Problem, layout: str, copies: int, seed: int) -> Operands:
     g = torch.Generator().manual_seed(seed)
     x = (torch.randn(m, k, generator=g) * 2.0 ** torch.randint(-3, 2, (m, 1), generator=g)).to(problem.dtype)
     many = problem.op.endswith("_many")
-    sizes = parts(n) if many else [n]
-    ranks = [rank // len(sizes) + (i < rank % len(sizes)) for i in range(len(sizes))]
+    sizes, ranks = zip(*siblings(n, rank), strict=True) if many else ([n], [rank])
     # rows over a wide range, so that swapped rows or ranks cannot hide
     a = [_spread(size, r + count, g).to(factor) for size, r in zip(sizes, ranks, strict=True)]
     b = [_spread(r, k, g).to(factor) for r in ranks]
@@ -52,6 +51,20 @@ def lowrank(problem: Problem, layout: str, copies: int, seed: int) -> Operands:
     return made if copies == 1 else copied(made, copies)
 
 
+def siblings(n: int, rank: int) -> list[tuple[int, int]]:
+    """Outputs and ranks of the low-rank weights that a merged problem is made of. Raises TuneError as `parts` does."""
+    sizes = parts(n)
+    return [(size, rank // len(sizes) + (i < rank % len(sizes))) for i, size in enumerate(sizes)]
+
+
+def full_siblings(n: int, rank: int) -> list[tuple[int, int]]:
+    """The same where ranks fill whole tiles too, as those of bipolar factors do."""
+    sizes, ranks = parts(n), parts(rank)
+    if len(sizes) != len(ranks):
+        raise TuneError("E-TUN-SHAPE", f"rank {rank} is too small for {len(sizes)} siblings", f"give at least {16 * len(sizes)}")
+    return list(zip(sizes, ranks, strict=True))
+
+
 def bipolar(problem: Problem, layout: str, copies: int, seed: int) -> Operands:
     """Operands of lowrank_bipolar_linear and its _many. Raises TuneError for sizes that cannot be."""
     detail = {name: int(value) for name, value in problem.detail}
@@ -62,13 +75,9 @@ def bipolar(problem: Problem, layout: str, copies: int, seed: int) -> Operands:
     g = torch.Generator().manual_seed(seed)
     x = (torch.randn(m, k, generator=g) * 2.0 ** torch.randint(-3, 2, (m, 1), generator=g)).to(problem.dtype)
     many = problem.op.endswith("_many")
-    sizes = parts(n) if many else [n]
-    ranks = parts(rank) if many else [rank]
-    if len(sizes) != len(ranks):
-        raise TuneError("E-TUN-SHAPE", f"{problem.op}: rank {rank} is too small for {len(sizes)} siblings", f"give at least {16 * len(sizes)}")
     dense: list[list[Tensor]] = [[], []]
     stored: list[list[dict[str, Tensor]]] = [[], []]
-    for size, r in zip(sizes, ranks, strict=True):
+    for size, r in full_siblings(n, rank) if many else [(n, rank)]:
         for which, (rows, columns, of) in enumerate(((size, r, second), (r, k, first))):
             packed = _random(rows, columns, *of, problem.scale_dtype, g)
             dense[which].append(grid.unpack(packed))

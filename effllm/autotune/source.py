@@ -67,8 +67,9 @@ def provider_source(provider: str, op: str) -> str:
     """
     if provider.split("-")[0] == "triton":
         # launch.py reaches every kernel; which configuration is chosen, and for what machine, is not part of how it runs
-        modules = ("choose", "cost", "space")
-        return source_hash([KERNELS / "triton" / "launch.py"], without=[f"effllm.kernels.triton.{m}" for m in modules])
+        modules = ("choose", "cost", "space", "lowrank_cost")
+        name = "lowrank_launch.py" if op.startswith("lowrank") else "launch.py"
+        return source_hash([KERNELS / "triton" / name], without=[f"effllm.kernels.triton.{m}" for m in modules])
     if provider.startswith("cpu-"):
         units = sorted((KERNELS / "cpu").glob("*.cpp"))
         own = [u for u in units if u.stem in op]  # bipolar.cpp for bipolar_linear_a8

@@ -47,14 +47,20 @@ def many_reference(
 
 
 def problem_of(
-    op: str, n: int, k: int, rank: int, *, bits: int, group: int, affine: bool, b_bits: int | None = None, b_group: int | None = None, b_affine: bool | None = None,
-    pivoted: bool = False, m: int | None = None, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", scale_dtype: torch.dtype = torch.float16,
+    op: str, n: int, k: int, rank: int, *, bits: int, group: int, affine: bool,
+    b_bits: int | None = None, b_group: int | None = None, b_affine: bool | None = None, m: int | None = None,
+    dtype: torch.dtype = torch.bfloat16, device: str = "cpu", scale_dtype: torch.dtype = torch.float16,
+    second: int | None = None, pivoted: bool = False,
 ) -> Problem:  # fmt: skip
-    """The kernel problem: bits, group and affine are A's; B's are the same unless given. `n` and `rank` are sums over siblings."""
-    detail = (
-        ("b_affine", int(affine if b_affine is None else b_affine)), ("b_bits", b_bits or bits), ("b_group", group if b_group is None else b_group), ("pivoted", int(pivoted)),
-        ("rank", rank),
-    )  # fmt: skip
+    """The kernel problem: bits, group and affine are A's; B's are the same unless given. `n` and `rank` are sums over siblings.
+
+    `second` is the number of A's values; left out, of one factor, or of siblings as the input generator makes them.
+    """
+    if second is None:
+        rows = n - rank if pivoted else n
+        second = rows * rank if not op.endswith("_many") else sum(size * r for size, r in inputs.full_siblings(n, rank))
+    other = (int(affine if b_affine is None else b_affine), b_bits or bits, group if b_group is None else b_group)
+    detail = (*zip(("b_affine", "b_bits", "b_group"), other, strict=True), ("pivoted", int(pivoted)), ("rank", rank), ("second", second))
     return Problem(op, n, k, bits, group, affine, "a16", m, dtype, device, scale_dtype, detail)
 
 
@@ -71,8 +77,9 @@ def _problem(x, ac, as_, am, bc, bs, bm, pivots, bias, n, rank, a_bits, a_group,
 
 def _problem_many(x, ac, as_, am, bc, bs, bm, a_bits, a_group, a_zero, b_bits, b_group, b_zero, kernel):  # type: ignore[no-untyped-def]
     op = "lowrank_bipolar_linear_many"
-    n, rank = (sum(_full(op, kernel, c) for c in codes) for codes in (ac, bc))
-    about = {"m": rows_of(x), "dtype": x.dtype, "device": x.device.type, "scale_dtype": as_[0].dtype}
+    sizes, ranks = ([_full(op, kernel, c) for c in codes] for codes in (ac, bc))
+    n, rank, second = sum(sizes), sum(ranks), sum(s * r for s, r in zip(sizes, ranks, strict=True))
+    about = {"m": rows_of(x), "dtype": x.dtype, "device": x.device.type, "scale_dtype": as_[0].dtype, "second": second}
     grids = {"bits": a_bits, "group": a_group, "affine": bool(am), "b_bits": b_bits, "b_group": b_group, "b_affine": bool(bm)}
     return problem_of(op, n, int(x.shape[-1]), rank, **grids, **about), plain(kernel)
 

@@ -66,16 +66,26 @@ def sparse_lowrank_reference(x: Tensor, a: Tensor, b: Tensor, values: Tensor, co
 
 def problem_of(
     op: str, n: int, k: int, rank: int, factor: torch.dtype, *, m: int | None = None, dtype: torch.dtype = torch.bfloat16, device: str = "cpu",
-    channels: int = 0, nonzeros: int = 0, pivoted: bool = False,
+    channels: int = 0, nonzeros: int = 0, second: int | None = None, pivoted: bool = False,
 ) -> Problem:  # fmt: skip
-    """The kernel problem of one of the ops; `rank` and `n` are sums over siblings, `factor` is the dtype of the factors."""
-    detail = (("channels", channels), ("factor", str(factor).removeprefix("torch.")), ("nonzeros", nonzeros), ("pivoted", int(pivoted)), ("rank", rank))
+    """The kernel problem of one of the ops; `rank` and `n` are sums over siblings, `factor` is the dtype of the factors.
+
+    `second` is the number of values of the second factors; left out, of one factor, or of siblings as the input generator makes them.
+    """
+    if second is None:
+        rows = n - rank if pivoted else n
+        second = rows * (rank + channels) if not op.endswith("_many") else sum(size * r for size, r in inputs.siblings(n, rank))
+    detail = (
+        ("channels", channels), ("factor", str(factor).removeprefix("torch.")), ("nonzeros", nonzeros), ("pivoted", int(pivoted)), ("rank", rank),
+        ("second", second),
+    )  # fmt: skip
     return Problem(op, n, k, 0, 0, False, "a16", m, dtype, device, torch.float16, detail)
 
 
-def _of(op: str, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], **more: int) -> Problem:
+def _of(op: str, x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], **more: Any) -> Problem:
     n, rank = sum(f.shape[0] for f in a), sum(f.shape[0] for f in b)
-    return problem_of(op, n, int(x.shape[-1]), rank, a[0].dtype, m=rows_of(x), dtype=x.dtype, device=x.device.type, **more)
+    second = sum(f.shape[0] * f.shape[1] for f in a)
+    return problem_of(op, n, int(x.shape[-1]), rank, a[0].dtype, m=rows_of(x), dtype=x.dtype, device=x.device.type, second=second, **more)
 
 
 def _problem(x, a, b, channels, pivots, bias, kernel):  # type: ignore[no-untyped-def]

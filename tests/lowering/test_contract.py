@@ -197,4 +197,5 @@ def test_decode_attention(kernel: str, dtype: torch.dtype, mask: str) -> None:
 
 def test_every_registered_op_is_covered_here() -> None:
     covered = {*LINEARS, "bipolar_linear_many", "bipolar_linear_a8_many", "bipolar_embedding", "quantize_activation", "decode_attention"}
+    covered |= {"lowrank_linear", "lowrank_linear_many", "sparse_lowrank_linear", "lowrank_bipolar_linear", "lowrank_bipolar_linear_many"}  # test_lowrank.py
     assert set(OPS) == covered and effllm.lowering.attention.ATTENTION.name in covered

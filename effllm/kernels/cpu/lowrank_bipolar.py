@@ -34,7 +34,8 @@ def stages(problem: Problem) -> tuple[Problem, Problem]:
         return Problem("bipolar_linear", n, k, bits, group, affine, "a16", problem.m, problem.dtype, problem.device, problem.scale_dtype)
 
     first = one(d["rank"], problem.k, d["b_bits"], d["b_group"], bool(d["b_affine"]))
-    return first, one(problem.n, d["rank"], problem.bits, problem.group, problem.affine)
+    # siblings together have fewer values than one factor of their outputs and ranks would
+    return first, one(-(-d["second"] // d["rank"]), d["rank"], problem.bits, problem.group, problem.affine)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from effllm.autotune.cost import ACT, BANDWIDTH, CALL, OUT, K, M, Model, N, valu
 from effllm.kernels.cpu.cost import ISSUE, PRODUCT, SINGLE, THREADS, WAKE
 from effllm.lowering.op import Problem
 
-RANK, CHANNELS, NONZEROS = sympy.symbols("rank channels nonzeros", nonnegative=True)
+RANK, SECOND, NONZEROS = sympy.symbols("rank second nonzeros", nonnegative=True)  # SECOND: values of A
 VALUE, INDEX, CAST = sympy.symbols("value index cast", nonnegative=True)  # bytes of a factor's element, of a column; 1 where factors are cast for `products`
 PATHS = ("fused", "products")
 
@@ -35,7 +35,7 @@ def models(isa: str) -> Mapping[str, Model]:
 
 def _model(path: str, isa: str) -> Model:
     width = _WIDTH[isa]
-    weights = RANK * K + N * (RANK + CHANNELS)
+    weights = RANK * K + SECOND
     nbytes = weights * VALUE + NONZEROS * (VALUE + INDEX) + M * (K * ACT + N * OUT)
     flops = 2 * M * (weights + NONZEROS)
     rate = sympy.Min(THREADS * SINGLE, BANDWIDTH)

@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effllm.kernels.triton import launch, nm_ops, ops
+from effllm.kernels.triton import launch, lowrank_launch, nm_ops, ops
 from effllm.kernels.triton.choose import TritonTuning
-from effllm.lowering import bipolar_linear
+from effllm.kernels.triton.lowrank_cost import LowrankTritonTuning
+from effllm.lowering import bipolar_linear, lowrank_linear
 from effllm.lowering.op import YES, Config, Problem, Provider, Verdict
 from effllm.runtime.formats import bipolar
 
@@ -54,9 +55,33 @@ def _linear_a8(
     return launch.linear(xq, xs, codes, scale, minimum, bias, n=n, bits=bits, group=group, zero=zero, dtype=dtype, config=config)
 
 
+def _lowrank(
+    x: Tensor, a: Tensor, b: Tensor, channels: Tensor | None, pivots: Tensor | None, bias: Tensor | None,
+    problem: Problem | None = None, config: Config | None = None,
+) -> Tensor:  # fmt: skip
+    """The graph op, which chooses when it runs; with `config` (a tuner's, outside of graphs) the launch itself."""
+    if config is None:
+        return ops.lowrank(x, a, b, channels, bias)
+    rows = x.numel() // max(1, x.shape[-1])
+    return lowrank_launch.lowrank(x, a, b, channels, bias, how=lowrank_launch.plan(str(config["kind"]), rows, b.shape[0], x.shape[-1], x.device))
+
+
+def supports_lowrank(problem: Problem) -> Verdict:
+    """Whether the low-rank kernels take a problem."""
+    if problem.dtype not in _DTYPES:
+        return Verdict(False, f"activations of {problem.dtype}, the kernels take fp16, bf16 and fp32")
+    if dict(problem.detail).get("pivoted"):
+        return Verdict(False, "rows with pivots")
+    if problem.n * max(problem.k, int(dict(problem.detail).get("rank", 0))) >= 2**31:
+        return Verdict(False, "a factor has 2^31 values or more, past the kernels' 32-bit sizes")
+    return YES
+
+
 def register() -> None:
-    """Add the provider "triton" to both linear ops; calling it again changes nothing."""
+    """Add the provider "triton" to the linear ops; calling it again changes nothing."""
     calls: dict[str, Any] = {"bipolar_linear": _linear, "bipolar_linear_a8": _linear_a8}
     for op in (bipolar_linear.LINEAR, bipolar_linear.LINEAR_A8):
         op.register(Provider("triton", op.name, "cuda", "words", supports, calls[op.name], TritonTuning(), late=True, rank=10))
     nm_ops.register()
+    name = lowrank_linear.LOWRANK.name
+    lowrank_linear.LOWRANK.register(Provider("triton", name, "cuda", "dense", supports_lowrank, _lowrank, LowrankTritonTuning(), late=True, rank=10))

@@ -1,11 +1,11 @@
-"""The graph ops `effllm_triton::linear` and `linear_a8`: opaque to the compiler, so that the dispatch on M stays inside, with fakes."""
+"""The graph ops `effllm_triton::linear`, `linear_a8` and `lowrank`: opaque to the compiler, so that the dispatch on M stays inside, with fakes."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from effllm.kernels.triton import launch
+from effllm.kernels.triton import launch, lowrank_launch
 
 
 @torch.library.custom_op("effllm_triton::linear", mutates_args=(), device_types="cuda")
@@ -36,3 +36,14 @@ def _(
     n: int, bits: int, group: int, zero: float, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     return xq.new_empty(*xq.shape[:-1], n, dtype=dtype)
+
+
+@torch.library.custom_op("effllm_triton::lowrank", mutates_args=(), device_types="cuda")
+def lowrank(x: Tensor, a: Tensor, b: Tensor, channels: Tensor | None, bias: Tensor | None) -> Tensor:
+    """concat(x B^T, x[..., channels]) A^T + bias for x (..., K), b (r, K), a (N, r + c): (..., N) in x's dtype."""
+    return lowrank_launch.lowrank(x, a, b, channels, bias)
+
+
+@lowrank.register_fake
+def _(x: Tensor, a: Tensor, b: Tensor, channels: Tensor | None, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], a.shape[0])
