@@ -1,11 +1,11 @@
-"""The graph ops `effllm_triton::linear` and `linear_a8`: opaque to the compiler, so that the dispatch on M stays inside, with fakes."""
+"""The graph ops `effllm_triton::linear`, `linear_a8` and `monarch_linear`: opaque to the compiler, so that the dispatch on M stays inside, with fakes."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from effllm.kernels.triton import launch
+from effllm.kernels.triton import launch, monarch_launch
 
 
 @torch.library.custom_op("effllm_triton::linear", mutates_args=(), device_types="cuda")
@@ -36,3 +36,14 @@ def _(
     n: int, bits: int, group: int, zero: float, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     return xq.new_empty(*xq.shape[:-1], n, dtype=dtype)
+
+
+@torch.library.custom_op("effllm_triton::monarch_linear", mutates_args=(), device_types="cuda")
+def monarch_linear(x: Tensor, w1: Tensor, w2: Tensor, bias: Tensor | None, n: int, blocks_in: int, blocks_out: int, strided: bool) -> Tensor:
+    """x (..., K) through dense Monarch factors: (..., N) in x's dtype."""
+    return monarch_launch.linear(x, w1, w2, bias, n, blocks_in, blocks_out, strided)
+
+
+@monarch_linear.register_fake
+def _(x: Tensor, w1: Tensor, w2: Tensor, bias: Tensor | None, n: int, blocks_in: int, blocks_out: int, strided: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n)
