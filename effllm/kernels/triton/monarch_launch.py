@@ -114,5 +114,6 @@ def linear(
     if y.numel():
         with torch.cuda.device_of(x):  # Triton launches on the current device; no effect on CPU tensors
             tiles = config if isinstance(config, MonarchTiles) else None if config is None else MonarchTiles(**config)
-            run(flat, w1.contiguous(), w2.contiguous(), bias, y, tiles or choice(flat, w1, n, blocks_in, blocks_out, strided), blocks_in, blocks_out, strided, programs)
+            tiles = tiles or choice(flat, w1, n, blocks_in, blocks_out, strided)
+            run(flat, w1.contiguous(), w2.contiguous(), bias, y, tiles, blocks_in, blocks_out, strided, programs)
     return y.reshape(*x.shape[:-1], n)
