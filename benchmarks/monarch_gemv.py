@@ -58,7 +58,8 @@ def structured(n: int, k: int, x: Tensor, ratio: float, blocks: int) -> tuple[Ca
     t = rank_for(ratio, n, k, blocks, blocks, multiple=16)
     s, p = monarch.sizes(n, k, blocks, blocks)
     size = 2 * blocks * blocks * t * (s + p)
-    made = [(torch.randn(blocks * blocks * t, p).div_(p**0.5).bfloat16(), torch.randn(blocks * s, blocks * t).div_(t**0.5).bfloat16()) for _ in range(max(2, COLD // size))]
+    first, second = (blocks * blocks * t, p), (blocks * s, blocks * t)
+    made = [(torch.randn(first).div_(p**0.5).bfloat16(), torch.randn(second).div_(t**0.5).bfloat16()) for _ in range(max(2, COLD // size))]
     problem = Problem("monarch_linear", n, k, 0, 0, False, m=x.shape[0], dtype=x.dtype, detail=ops.detail(blocks, blocks, t, False, "bfloat16"))
     provider, _ = providers.select(problem)
     assert provider.tuning is not None

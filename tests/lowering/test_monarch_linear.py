@@ -41,7 +41,8 @@ class Case:
 
     def __str__(self) -> str:
         kind = f"w{self.bits}g{self.group}{self.grid[0]}" if self.bits else str(self.values)[6:]
-        return f"{self.m}x{self.n}x{self.k}-{self.o}x{self.i}r{self.t}-{str(self.dtype)[6:]}-{kind}{'-strided' if self.strided else ''}{'-bias' if self.bias else ''}"
+        words = [word for word in ("strided", "bias") if getattr(self, word)]
+        return "-".join([f"{self.m}x{self.n}x{self.k}", f"{self.o}x{self.i}r{self.t}", str(self.dtype)[6:], kind, *words])
 
     @property
     def op(self) -> str:
@@ -49,14 +50,16 @@ class Case:
 
 
 def cases() -> list[Case]:
-    shapes = [(48, 64, 4, 4, 3), (30, 17, 4, 3, 2), (33, 100, 2, 8, 4), (5, 9, 2, 4, 1), (7, 5, 5, 7, 1), (200, 136, 4, 4, 17), (64, 96, 1, 1, 9), (96, 130, 4, 2, 33)]
+    shapes = [(48, 64, 4, 4, 3), (30, 17, 4, 3, 2), (33, 100, 2, 8, 4), (5, 9, 2, 4, 1), (7, 5, 5, 7, 1)]
+    shapes += [(200, 136, 4, 4, 17), (64, 96, 1, 1, 9), (96, 130, 4, 2, 33)]
     found = []
     for a, m in enumerate((1, 2, 3, 5, 16, 17, 129)):
         for b, (n, k, i, o, t) in enumerate(shapes):
             c = a + b
             found.append(Case(m, n, k, i, o, t, DTYPES[c % 3], DTYPES[(c + b) % 3], strided=b % 2 == a % 2, bias=c % 3 == 0))
             if b % 2 == a % 2:
-                found.append(Case(m, n, k, i, o, t, DTYPES[c % 3], strided=c % 4 == 0, bias=c % 2 == 0, bits=1 + c % 8, group=(16, 32, 64, 0)[c % 4], grid=bipolar.GRIDS[c % 3]))
+                group, grid = (16, 32, 64, 0)[c % 4], bipolar.GRIDS[c % 3]
+                found.append(Case(m, n, k, i, o, t, DTYPES[c % 3], strided=c % 4 == 0, bias=c % 2 == 0, bits=1 + c % 8, group=group, grid=grid))
     found.append(Case(0, 48, 64, 4, 4, 3, torch.bfloat16))
     found.append(Case(0, 48, 64, 4, 4, 3, torch.bfloat16, bits=4))
     found.append(Case(40, 48, 64, 4, 4, 3, torch.float32, torch.float32))
@@ -327,7 +330,10 @@ def test_problems_without_sizes_are_refused() -> None:
         inputs.make(dataclasses.replace(problem(TUNED[1]), bits=9), "planes")
 
 
-@pytest.mark.parametrize("config", [{}, {"path": "gemv"}, {"path": "gemv", "threads": 99}, {"path": "matmul", "threads": 1}, {"path": "codes", "threads": 0}], ids=str)
+ILLEGAL = [{}, {"path": "gemv"}, {"path": "gemv", "threads": 99}, {"path": "matmul", "threads": 1}, {"path": "codes", "threads": 0}]
+
+
+@pytest.mark.parametrize("config", ILLEGAL, ids=str)
 def test_illegal_configurations(config: dict[str, Any]) -> None:
     for p in OPS["monarch_linear"].providers.values():
         if p.tuning is not None and p.device == "cpu":

@@ -1,6 +1,6 @@
 """Triton kernels. Importing this package imports Triton; `effllm.lowering` does so only when a GPU site asks for it.
 
-`register()` adds the provider "triton" to the bipolar linear ops. Nothing here asks for a device before the first call.
+`register()` adds the provider "triton" to the bipolar and Monarch linear ops. Nothing here asks for a device before the first call.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effllm.kernels.triton import launch, lowrank_launch, nm_ops, ops
+from effllm.kernels.triton import launch, lowrank_launch, monarch_launch, nm_ops, ops
 from effllm.kernels.triton.choose import TritonTuning
 from effllm.kernels.triton.lowrank_cost import LowrankTritonTuning
-from effllm.lowering import bipolar_linear, lowrank_linear
+from effllm.kernels.triton.monarch_choose import MonarchTritonTuning
+from effllm.lowering import bipolar_linear, lowrank_linear, monarch_linear
 from effllm.lowering.op import YES, Config, Problem, Provider, Verdict
 from effllm.runtime.formats import bipolar
 
@@ -77,6 +78,26 @@ def supports_lowrank(problem: Problem) -> Verdict:
     return YES
 
 
+def _monarch_supports(problem: Problem) -> Verdict:
+    """Whether the Monarch kernels take a problem."""
+    d = dict(problem.detail)
+    if problem.dtype not in _DTYPES or d.get("values") not in ("float16", "bfloat16", "float32"):
+        return Verdict(False, f"activations of {problem.dtype} and factors of {d.get('values') or 'unknown type'}, the kernels take fp16, bf16 and fp32")
+    if max(problem.n, problem.k, int(d.get("blocks_in", 1)) * int(d.get("blocks_out", 1)) * int(d.get("rank", 1))) >= 2**26:
+        return Verdict(False, "a side of 2^26 or more, past the kernels' 32-bit offsets")
+    return YES
+
+
+def _monarch(
+    x: Tensor, w1: Tensor, w2: Tensor, bias: Tensor | None, n: int, blocks_in: int, blocks_out: int, strided: bool,
+    problem: Problem | None = None, config: Config | None = None,
+) -> Tensor:  # fmt: skip
+    """As `_linear`, for Monarch factors."""
+    if config is None:
+        return ops.monarch_linear(x, w1, w2, bias, n, blocks_in, blocks_out, strided)
+    return monarch_launch.linear(x, w1, w2, bias, n, blocks_in, blocks_out, strided, config)
+
+
 def register() -> None:
     """Add the provider "triton" to the linear ops; calling it again changes nothing."""
     calls: dict[str, Any] = {"bipolar_linear": _linear, "bipolar_linear_a8": _linear_a8}
@@ -85,3 +106,5 @@ def register() -> None:
     nm_ops.register()
     name = lowrank_linear.LOWRANK.name
     lowrank_linear.LOWRANK.register(Provider("triton", name, "cuda", "dense", supports_lowrank, _lowrank, LowrankTritonTuning(), late=True, rank=10))
+    tuning = MonarchTritonTuning()
+    monarch_linear.LINEAR.register(Provider("triton", "monarch_linear", "cuda", "dense", _monarch_supports, _monarch, tuning, late=True, rank=10))

@@ -1,11 +1,11 @@
-"""The graph ops `effllm_triton::linear`, `linear_a8` and `lowrank`: opaque to the compiler, so that the dispatch on M stays inside, with fakes."""
+"""The graph ops of the Triton kernels: opaque to the compiler, so that the dispatch on M stays inside, with fakes."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from effllm.kernels.triton import launch, lowrank_launch
+from effllm.kernels.triton import launch, lowrank_launch, monarch_launch
 
 
 @torch.library.custom_op("effllm_triton::linear", mutates_args=(), device_types="cuda")
@@ -47,3 +47,14 @@ def lowrank(x: Tensor, a: Tensor, b: Tensor, channels: Tensor | None, bias: Tens
 @lowrank.register_fake
 def _(x: Tensor, a: Tensor, b: Tensor, channels: Tensor | None, bias: Tensor | None) -> Tensor:
     return x.new_empty(*x.shape[:-1], a.shape[0])
+
+
+@torch.library.custom_op("effllm_triton::monarch_linear", mutates_args=(), device_types="cuda")
+def monarch_linear(x: Tensor, w1: Tensor, w2: Tensor, bias: Tensor | None, n: int, blocks_in: int, blocks_out: int, strided: bool) -> Tensor:
+    """x (..., K) through dense Monarch factors: (..., N) in x's dtype."""
+    return monarch_launch.linear(x, w1, w2, bias, n, blocks_in, blocks_out, strided)
+
+
+@monarch_linear.register_fake
+def _(x: Tensor, w1: Tensor, w2: Tensor, bias: Tensor | None, n: int, blocks_in: int, blocks_out: int, strided: bool) -> Tensor:
+    return x.new_empty(*x.shape[:-1], n)

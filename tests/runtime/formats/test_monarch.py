@@ -30,7 +30,7 @@ def store(n: int, k: int, i: int, o: int, t: int, strided: bool, dtype: torch.dt
 
 def published(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """The two-stage product as the paper's code states it, written with index sums."""
-    (i, q, p), (o, _, r) = first.shape, second.shape
+    (i, _, p), (o, _, r) = first.shape, second.shape
     one = torch.einsum("kqp,bkp->bkq", first, x.view(-1, i, p)).reshape(-1, r, o).transpose(1, 2)
     return torch.einsum("lsr,blr->bls", second, one).transpose(1, 2).reshape(x.shape[0], -1)
 
@@ -96,9 +96,8 @@ def test_blocks_and_back(strided: bool) -> None:
 @pytest.mark.parametrize("bits", [0, 3, 8])
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 def test_bytes_are_those_of_the_formula(grid: tuple[int, ...], bits: int) -> None:
-    n, k, i, o, t = grid
     packed = quantized(*grid, bits) if bits else store(*grid, False, torch.bfloat16)
-    values = {s: v for s, v in zip(sympy.symbols("N K", positive=True, integer=True), (n, k), strict=True)}
+    values = dict(zip(sympy.symbols("N K", positive=True, integer=True), grid[:2], strict=True))
     assert packed.nbytes == int(monarch.nbytes(**packed.attrs, bits=bits, group=16).subs(values))
 
 

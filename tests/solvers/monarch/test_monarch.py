@@ -221,7 +221,8 @@ def _moments(**change: Tensor) -> Moments:
 
 
 BAD = [
-    ({"rank": 0}, "E-WGT-RANK"), ({"rank": 9}, "E-WGT-RANK"), ({"rank": -1}, "E-WGT-RANK"), ({"rank": 1, "ratio": 0.5}, "E-WGT-RANK"), ({"ratio": 1e-4}, "E-WGT-RANK"),
+    ({"rank": 0}, "E-WGT-RANK"), ({"rank": 9}, "E-WGT-RANK"), ({"rank": -1}, "E-WGT-RANK"),
+    ({"rank": 1, "ratio": 0.5}, "E-WGT-RANK"), ({"ratio": 1e-4}, "E-WGT-RANK"),
     ({"rank": 1, "blocks": 0}, "E-WGT-BLOCKS"), ({"rank": 1, "blocks": (17, 2)}, "E-WGT-BLOCKS"), ({"rank": 1, "blocks": 3, "pad": False}, "E-WGT-PAD"),
     ({"rank": 1, "method": "wihtened"}, "E-WGT-SOLVER"),
 ]  # fmt: skip
@@ -233,7 +234,10 @@ def test_bad_options(options: dict[str, object], code: str) -> None:
         solve(torch.randn(16, 16), **{"blocks": 2, **options})  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("w", [torch.randn(16), torch.full((16, 16), math.nan), torch.ones(16, 16, dtype=torch.int8), torch.empty(16, 16, device="meta")], ids=str)
+WEIGHTS = [torch.randn(16), torch.full((16, 16), math.nan), torch.ones(16, 16, dtype=torch.int8), torch.empty(16, 16, device="meta")]
+
+
+@pytest.mark.parametrize("w", WEIGHTS, ids=["vector", "nan", "int8", "meta"])
 def test_bad_weights(w: Tensor) -> None:
     with pytest.raises(WeightError):
         solve(w, rank=1)
