@@ -134,16 +134,20 @@ class Simulated:
         return Session(tuple(Timing(self._device.real(problem, c), 0.0, 1) for c in configs))
 
 
+SIMULATED = ((1, 4096, 4096), (16, 14336, 4096), (1, 6144, 4096))  # (M, N, K)
+
+
 def simulated() -> list[dict[str, Any]]:
     """The tuner's best after CONTROL / 4 trials against a random search's after CONTROL, on three problems and two sizes of error."""
-    return [_simulated(m, n, k, error) for error in (0.05, 0.15) for m, n, k in ((1, 4096, 4096), (16, 14336, 4096), (1, 6144, 4096))]
+    return [simulate(m, n, k, error) for error in (0.05, 0.15) for m, n, k in SIMULATED]
 
 
-def _simulated(m: int, n: int, k: int, error: float) -> dict[str, Any]:
+def simulate(m: int, n: int, k: int, error: float, seeds: int = SEEDS) -> dict[str, Any]:
+    """One problem on `seeds` simulated devices whose model is off by factors of log-standard deviation `error`."""
     here = Environment({"kind": "simulated"}, {"model error": error})
     problem = Problem("bipolar_linear", n, k, 4, 128, False, "a16", m, torch.float16)
     ours, theirs, shares, trials, ranks, count = [], [], [], [], [], 0
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         device = TritonSpace(seed, error)
         provider = Provider("simulated", problem.op, "cpu", "words", lambda p: YES, lambda *a, **k: None, device)
         with tempfile.TemporaryDirectory() as folder:
@@ -161,7 +165,9 @@ def _simulated(m: int, n: int, k: int, error: float) -> dict[str, Any]:
     return {
         "device": "simulated", "problem": name(problem), "error": error, "configs": count, "spearman": statistics.median(ranks),
         f"tuner_share_after_{CONTROL // 4}": statistics.median(ours), f"random_share_after_{CONTROL}": statistics.median(theirs),
-        "at_least_as_good": sum(a >= b for a, b in zip(ours, theirs, strict=True)) / SEEDS,
+        "at_least_as_good": sum(a >= b for a, b in zip(ours, theirs, strict=True)) / seeds,
+        "as_good_within_1%": sum(a * GOOD >= b for a, b in zip(ours, theirs, strict=True)) / seeds,
+        "mean_shares": [statistics.mean(ours), statistics.mean(theirs)],
         "trials": statistics.median(trials), "share_of_best": statistics.median(shares),
     }  # fmt: skip
 

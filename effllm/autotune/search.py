@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from effllm.autotune import fingerprint, journal, space
+from effllm.autotune import fingerprint, journal, space, tables
 from effllm.autotune.key import Key
 from effllm.autotune.learned import Learned
 from effllm.autotune.measure import Outcome, Session
@@ -195,6 +195,11 @@ class Search:
         self.tried[space.text_of(trial.config)] = trial
         self.result.trials.append(trial)
 
+    def seeds(self) -> list[Config]:
+        """What the store or the tables of the package would run for this problem: measured elsewhere in part, but mostly good."""
+        found, _ = tables.find(self.store.find(self.key, None, self.environment), self.key, None, self.environment)
+        return [] if found is None or space.text_of(found.config) not in self.space else [dict(found.config)]
+
     def promising(self) -> tuple[list[Config], float]:
         """The next round by what was learned, and the expected gain of its first as a share of the best time."""
         done = {place: t for t in self.result.trials if (place := self.space.place(t.config)) is not None}
@@ -232,7 +237,7 @@ def tune(
     """
     search = Search(provider, problem, store, budget_s, runner, key=key, environment=environment, clock=clock)
     found = search.space
-    first = found.start(provider.tuning.first(problem) if provider.tuning else None, top, diverse)
+    first = [*search.seeds(), *found.start(provider.tuning.first(problem) if provider.tuning else None, top, diverse)]
     if not search.take(first):
         return search.finish("budget")
     rho = search.ranking()
