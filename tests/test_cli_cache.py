@@ -34,7 +34,8 @@ def store(tmp_path: Path) -> Store:
 
 
 def entry(m: int = 1, rows: int = 4, us: float | None = 41.2, status: str = "ok", at: Environment | None = None, **more: object) -> Measurement:
-    return Measurement(Key.of(PROBLEM, "cpu-avx512", m, **more), {"path": "registers", "threads": 0, "rows": rows}, status, at or environment(), us and us * 1e-6)
+    config = {"path": "registers", "threads": 0, "rows": rows}
+    return Measurement(Key.of(PROBLEM, "cpu-avx512", m, **more), config, status, at or environment(), us and us * 1e-6)
 
 
 def why(store: Store, tmp_path: Path, shape: str = SHAPE, op: str = "bipolar_linear") -> tuple[str, dict]:

@@ -25,6 +25,7 @@ from effllm.errors import TuneError
 from effllm.lowering.op import Config, Problem, Provider
 
 TOP, DIVERSE = 4, 2  # first candidates: the best ranked, and of other kinds
+_IDLE = 2  # rounds without gain before the descent
 _ROUND = 4  # trials between two looks at what was learned
 NEAR_BOUND = 0.92  # share of the bound at which a search stops
 LEAST_GAIN = 0.01  # of a round, measured or expected
@@ -243,9 +244,10 @@ def tune(
     rho = search.ranking()
     if rho is not None and rho < RANKED and len(found.ranked) > len(first):
         search.result.notes.append(f"the cost model ranks the first candidates with a Spearman correlation of {rho:.2f}: the search is widened")
-        if not search.take(found.start(None, 2 * top, 4 * diverse)):
+        # what was learned corrects the ranking; what nobody looked at yet it cannot know
+        if not search.take(found.start(None, top, 2 * diverse)):
             return search.finish("budget")
-    descending = False
+    idle, descending = 0, False
     while True:
         best = search.result.best
         if best is None:
@@ -267,7 +269,8 @@ def tune(
         gained = now.seconds < best.seconds * (1 - LEAST_GAIN)
         if descending and not gained:
             return search.finish(f"under {LEAST_GAIN:.0%} gained in a round")
-        descending = not gained
+        idle = 0 if gained else idle + 1
+        descending = idle >= _IDLE
 
 
 def exhaustive(provider: Provider, problem: Problem, store: Store, runner: Runner, *, budget_s: float = 1e9, **more: Any) -> Result:
