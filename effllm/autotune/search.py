@@ -22,7 +22,7 @@ from effllm.autotune.measurement import Measurement
 from effllm.autotune.space import Space
 from effllm.autotune.store import Store
 from effllm.errors import TuneError
-from effllm.lowering.op import Config, Problem, Provider
+from effllm.lowering.op import Config, Problem, Provider, Verdict
 
 TOP, DIVERSE = 4, 2  # first candidates: the best ranked, and of other kinds
 _IDLE = 2  # rounds without gain before the descent
@@ -197,9 +197,15 @@ class Search:
         self.result.trials.append(trial)
 
     def seeds(self) -> list[Config]:
-        """What the store or the tables of the package would run for this problem: measured elsewhere in part, but mostly good."""
-        found, _ = tables.find(self.store.find(self.key, None, self.environment), self.key, None, self.environment)
-        return [] if found is None or space.text_of(found.config) not in self.space else [dict(found.config)]
+        """The fastest for this very problem with other software, and the one that was shipped, where they are still legal.
+
+        Not what this search has measured itself: a search that goes on takes the same way again.
+        """
+        store = tables.shipped(tables.FOLDER)
+        found = [self.store.stale(self.key, self.environment)]
+        answer = store.find(self.key, lambda c: Verdict(space.text_of(c) in self.space), self.environment) if store is not None else None
+        found += [answer.entry] if answer is not None and answer.how in tables.OWN else []
+        return [dict(m.config) for m in found if m is not None and m.config_text in self.space]
 
     def promising(self) -> tuple[list[Config], float]:
         """The next round by what was learned, and the expected gain of its first as a share of the best time."""

@@ -18,7 +18,7 @@ from effllm.autotune.measurement import Measurement
 from effllm.autotune.store import Store
 
 FOLDER = Path(__file__).parent / "tables"
-_OWN = ("exact", "soft-stale")  # rungs of the ladder that are about the problem itself
+OWN = ("exact", "soft-stale")  # rungs of the ladder that are about the problem itself
 
 
 @functools.lru_cache(maxsize=4)
@@ -30,10 +30,10 @@ def shipped(folder: Path) -> Store | None:
 def find(own: Found | None, key: Key, legal: Legal | None = None, where: Environment | None = None, folder: Path | None = None) -> tuple[Found | None, bool]:
     """What to run, and whether it was shipped: `own` where it is about this problem, else what was shipped for it, else `own`."""
     store = shipped(folder or FOLDER)
-    if store is None or (own is not None and own.how in _OWN):
+    if store is None or (own is not None and own.how in OWN):
         return own, False
     found = store.find(key, legal, where or environment(key.device))
-    if found is None or (own is not None and found.how not in _OWN):
+    if found is None or (own is not None and found.how not in OWN):
         return own, False
     return found, True
 

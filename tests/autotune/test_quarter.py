@@ -12,33 +12,29 @@ from effllm.autotune.learned import Learned
 ERROR, DEVICES = 0.15, 6
 
 
-def rows() -> list[dict]:
-    return [tuner.simulate(*shape, ERROR, DEVICES) for shape in tuner.SIMULATED]
-
-
 def test_a_quarter_of_the_trials_is_enough() -> None:
     """Best time over the time reached, averaged over devices: at least that of the random search, on each of three problems.
 
     On a single device luck decides with: a random search of 64 trials draws the fastest of 523 configurations once in eight.
     """
     pytest.importorskip("triton")
-    found = rows()
+    found = [tuner.simulate(*shape, ERROR, DEVICES) for shape in tuner.SIMULATED]
     for row in found:
         ours, theirs = row["mean_shares"]
         assert ours >= theirs, row
-    assert statistics.mean(row["at_least_as_good"] for row in found) >= 0.65
+    assert statistics.mean(row["at_least_as_good"] for row in found) >= 0.75
 
 
-def test_without_learning_the_property_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The test above can fail: with trials from the wrong end of the ranking it does."""
+def test_by_the_ranking_alone_the_property_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So the test above can fail: the model's own order, which nothing corrects, does worse than the random search."""
     pytest.importorskip("triton")
 
-    def worst(self: Learned, seconds: dict[int, float], without: set[int], count: int) -> list[tuple[int, float]]:
-        return [(i, 1.0) for i in range(len(self._log) - 1, -1, -1) if i not in without][:count]
+    def ranked(self: Learned, seconds: dict[int, float], without: set[int], count: int) -> list[tuple[int, float]]:
+        return [(i, 1.0) for i in range(len(self._log)) if i not in without][:count]
 
-    monkeypatch.setattr(Learned, "next", worst)
-    row = tuner.simulate(*tuner.SIMULATED[0], ERROR, DEVICES)
-    assert row["at_least_as_good"] < 0.65 or row["mean_shares"][0] < row["mean_shares"][1], row
+    monkeypatch.setattr(Learned, "next", ranked)
+    ours, theirs = tuner.simulate(*tuner.SIMULATED[2], ERROR, DEVICES)["mean_shares"]
+    assert ours < theirs
 
 
 def test_what_was_learned_moves_to_configurations_that_share_a_value() -> None:
