@@ -141,7 +141,10 @@ def bench(
     With --kernels: kernels on layer shapes of real models, verified, then timed in turns with those of peers.
     """
     console.writable(json, png)
-    own = {"--model-shapes": model_shapes, "--bits": bits, "--rows": rows, "--op": op, "--peers": peers, "--group": group, "--seconds": seconds, "--resume": resume}
+    own = {
+        "--model-shapes": model_shapes, "--bits": bits, "--rows": rows, "--op": op, "--peers": peers, "--group": group, "--seconds": seconds,
+        "--resume": resume,
+    }  # fmt: skip
     if kernels:
         other: dict[str, Any] = {
             "MODEL": model, "--recipe": recipe, "--baseline": baseline, "--rounds": rounds, "--tokens": tokens, "--prefill": prefill,

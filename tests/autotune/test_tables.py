@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from benchmarks import ship_table
 from effllm.autotune import search, tables
 from effllm.autotune.key import provider_source
 from effllm.autotune.measurement import Measurement
@@ -55,6 +56,12 @@ def test_reading_writes_nothing(folder):
     find(folder)
     folder.chmod(0o755)
     assert before == sorted((p.name, p.stat().st_mtime_ns) for p in folder.iterdir()) and all(name.endswith(".jsonl") for name, _ in before)
+
+
+def test_the_script_makes_them(tmp_path, capsys):
+    Store(tmp_path / "from").append(took(30.0))
+    assert ship_table.main(["--store", str(tmp_path / "from"), "--to", str(tmp_path / "to")]) == 0
+    assert "1 problems added" in capsys.readouterr().out and len(Store(tmp_path / "to").load()) == 1
 
 
 def test_no_tables_is_no_answer(tmp_path):

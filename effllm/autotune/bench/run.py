@@ -37,7 +37,8 @@ class Plan:
 
 
 def run(
-    plan: Plan, progress: Progress = lambda what, share: None, keep: Callable[[dict[str, Any]], None] = lambda so_far: None, before: Mapping[str, Any] | None = None,
+    plan: Plan, progress: Progress = lambda what, share: None, keep: Callable[[dict[str, Any]], None] = lambda so_far: None,
+    before: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """The result described in docs/kernel-benchmarks.md; `keep` gets it after every shape, so that a run that is stopped loses one shape.
 
