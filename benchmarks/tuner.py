@@ -1,6 +1,7 @@
 """How good the tuner is: against every configuration, against a random search, and how well the cost model ranks.
 
     python -m benchmarks.tuner cpu          CPU kernels, real times: benchmarks/results/tuner-cpu.json
+    python -m benchmarks.tuner control      three CPU problems, a quarter of a random search's trials: tuner-control.json
     python -m benchmarks.tuner simulated    the Triton space on a simulated device: tuner-simulated.json
 
 The simulated device is the cost model with each configuration's time off by random, fixed factors: one per value of each field, and
@@ -10,6 +11,7 @@ one of its own. That shows how the search behaves on a space of hundreds whose m
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import random
 import statistics
@@ -26,7 +28,7 @@ from effllm.autotune.cost import Prediction
 from effllm.autotune.fingerprint import Environment
 from effllm.autotune.key import Key
 from effllm.autotune.measure import Outcome, Session, Timing
-from effllm.autotune.search import Result
+from effllm.autotune.search import Result, Trial
 from effllm.autotune.store import Store
 from effllm.autotune.worker import Worker
 from effllm.lowering import providers
@@ -87,6 +89,55 @@ def cpu() -> list[dict[str, Any]]:
     return rows
 
 
+def control() -> list[dict[str, Any]]:
+    """Three CPU problems: the tuner's winner after a quarter of the trials against those of random searches.
+
+    Every configuration is measured once, both walk these times, and all winners are then timed again in turns: that time decides.
+    """
+    rows = []
+    shapes = (("a8", 1, 4096, 4096), ("a16", 16, 3072, 576), ("a8", 64, 4096, 4096))
+    with tempfile.TemporaryDirectory() as folder, Worker() as worker:
+        store = Store(folder)
+        for act, m, n, k in shapes:
+            problem = Problem("bipolar_linear_a8" if act == "a8" else "bipolar_linear", n, k, 4, 32, True, act, m, torch.bfloat16)
+            provider, _ = providers.select(problem)
+            every = search.exhaustive(provider, problem, store, worker)
+            times = {space.text_of(t.config): t for t in every.trials if t.seconds is not None}
+            if every.stopped != "all tried" or not times:
+                rows.append({"device": "cpu", "problem": name(problem), "not measured": every.stopped})
+                continue
+            found = search.tune(provider, problem, store, 1e6, worker)
+            trials = min(16, len(times))
+            quarter = [t for t in found.trials[: trials // 4] if t.seconds is not None]
+            winners = [min(quarter, key=_seconds)]
+            for seed in range(SEEDS):
+                order = sorted(times)
+                random.Random(seed).shuffle(order)
+                winners.append(min((times[c] for c in order[:trials]), key=_seconds))
+            distinct = {space.text_of(t.config): t.config for t in winners}
+            again = worker.time(provider, problem, list(distinct.values()))
+            if again.refused or again.failed:
+                rows.append({"device": "cpu", "problem": name(problem), "not measured": again.refused or str(again.failed)})
+                continue
+            timed = dict(zip(distinct, (t.seconds for t in again.timings), strict=True))
+            ours, *theirs = (timed[space.text_of(t.config)] for t in winners)
+            rows.append(
+                {
+                    "device": "cpu", "problem": name(problem), "configs": len(times), "tuner_trials": trials // 4, "random_trials": trials,
+                    "tuner_us": ours * 1e6, "random_us": statistics.median(theirs) * 1e6,
+                    "at_least_as_good": sum(ours <= t * GOOD for t in theirs) / SEEDS, "spearman": every.spearman,
+                    "first_us": every.first.seconds * 1e6 if every.first and every.first.seconds else None,
+                    "tuner_config": dict(winners[0].config), "best_config": dict(min(times.values(), key=_seconds).config),
+                }
+            )  # fmt: skip
+    return rows
+
+
+def _seconds(trial: Trial) -> float:
+    assert trial.seconds is not None
+    return trial.seconds
+
+
 class TritonSpace:
     """The Triton kernels' configurations and cost model, which need neither Triton nor a GPU."""
 
@@ -104,8 +155,8 @@ class TritonSpace:
         return self._tuning.legal(problem, config)
 
     def predict(self, problem: Problem, config: Config) -> Prediction:
-        """The cost model."""
-        return self._tuning.predict(problem, config)
+        """The cost model, but for its bound: the device's random factors would beat it, and a search stops near a bound."""
+        return dataclasses.replace(self._tuning.predict(problem, config), bound=0.0)
 
     def first(self, problem: Problem) -> Config:
         """The cheapest."""
@@ -134,16 +185,20 @@ class Simulated:
         return Session(tuple(Timing(self._device.real(problem, c), 0.0, 1) for c in configs))
 
 
+SIMULATED = ((1, 4096, 4096), (16, 14336, 4096), (1, 6144, 4096))  # (M, N, K)
+
+
 def simulated() -> list[dict[str, Any]]:
     """The tuner's best after CONTROL / 4 trials against a random search's after CONTROL, on three problems and two sizes of error."""
-    return [_simulated(m, n, k, error) for error in (0.05, 0.15) for m, n, k in ((1, 4096, 4096), (16, 14336, 4096), (1, 6144, 4096))]
+    return [simulate(m, n, k, error) for error in (0.05, 0.15) for m, n, k in SIMULATED]
 
 
-def _simulated(m: int, n: int, k: int, error: float) -> dict[str, Any]:
+def simulate(m: int, n: int, k: int, error: float, seeds: int = SEEDS) -> dict[str, Any]:
+    """One problem on `seeds` simulated devices whose model is off by factors of log-standard deviation `error`."""
     here = Environment({"kind": "simulated"}, {"model error": error})
     problem = Problem("bipolar_linear", n, k, 4, 128, False, "a16", m, torch.float16)
     ours, theirs, shares, trials, ranks, count = [], [], [], [], [], 0
-    for seed in range(SEEDS):
+    for seed in range(seeds):
         device = TritonSpace(seed, error)
         provider = Provider("simulated", problem.op, "cpu", "words", lambda p: YES, lambda *a, **k: None, device)
         with tempfile.TemporaryDirectory() as folder:
@@ -161,7 +216,9 @@ def _simulated(m: int, n: int, k: int, error: float) -> dict[str, Any]:
     return {
         "device": "simulated", "problem": name(problem), "error": error, "configs": count, "spearman": statistics.median(ranks),
         f"tuner_share_after_{CONTROL // 4}": statistics.median(ours), f"random_share_after_{CONTROL}": statistics.median(theirs),
-        "at_least_as_good": sum(a >= b for a, b in zip(ours, theirs, strict=True)) / SEEDS,
+        "at_least_as_good": sum(a >= b for a, b in zip(ours, theirs, strict=True)) / seeds,
+        "as_good_within_1%": sum(a * GOOD >= b for a, b in zip(ours, theirs, strict=True)) / seeds,
+        "mean_shares": [statistics.mean(ours), statistics.mean(theirs)],
         "trials": statistics.median(trials), "share_of_best": statistics.median(shares),
     }  # fmt: skip
 
@@ -174,9 +231,9 @@ def name(p: Problem) -> str:
 def main() -> None:
     """Print and save the comparison."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["cpu", "simulated"])
+    parser.add_argument("what", choices=["cpu", "control", "simulated"])
     what = parser.parse_args().what
-    timing.save(f"tuner-{what}", cpu() if what == "cpu" else simulated(), simulated=what == "simulated")
+    timing.save(f"tuner-{what}", {"cpu": cpu, "control": control, "simulated": simulated}[what](), simulated=what == "simulated")
 
 
 if __name__ == "__main__":

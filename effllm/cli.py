@@ -134,13 +134,17 @@ def bench(
     peers: cli_kernels.Peers = None,
     group: cli_kernels.Group = None,
     seconds: cli_kernels.Seconds = None,
+    resume: cli_kernels.Resume = None,
 ) -> None:
     """Decode and prefill speed of several recipes and baselines, interleaved in one run. A checkpoint runs as it is.
 
     With --kernels: kernels on layer shapes of real models, verified, then timed in turns with those of peers.
     """
     console.writable(json, png)
-    own = {"--model-shapes": model_shapes, "--bits": bits, "--rows": rows, "--op": op, "--peers": peers, "--group": group, "--seconds": seconds}
+    own = {
+        "--model-shapes": model_shapes, "--bits": bits, "--rows": rows, "--op": op, "--peers": peers, "--group": group, "--seconds": seconds,
+        "--resume": resume,
+    }  # fmt: skip
     if kernels:
         other: dict[str, Any] = {
             "MODEL": model, "--recipe": recipe, "--baseline": baseline, "--rounds": rounds, "--tokens": tokens, "--prefill": prefill,

@@ -17,6 +17,7 @@ Ops = Annotated[list[str] | None, typer.Option("--op", help="an op to time; seve
 Peers = Annotated[list[str] | None, typer.Option("--peers", help="a peer's kernel beside torch's; several, all (default) or none")]
 Group = Annotated[int | None, typer.Option("--group", min=0, help="columns that share a scale (default 32)")]
 Seconds = Annotated[float | None, typer.Option("--seconds", min=0.01, help="timing per shape and rows (default 2)")]
+Resume = Annotated[bool | None, typer.Option("--resume", help="go on with the run whose result --json names: shapes it has are not timed again")]
 Widths = Annotated[list[int] | None, typer.Option("--bits", min=1, max=8, help="read a checkpoint at this many bits; with --kernels: widths (default 8, 4)")]
 
 Given = dict[str, Any]  # option -> value, None or False where it was not given
@@ -30,7 +31,7 @@ def run(kernels: Given, model: Given, threads: int | None, device: str, json: Pa
     commands_kernels.drawable(png)
     result = commands_kernels.bench(
         kernels["--model-shapes"], kernels["--bits"], kernels["--rows"], kernels["--op"], kernels["--peers"],
-        32 if kernels["--group"] is None else kernels["--group"], kernels["--seconds"] or 2.0, threads, device, json,
+        32 if kernels["--group"] is None else kernels["--group"], kernels["--seconds"] or 2.0, threads, device, json, bool(kernels["--resume"]),
     )  # fmt: skip
     commands_kernels.show(result)
     console.write_json(result, json)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json as jsons
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ CROWDED = 0.1  # cores that other processes may take while a shape is timed
 def bench(
     models: Sequence[str] | None, bits: Sequence[int] | None, rows: Sequence[int] | None, ops: Sequence[str] | None, peers: Sequence[str] | None,
     group: int, seconds: float, threads: int | None, device: str, json: Path | None = None,
+    resume: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """The result of `autotune.bench.run`, written to `json` after every shape. None stands for the plan's default; `models` may hold "all"."""
+    """The result of `autotune.bench.run`, written to `json` after every shape; `resume` goes on where that file ends.
+
+    None stands for the plan's default; `models` may hold "all"."""
     from effllm.autotune import shapes
     from effllm.autotune.bench import run as harness
     from effllm.runtime.formats import bipolar
@@ -28,9 +32,23 @@ def bench(
     if models:
         chosen["models"] = list(shapes.MODELS) if "all" in models else [shapes.find(m)[0] for m in models]
     given = {k: tuple(dict.fromkeys(v)) for k, v in chosen.items() if v}
+    before = finished(json) if resume else None
     plan = harness.Plan(**given, group=group, device=commands.device_of(device), seconds=seconds)
     with console.progress("kernels") as show:
-        return harness.run(plan, show, lambda so_far: console.write_json(so_far, json))
+        return harness.run(plan, show, lambda so_far: console.write_json(so_far, json), before)
+
+
+def finished(path: Path | None) -> dict[str, Any] | None:
+    """What an earlier run left in its file; None where there is none yet. Raises OptionError (E-OPT-RESUME)."""
+    if path is None:
+        raise OptionError("E-OPT-RESUME", "--resume without a file", "add --json FILE, the file of the run that was stopped")
+    try:
+        found: dict[str, Any] = jsons.loads(path.read_text())
+        return found if found["rows"] or found["settings"] else None
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OptionError("E-OPT-RESUME", f"{path} holds no result to go on with: {error}", "give the file of a stopped run, or leave --resume out") from error
 
 
 def draw(result: dict[str, Any], path: Path | None) -> None:

@@ -33,8 +33,9 @@ def store(tmp_path: Path) -> Store:
     return Store(tmp_path / "tuning")
 
 
-def entry(m: int = 1, bn: int = 64, us: float | None = 41.2, status: str = "ok", at: Environment | None = None, **more: object) -> Measurement:
-    return Measurement(Key.of(PROBLEM, "cpu-avx512", m, **more), {"bn": bn}, status, at or environment(), us and us * 1e-6)
+def entry(m: int = 1, rows: int = 4, us: float | None = 41.2, status: str = "ok", at: Environment | None = None, **more: object) -> Measurement:
+    config = {"path": "registers", "threads": 0, "rows": rows}
+    return Measurement(Key.of(PROBLEM, "cpu-avx512", m, **more), config, status, at or environment(), us and us * 1e-6)
 
 
 def why(store: Store, tmp_path: Path, shape: str = SHAPE, op: str = "bipolar_linear") -> tuple[str, dict]:
@@ -73,6 +74,16 @@ def test_an_entry_that_applies(store, tmp_path):
     store.append(entry())
     output, found = why(store, tmp_path)
     assert found["used"] and found["differences"] == [] and "an entry applies: exact: 41.2 us" in output
+
+
+def test_a_configuration_that_the_kernel_does_not_take_any_more_is_named(store, tmp_path):
+    old = replace(entry(), config={"path": "registers", "threads": 0})  # of a version before the field was there
+    store.append(old)
+    output, found = why(store, tmp_path)
+    assert not found["used"] and [(d["field"], d["effect"]) for d in found["differences"]] == [("config", "never used")]
+    assert "takes rows" in output
+    store.append(entry(us=99.0))
+    assert "an entry applies: exact: 99.0 us" in why(store, tmp_path)[0]
 
 
 def test_every_reason_is_named_with_both_values(store, tmp_path):
@@ -120,8 +131,8 @@ def test_a_wrong_entry_is_the_reason(store, tmp_path):
 
 def test_the_list_shows_best_state_and_damage(store, tmp_path):
     now = environment()
-    store.append(entry(bn=32, us=50.0))
-    store.append(entry(bn=64, us=41.2))
+    store.append(entry(rows=8, us=50.0))
+    store.append(entry(rows=4, us=41.2))
     store.append(entry(2, us=None, status="oom"))
     store.append(entry(4, at=Environment(now.hard, {**now.soft, "compiler": "cc 1"})))
     store.append(entry(8, source="old"))
@@ -131,10 +142,10 @@ def test_the_list_shows_best_state_and_damage(store, tmp_path):
         file.write("rubbish\n")
     with pytest.warns(UserWarning, match="line 6"):
         code, output = call("list", "--store", store.directory, "--json", tmp_path / "list.json")
-    assert code == 0 and "line 6: not JSON" in output and "bn=64" in output and "41.2" in output
+    assert code == 0 and "line 6: not JSON" in output and "rows=4" in output and "41.2" in output
     rows = {r["m_bucket"]: r for r in json.loads((tmp_path / "list.json").read_text())["rows"]}
     assert {m: r["state"] for m, r in rows.items()} == {1: "current", 2: "current", 4: "stale", 8: "other sources", 16: "other machine"}
-    assert (rows[1]["config"], rows[1]["tried"]) == ({"bn": 64}, 2) and rows[2]["status"] == "oom"
+    assert (rows[1]["config"], rows[1]["tried"]) == ({"path": "registers", "threads": 0, "rows": 4}, 2) and rows[2]["status"] == "oom"
 
 
 def test_compact_reports_what_it_did(store, tmp_path):

@@ -35,7 +35,7 @@ class LineError(ValueError):
 class Measurement:
     """A configuration that was tried for a key on a machine.
 
-    `seconds` is the median and `spread` the interquartile range of `n` runs, in seconds; None unless the status is ok. `predicted` is
+    `seconds` is the median and `spread` the interquartile range of `n` runs, both in seconds (never relative); None unless the status is ok. `predicted` is
     the cost model's time. `when` is the wall time in seconds since 1970. `seq` orders the lines of one file, also where the clock went
     backwards; the store gives it.
     """

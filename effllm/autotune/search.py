@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from effllm.autotune import fingerprint, journal, space
+from effllm.autotune import fingerprint, journal, space, tables
 from effllm.autotune.key import Key
 from effllm.autotune.learned import Learned
 from effllm.autotune.measure import Outcome, Session
@@ -22,9 +22,10 @@ from effllm.autotune.measurement import Measurement
 from effllm.autotune.space import Space
 from effllm.autotune.store import Store
 from effllm.errors import TuneError
-from effllm.lowering.op import Config, Problem, Provider
+from effllm.lowering.op import Config, Problem, Provider, Verdict
 
 TOP, DIVERSE = 4, 2  # first candidates: the best ranked, and of other kinds
+_IDLE = 2  # rounds without gain before the descent
 _ROUND = 4  # trials between two looks at what was learned
 NEAR_BOUND = 0.92  # share of the bound at which a search stops
 LEAST_GAIN = 0.01  # of a round, measured or expected
@@ -195,6 +196,17 @@ class Search:
         self.tried[space.text_of(trial.config)] = trial
         self.result.trials.append(trial)
 
+    def seeds(self) -> list[Config]:
+        """The fastest for this very problem with other software, and the one that was shipped, where they are still legal.
+
+        Not what this search has measured itself: a search that goes on takes the same way again.
+        """
+        store = tables.shipped(tables.FOLDER)
+        found = [self.store.stale(self.key, self.environment)]
+        answer = store.find(self.key, lambda c: Verdict(space.text_of(c) in self.space), self.environment) if store is not None else None
+        found += [answer.entry] if answer is not None and answer.how in tables.OWN else []
+        return [dict(m.config) for m in found if m is not None and m.config_text in self.space]
+
     def promising(self) -> tuple[list[Config], float]:
         """The next round by what was learned, and the expected gain of its first as a share of the best time."""
         done = {place: t for t in self.result.trials if (place := self.space.place(t.config)) is not None}
@@ -232,15 +244,16 @@ def tune(
     """
     search = Search(provider, problem, store, budget_s, runner, key=key, environment=environment, clock=clock)
     found = search.space
-    first = found.start(provider.tuning.first(problem) if provider.tuning else None, top, diverse)
+    first = [*search.seeds(), *found.start(provider.tuning.first(problem) if provider.tuning else None, top, diverse)]
     if not search.take(first):
         return search.finish("budget")
     rho = search.ranking()
     if rho is not None and rho < RANKED and len(found.ranked) > len(first):
         search.result.notes.append(f"the cost model ranks the first candidates with a Spearman correlation of {rho:.2f}: the search is widened")
-        if not search.take(found.start(None, 2 * top, 4 * diverse)):
+        # what was learned corrects the ranking; what nobody looked at yet it cannot know
+        if not search.take(found.start(None, top, 2 * diverse)):
             return search.finish("budget")
-    descending = False
+    idle, descending = 0, False
     while True:
         best = search.result.best
         if best is None:
@@ -262,7 +275,8 @@ def tune(
         gained = now.seconds < best.seconds * (1 - LEAST_GAIN)
         if descending and not gained:
             return search.finish(f"under {LEAST_GAIN:.0%} gained in a round")
-        descending = not gained
+        idle = 0 if gained else idle + 1
+        descending = idle >= _IDLE
 
 
 def exhaustive(provider: Provider, problem: Problem, store: Store, runner: Runner, *, budget_s: float = 1e9, **more: Any) -> Result:

@@ -99,6 +99,12 @@ class Store:
         entries = self._read(self.path(where, key.op)).index.by_key.get(key.text, [])
         return {m.config_text: m for m in entries if m.environment.soft == where.soft}
 
+    def stale(self, key: Key, environment: Environment) -> Measurement | None:
+        """The fastest right measurement of exactly this key on the same hardware with other software; None where there is none."""
+        entries = self._read(self.path(environment, key.op)).index.by_key.get(key.text, [])
+        newest = {m.config_text: m for m in entries if m.environment.soft != environment.soft}
+        return min((m for m in newest.values() if m.seconds is not None), key=lambda m: m.seconds or 0.0, default=None)
+
     def append(self, measurement: Measurement) -> Measurement:
         """Write a measurement to disk; returned with its sequence number. Raises TuneError (E-TUN-WRITE) where it cannot be kept."""
         path = self.path(measurement.environment, measurement.key.op)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from effllm.autotune import machines
+from effllm.autotune import machines, tables
 from effllm.autotune.fingerprint import environment
 from effllm.autotune.key import Key
 from effllm.autotune.store import Store, open_store
@@ -28,7 +28,7 @@ class Choice:
 
     @property
     def source(self) -> str:
-        """How the configuration was found, in a word or two: "measured", "stale", "near", "cost model", "dynamic" or "fixed"."""
+        """How the configuration was found, in a word or two: "measured", "stale", "near", "shipped", "cost model", "dynamic" or "fixed"."""
         words = {"exact": "measured", "soft-stale": "stale", "near M bucket": "near", "near shape": "near", "model": "cost model"}
         return words.get(self.how, self.how)
 
@@ -105,9 +105,11 @@ def look_up(provider: Provider, problem: Problem, store: Store | None = None) ->
     if torch.device(problem.device).type == "cuda" and not torch.cuda.is_available():  # traced for a GPU that is elsewhere
         return Choice(tuning.first(problem), "model", "cost model; no GPU here whose measurements could apply")
     try:
-        found = (store or open_store()).find(Key.of(problem, provider.name), lambda config: tuning.legal(problem, config))
+        key = Key.of(problem, provider.name)
+        own = (store or open_store()).find(key, lambda config: tuning.legal(problem, config))
+        found, was_shipped = tables.find(own, key, lambda config: tuning.legal(problem, config))
     except TuneError as error:  # sources that cannot be hashed, such as a provider from outside of effllm
         return Choice(tuning.first(problem), "model", f"cost model; no measurements: {error.cause}")
     if found is not None:
-        return Choice(dict(found.config), found.how, found.note)
+        return Choice(dict(found.config), "shipped" if was_shipped else found.how, f"shipped with effllm, {found.note}" if was_shipped else found.note)
     return Choice(tuning.first(problem), "model", "cost model; not tuned for this problem")

@@ -165,8 +165,12 @@ def test_an_entry_that_is_no_longer_legal_is_named_and_not_used(store):
 
 
 def test_results_of_other_software_are_measured_again(store):
-    store.append(Measurement(key(), BEST, "ok", OTHER_SOFT, 1e-6))
-    assert not tune(store, Simulated()).best.known
+    seed = BEST | {"tile": 256}
+    store.append(Measurement(key(), BEST, "ok", OTHER_SOFT, 3e-6))
+    store.append(Measurement(key(), seed, "ok", OTHER_SOFT, 1e-6))
+    found = tune(store, Simulated())
+    assert not found.best.known and found.trials[0].config == seed  # a seed, and tried first
+    assert tune(store, Simulated()).measured == 0
 
 
 def test_exhaustive_tries_all_and_random_the_number_asked_for(store, tmp_path):

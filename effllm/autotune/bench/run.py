@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from effllm.autotune.bench.candidate import Candidate, last_level_cache
 from effllm.autotune.bench.verify import verify
 from effllm.autotune.peers.base import ERRORS, Peer
 from effllm.autotune.shapes import Site, sites
-from effllm.errors import KernelError
+from effllm.errors import KernelError, OptionError
 
 HEAD_ROWS = 16  # a prompt's logits are needed for its last token only
 Progress = Callable[[str, float], None]
@@ -36,13 +36,20 @@ class Plan:
     seconds: float = 2.0
 
 
-def run(plan: Plan, progress: Progress = lambda what, share: None, keep: Callable[[dict[str, Any]], None] = lambda so_far: None) -> dict[str, Any]:
+def run(
+    plan: Plan, progress: Progress = lambda what, share: None, keep: Callable[[dict[str, Any]], None] = lambda so_far: None,
+    before: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
     """The result described in docs/kernel-benchmarks.md; `keep` gets it after every shape, so that a run that is stopped loses one shape.
 
-    Raises OptionError for an unknown model, op or peer before anything runs.
+    `before` is the result of such a run: shapes that it has are not timed again, and their rows say so ("resumed").
+    Raises OptionError for an unknown model, op or peer, and for settings other than those of `before`, before anything runs.
     """
     ours.check(list(plan.ops))
     wanted = [site for model in plan.models for site in sites(model)]
+    if before is not None and before["settings"] != settings(plan):
+        differ = ", ".join(k for k, v in settings(plan).items() if before["settings"].get(k) != v)
+        raise OptionError("E-OPT-RESUME", f"the file has results of other settings: {differ}", "give the same options, or another file")
     rivals, peer_rows = present(peers.chosen(plan.peers), plan.device)
     progress("measuring the machine", 0.0)
     about = machine.describe() | roofs.measure(plan.device)
@@ -58,6 +65,8 @@ def run(plan: Plan, progress: Progress = lambda what, share: None, keep: Callabl
     for i, site in enumerate(wanted):
         at = {"model": site.model, "layers": list(site.layers), "n": site.n, "k": site.k}
         share = i / len(wanted)
+        if before is not None and _take(before, at, found, skipped):
+            continue
         progress(f"{site.model} {'/'.join(site.layers)} {site.n}x{site.k}", share)
         dense = random_weight(site, plan.device)
         built, refused = build(site, plan, rivals, dense, cache)
@@ -72,6 +81,14 @@ def run(plan: Plan, progress: Progress = lambda what, share: None, keep: Callabl
         keep(result())
     progress("done", 1.0)
     return result()
+
+
+def _take(before: Mapping[str, Any], at: Mapping[str, Any], found: list[dict[str, Any]], skipped: list[dict[str, Any]]) -> bool:
+    """Take over the rows of a shape from an earlier result; False where it has none."""
+    same = {kind: [r for r in before[kind] if all(r[k] == v for k, v in at.items())] for kind in ("rows", "skipped")}
+    found += [r | {"resumed": True} for r in same["rows"]]
+    skipped += same["skipped"]
+    return bool(same["rows"])
 
 
 def present(wanted: Sequence[Peer], device: str) -> tuple[list[Peer], list[dict[str, Any]]]:

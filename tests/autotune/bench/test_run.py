@@ -120,6 +120,20 @@ def test_the_result_so_far_is_given_after_every_shape(tiny, monkeypatch):
     assert seen == [{48}, {48, 80}]
 
 
+def test_a_stopped_run_goes_on_and_other_settings_are_refused(tiny, monkeypatch):
+    whole = tiny()
+    calls = []
+    real = run.time_one
+    monkeypatch.setattr(run, "time_one", lambda built, at, dense, plan: calls.append(at) or real(built, at, dense, plan))
+    plan = run.Plan(rows=(1, 3), bits=(4,), seconds=0.01)
+    part = whole | {"settings": run.settings(plan), "rows": [r for r in whole["rows"] if r["layers"] == whole["rows"][0]["layers"]]}
+    again = run.run(plan, before=part)
+    assert len(again["rows"]) == len(whole["rows"]) and all(c["layers"] != whole["rows"][0]["layers"] for c in calls)
+    assert sum("resumed" in r for r in again["rows"]) == len(part["rows"])
+    with pytest.raises(OptionError, match="other settings: seconds_per_case"):
+        run.run(run.Plan(rows=(1, 3), bits=(4,), seconds=0.02), before=part)
+
+
 def test_work_beside_the_run_is_told(tiny, monkeypatch):
     from effllm.commands_kernels import lines
 
