@@ -17,13 +17,14 @@ _REASONS = 4  # an axis such as the sequence is pinned by hundreds of ops; the f
 class Atom:
     """An axis, or a factor or part of one, that no operation has looked inside so far. Merged and split in place."""
 
-    __slots__ = ("definition", "pins", "rotary", "size")
+    __slots__ = ("definition", "pins", "rotary", "size", "used")
 
     def __init__(self, size: int) -> None:
         self.size = size
         self.definition: Expr | None = None
         self.pins: list[str] = []
-        self.rotary = False
+        self.rotary = False  # cosines and sines are taken of it
+        self.used = False  # something was computed of it, rather than moved
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,6 +104,7 @@ def _become(atom: Atom, e: Expr) -> None:
     atom.definition = e
     for leaf in leaves(e):
         leaf.rotary |= atom.rotary
+        leaf.used |= atom.used
         leaf.pins.extend(r for r in atom.pins if r not in leaf.pins and len(leaf.pins) < _REASONS)
 
 

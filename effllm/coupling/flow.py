@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 
 from effllm import compat
-from effllm.coupling.axes import fresh, pin
+from effllm.coupling.axes import fresh, leaves, pin
 from effllm.coupling.capture import Captured
-from effllm.coupling.rules import RULES, Call, pointwise
+from effllm.coupling.rules import MOVES, RULES, Call, pointwise
 from effllm.coupling.rules.base import Axes, pinned_like
 
 Named = tuple[str, Axes]
@@ -57,9 +57,10 @@ def _input(flow: Flow, node: fx.Node, captured: Captured, shared: dict[str, Axes
     if name is None:
         flow.values[node] = pinned_like([int(s) for s in value.shape], f"it is an axis of the model's input {node.name}")
     else:
-        flow.values[node] = shared.setdefault(name, [fresh(int(s)) for s in value.shape])
+        reason = "" if value.is_floating_point() or value.is_complex() else f"{name} holds integers, which may number places"
+        flow.values[node] = shared.setdefault(name, [fresh(int(s), reason) for s in value.shape])
         flow.names[node] = name
-    flow.tensors.append((flow.names.get(node, node.name), flow.values[node]))
+    flow.tensors += _named(flow, node)
 
 
 def _pin_all(value: Any, reason: str) -> None:
@@ -77,21 +78,22 @@ def _call(flow: Flow, node: fx.Node) -> None:
         several = flow.values[source]  # type: ignore[index]
         flow.values[node] = several[index] if several else None
         if flow.values[node] is not None:
-            flow.tensors.append((node.name, flow.values[node]))
-            flow.names[node] = node.name
+            flow.tensors += _named(flow, node)
             _meet(flow, f"part of {source}", [source, node])
         return
     sizes = _sizes(node.meta.get("val"))
-    if sizes is None:  # asserts and sizes: no tensor comes out of them
-        flow.values[node] = None
-        return
     call = _described(flow, node)
+    if sizes is None:
+        flow.values[node] = None
+        if "_assert" not in call.op and ".sym_" not in call.op:  # no tensor comes out, but who knows what went on inside
+            for value in call.values.values():
+                _pin_all(value, f"{call.why} is not understood here")
+        return
     result = _apply(call, sizes)
     flow.values[node] = result
-    flow.names[node] = node.name
     flow.summed += call.summed
     flow.tensors += _named(flow, node)
-    flow.tensors += [(node.name, axes) for axes in call.reduced]
+    flow.tensors += [(f"%{node.name}", axes) for axes in call.reduced]
     _meet(flow, call.why, [*node.all_input_nodes, node])
 
 
@@ -123,6 +125,10 @@ def _apply(call: Call, sizes: list[list[int]]) -> Any:
             result = RULES[call.op](call)
         elif pointwise.is_pointwise(target, call.op):
             result = pointwise.pointwise(call)
+    if result is not None and call.op not in MOVES and not nested:
+        for axes in call.values.values():
+            for leaf in (leaf for axis in axes for leaf in leaves(axis)):
+                leaf.used = True
     if result is not None:
         given = [[a.size for a in axes] for axes in (result if several else [result])]
         if given == sizes and isinstance(result, list):
@@ -142,8 +148,8 @@ def _meet(flow: Flow, why: str, nodes: list[Any]) -> None:
 
 
 def _named(flow: Flow, node: fx.Node) -> list[Named]:
-    """A node's tensors with a name for each."""
-    value, name = flow.values.get(node), flow.names.get(node, node.name)
+    """A node's tensors with a name for each; a percent sign tells activations from parameters."""
+    value, name = flow.values.get(node), flow.names.get(node, f"%{node.name}")
     if value and isinstance(value[0], list):
         return [(f"{name}[{i}]", axes) for i, axes in enumerate(value)]
     return [(name, value)] if value else []

@@ -75,7 +75,8 @@ def _contexts(flow: Flow, parameters: set[str]) -> dict[Atom, list[Atom]]:
         for i, e in enumerate(axes):
             others = [] if name in parameters else [a for j, axis in enumerate(plain) if j != i for a in axis]
             for p in _places(e):
-                around = [a for a in (*(resolve(g) for g, _ in p.loops), *others) if isinstance(a, Atom) and a is not p.atom and counts[a] <= 1]
+                near = [a for a in (*(resolve(g) for g, _ in p.loops), *others) if isinstance(a, Atom) and a is not p.atom]
+                around = [a for a in near if counts[a] <= 1 and near.count(a) == 1]
                 found[p.atom] = [a for a in found.get(p.atom, around) if any(a is b for b in around)]
     return found
 
@@ -180,4 +181,6 @@ def _dimension(
     structure = Structure(atom.size, tuple(a.size for a in around), max(m.stride for m in members), occurrences, atom.rotary)
     names = {m.parameter: tuple(sorted(a for a, n in captured.aliases.items() if n == m.parameter)) for m in members}
     volatile = tuple(sorted({m.parameter for m in members} & captured.volatile))
-    return Dimension(0, structure, tuple(members), tuple(atom.pins), volatile, names)
+    # what this call leaves out, another may use: the positions beyond the example's length
+    pins = tuple(atom.pins) or (() if atom.used else ("this part of the axis is not used by the captured call",))
+    return Dimension(0, structure, tuple(members), pins, volatile, names)

@@ -41,9 +41,11 @@ def _orders(dimension: Dimension, rows: Tensor) -> dict[tuple[str, int], Tensor]
     """Per (parameter, axis) the order of the whole axis."""
     orders: dict[tuple[str, int], Tensor] = {}
     for m in dimension.members:
-        order = orders.setdefault((m.parameter, m.axis), torch.arange(m.axis_size))
+        step = torch.arange(m.axis_size)
         places = m.places(dimension.size, dimension.structure.blocks)
-        order[places] = torch.gather(places, 2, rows[:, None, :].expand_as(places))
+        step[places] = torch.gather(places, 2, rows[:, None, :].expand_as(places))
+        key = (m.parameter, m.axis)
+        orders[key] = orders[key][step] if key in orders else step  # one after the other: both factors of a (d, d) axis may be members
     return orders
 
 

@@ -4,6 +4,6 @@ Every rule states one fact: if the operands' axes are permuted consistently, the
 """
 
 from effllm.coupling.rules import contract, pointwise, reduce, shape
-from effllm.coupling.rules.base import RULES, Call, Result
+from effllm.coupling.rules.base import MOVES, RULES, Call, Result
 
-__all__ = ["RULES", "Call", "Result", "contract", "pointwise", "reduce", "shape"]
+__all__ = ["MOVES", "RULES", "Call", "Result", "contract", "pointwise", "reduce", "shape"]

@@ -63,14 +63,18 @@ class Call:
 
 Rule = Callable[[Call], Result]
 RULES: dict[str, Rule] = {}
+MOVES: set[str] = set()
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Register a rule for operators whatever the overload; a name without a namespace is aten's."""
+def rule(*names: str, moves: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule for operators whatever the overload; a name without a namespace is aten's. `moves`: they compute nothing."""
 
     def register(function: Rule) -> Rule:
         for name in names:
-            RULES[name if "." in name else f"aten.{name}"] = function
+            full = name if "." in name else f"aten.{name}"
+            RULES[full] = function
+            if moves:
+                MOVES.add(full)
         return function
 
     return register

@@ -35,7 +35,7 @@ def pointwise(call: Call) -> Axes:
 
 @rule(
     "to", "_to_copy", "type_as", "alias", "clone", "contiguous", "detach", "detach_", "lift_fresh_copy", "dropout", "dropout_", "feature_dropout",
-    "zero_", "fill_",
+    "zero_", "fill_", moves=True,
 )  # fmt: skip
 def same(call: Call) -> Axes:
     """The first operand, every element by itself; other operands lend a dtype or a device only."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from typing import cast
 
 from torch import fx
@@ -10,14 +11,16 @@ from effllm.coupling.axes import UNIT, Prod, Sum, cut, factor, fresh, pieces, pi
 from effllm.coupling.rules.base import Axes, Call, broadcast, rule
 
 
-@rule("view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten", "unsqueeze", "squeeze")
+@rule("view", "reshape", "_unsafe_view", "view_as", "reshape_as", "flatten", "unflatten", "unsqueeze", "squeeze", moves=True)
 def view(call: Call) -> Axes:
     """Other sizes, same order of elements."""
     first = "input" if "input" in call.args else "self"
+    if prod(a.size for a in call.axes(first)) != prod(call.out_sizes):  # the same bytes as another dtype
+        return unknown(call)
     return reshape(call.axes(first), call.out_sizes, call.why)
 
 
-@rule("transpose", "t", "permute", "swapaxes", "movedim", "numpy_T", "mT")
+@rule("transpose", "t", "permute", "swapaxes", "movedim", "numpy_T", "mT", moves=True)
 def transpose(call: Call) -> Axes:
     """Axes in another order."""
     axes = call.axes("self")
@@ -44,7 +47,7 @@ def _ints(value: int | list[int]) -> list[int]:
     return [value] if isinstance(value, int) else list(value)
 
 
-@rule("expand", "expand_as", "broadcast_to")
+@rule("expand", "expand_as", "broadcast_to", moves=True)
 def expand(call: Call) -> Axes:
     """Axes of size 1 repeated: the copies are equal, so the new axis may be in any order."""
     axes, sizes = call.axes("self"), call.out_sizes
@@ -52,7 +55,7 @@ def expand(call: Call) -> Axes:
     return [fresh(s) if a.size == 1 else a for a, s in zip(axes, sizes, strict=True)]
 
 
-@rule("repeat")
+@rule("repeat", moves=True)
 def repeat(call: Call) -> Axes:
     """The whole axis over and over."""
     axes, counts = call.axes("self"), call.args["repeats"]
@@ -60,7 +63,7 @@ def repeat(call: Call) -> Axes:
     return [resolve(Prod((fresh(r), a))) for a, r in zip(axes, counts, strict=True)]
 
 
-@rule("repeat_interleave")
+@rule("repeat_interleave", moves=True)
 def repeat_interleave(call: Call) -> Axes:
     """Every element several times in a row; only a fixed number of times is understood."""
     axes, count, dim = call.axes("self"), call.args["repeats"], call.args.get("dim")
@@ -79,7 +82,7 @@ def unknown(call: Call) -> Axes:
     return [fresh(s, f"result of {call.why}") for s in call.out_sizes]
 
 
-@rule("slice")
+@rule("slice", moves=True)
 def slices(call: Call) -> Axes:
     """A part of an axis, or one place of every block (a step that divides the axis)."""
     axes, dim = list(call.axes("self")), call.args["dim"] or 0
@@ -105,7 +108,7 @@ def _clamp(place: int, size: int) -> int:
     return max(0, min(place + size if place < 0 else place, size))
 
 
-@rule("narrow")
+@rule("narrow", moves=True)
 def narrow(call: Call) -> Axes:
     """A part of an axis."""
     axes, dim, start, length = list(call.axes("self")), call.args["dim"], call.args["start"], call.args["length"]
@@ -113,7 +116,7 @@ def narrow(call: Call) -> Axes:
     return axes
 
 
-@rule("select")
+@rule("select", moves=True)
 def select(call: Call) -> Axes:
     """One place of an axis, which thereby keeps its place."""
     axes, dim, index = list(call.axes("self")), call.args["dim"], call.args["index"]
@@ -123,7 +126,7 @@ def select(call: Call) -> Axes:
     return axes
 
 
-@rule("split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_split", "unsafe_chunk")
+@rule("split", "split_with_sizes", "chunk", "tensor_split", "unbind", "unsafe_split", "unsafe_chunk", moves=True)
 def split(call: Call) -> list[Axes]:
     """Consecutive parts of an axis."""
     axes, dim = call.axes("self"), (call.args.get("dim") or 0) % len(call.axes("self"))
@@ -134,7 +137,7 @@ def split(call: Call) -> list[Axes]:
     return [[part if i == dim else a for i, a in enumerate(axes)] for part in parts]
 
 
-@rule("cat", "concat", "concatenate")
+@rule("cat", "concat", "concatenate", moves=True)
 def cat(call: Call) -> Axes:
     """Parts one after the other; the other axes are permuted together."""
     tensors = [call.of(n) for n in cast(list[fx.Node], call.args["tensors"])]
@@ -144,7 +147,7 @@ def cat(call: Call) -> Axes:
     return [resolve(Sum(tuple(t[dim] for t in tensors))) if i == dim else a for i, a in enumerate(others)]
 
 
-@rule("stack")
+@rule("stack", moves=True)
 def stack(call: Call) -> Axes:
     """A new axis whose places are known one by one."""
     tensors = [call.of(n) for n in cast(list[fx.Node], call.args["tensors"])]
@@ -154,7 +157,7 @@ def stack(call: Call) -> Axes:
     return out
 
 
-@rule("pad", "constant_pad_nd")
+@rule("pad", "constant_pad_nd", moves=True)
 def pad(call: Call) -> Axes:
     """Constants before and after, or values taken away."""
     axes, widths = list(call.axes("self")), call.args["pad"]
