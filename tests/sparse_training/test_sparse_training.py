@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -18,7 +19,7 @@ def test_decay_falls_from_one_to_zero() -> None:
     for kind in ("linear", "exp"):
         values = [decay(t, 200, kind=kind) for t in range(200)]
         assert values[0] == 1.0 and values[180:] == [0.0] * 20
-        assert all(b <= a for a, b in zip(values, values[1:], strict=False))
+        assert all(b <= a for a, b in itertools.pairwise(values))
     assert decay(30, 200) == pytest.approx(0.7) and decay(150, 200) == 0.0
     assert decay(30, 200, kind="exp") == pytest.approx(math.exp(-0.3))
     for bad in ({"kind": "cosine"}, {"coefficient": 0.0}, {"hard": 1.5}):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -67,7 +69,7 @@ def test_follows_the_rules(pattern: tuple[int, int] | None) -> None:
         want, seen = one_row(gain[i], variance, mask[i], score[i].double(), pattern[1] if pattern else None, 1e-3, 50)
         assert torch.equal(got[i], want)
         if pattern is None:
-            assert all(b <= a for a, b in zip(seen, seen[1:], strict=False))
+            assert all(b <= a for a, b in itertools.pairwise(seen))
     assert not torch.equal(got, mask)
 
 
