@@ -225,13 +225,17 @@ def test_masked_training_under_compile() -> None:
 
 
 def test_cost_model_prefers_expansion_for_prompts() -> None:
-    """Few tokens read the compressed weight, a prompt does not; a wider pattern costs more bytes."""
+    """Few tokens read the compressed weight, a prompt does not; the bytes are those that are stored."""
     p = ops.problem("nm_linear", 4096, 4096, 2, 4, values=BF16)
     tiles = OPS["nm_linear"].providers["cpu-avx512-tiles"].tuning
     assert tiles is not None
     assert tiles.first(p)["path"] == "registers" and tiles.first(p.at(2048))["path"] == "expand"
-    six = ops.problem("nm_linear", 4096, 4096, 6, 8, values=BF16)
     config = {"path": "registers", "threads": 1}
-    assert tiles.predict(p, config).nbytes == pytest.approx(nm_inputs.weight(ops.problem("nm_linear", 64, 4096, 2, 4, values=BF16)).nbytes * 64, rel=1e-2)
-    rows = OPS["nm_linear"].providers["cpu-avx512"].tuning
-    assert rows is not None and rows.predict(six, config).nbytes > rows.predict(p, config).nbytes
+    for made in (
+        ops.problem("nm_linear", 64, 4096, 2, 4, values=BF16), ops.problem("nm_bipolar_linear", 64, 4096, 2, 4, bits=8, group=64),
+        ops.problem("armor_linear", 64, 1024, 2, 4, values=BF16, block=32), ops.problem("nm_linear", 64, 4096, 6, 8, values=F32),
+    ):  # fmt: skip
+        tuning = OPS[made.op].providers["cpu-avx512"].tuning
+        assert tuning is not None
+        activations = 2 * (made.k + made.n)
+        assert tuning.predict(made, config).nbytes - activations == pytest.approx(nm_inputs.weight(made).nbytes, rel=1e-6)

@@ -293,7 +293,7 @@ Tensor nm_rows(const Tensor x, const Tensor values, std::optional<Tensor> scale,
   core.n = n, core.unit = 16, core.columns = false;
   core.w = {values.const_data_ptr(), bits ? Type::f32 : type_of(values), static_cast<int>(bits), scale ? scale->const_data_ptr() : nullptr, minimum ? minimum->const_data_ptr() : nullptr,
             scale && scale->scalar_type() == ScalarType::Half, static_cast<float>(zero), group, scale ? scale->size(1) : 0, static_cast<const uint64_t*>(index.const_data_ptr()),
-            n, k, kc, values.size(1), words};
+            n, k, kc, values.size(1), words, kp / 64, 16 / of * keep};
   STD_TORCH_CHECK(!scale || group == 0 || scale->size(1) * group >= kc, "effllm: too few groups for the values");
   return multiply(core, x, left, right, bias, threads, expand_from);
 }

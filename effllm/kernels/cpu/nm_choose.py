@@ -60,7 +60,7 @@ def symbols_of(problem: Problem, isa: str = "") -> dict[str, float]:
     bits = of if nm.index_kind(keep, of) == "bitmap" else keep * nm.WIDTHS[of]
     narrow = problem.dtype == torch.bfloat16 and ("values", "bfloat16") in problem.detail
     fast = isa == "avx512" and narrow and {"avx512_bf16", "avx512_vbmi2"} <= build.cpu_flags()
-    return found | {"index_bits": bits / of, "fast": float(fast)}
+    return found | {"index_bits": bits / of, "fast": float(fast), "coded": int(problem.bits > 0)}
 
 
 @functools.lru_cache(maxsize=4096)

@@ -19,6 +19,7 @@ from effllm.autotune.cost import ACT, BANDWIDTH, BITS, CALL, DIGITS, GROUP, META
 from effllm.kernels.cpu.cost import ISSUE, PRODUCT, SINGLE, THREADS, WAKE
 
 KEEP, OF, VALUE_BYTES, INDEX_BITS, BLOCK, FAST = sympy.symbols("keep of value_bytes index_bits block fast", positive=True)
+CODED = sympy.Symbol("coded", integer=True)  # 1 for codes, 0 for floating-point values (`bits` counts as positive everywhere)
 PATHS = ("registers", "expand")
 
 _SPREAD = {"avx512": 0.25, "avx2": 0.9, "portable": 4.0}  # instructions of a dense column: spreading 16 to their places
@@ -30,7 +31,7 @@ def weight_bytes() -> sympy.Expr:
     """Stored bytes of an N:M weight and its wrappers."""
     kept = K * KEEP / OF
     coded = kept * BITS / 8 + kept / GROUP * META
-    return N * (sympy.Piecewise((coded, BITS > 0), (kept * VALUE_BYTES, True)) + K * INDEX_BITS / 8) + 2 * (N + K) * BLOCK
+    return N * (sympy.Piecewise((coded, sympy.Eq(CODED, 1)), (kept * VALUE_BYTES, True)) + K * INDEX_BITS / 8) + 2 * (N + K) * BLOCK
 
 
 @functools.cache
@@ -45,8 +46,8 @@ def _model(path: str, isa: str, tiles: bool) -> Model:
         instructions = dense * (0.5 if tiles else _SPREAD[isa] + 1.0) + kept * _DECODE[isa]
     elif tiles:
         # 32 kept bf16 values: load, shift, permutation, product; 64 codes: shift, mask, and for each digit a permutation and two products
-        per_token = sympy.Piecewise((kept / 32 * 3.4, sympy.Eq(BITS, 0)), (kept / 64 * (3 + 3.2 * DIGITS), True))
-        instructions = M * (per_token + K * sympy.Piecewise((1.5, BITS > 0), (0.5, True)))
+        per_token = sympy.Piecewise((kept / 64 * (3 + 3.2 * DIGITS), sympy.Eq(CODED, 1)), (kept / 32 * 3.4, True))
+        instructions = M * (per_token + K * (0.5 + CODED))
     else:
         wide = dense / 32 * (2 + M)
         instructions = sympy.Piecewise((wide, sympy.Eq(FAST, 1)), (kept * _DECODE[isa] + dense * (sympy.ceiling(M / 4) * _SPREAD[isa] + M * _DOT[isa]), True))

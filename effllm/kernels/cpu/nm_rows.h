@@ -28,6 +28,7 @@ struct NmRows {
   int64_t group, groups;    // along the compressed axis; group 0: one a row
   const uint64_t* index;
   int64_t n, k, kc, width, words;  // width: values or bytes of codes in a row
+  int64_t full, per16;      // words without padding, and kept values of 16 columns there
 };
 
 inline float half_to_float(const void* p, int64_t i, bool half) {
@@ -102,16 +103,19 @@ template <class V, int MR> inline void row_times(const NmRows& w, int64_t row, c
   typename V::F acc[MR][2];
   for (int m = 0; m < MR; ++m) acc[m][0] = acc[m][1] = V::zero_f();
   const uint64_t* keep = w.index + row * w.words;
-  for (int64_t i = 0; i < w.words; ++i) {
+  const auto word = [&](int64_t i, auto count) {
     const uint64_t bits = keep[i];
 #pragma GCC unroll 4
     for (int q = 0; q < 4; ++q) {
       const uint32_t here = static_cast<uint32_t>(bits >> (16 * q)) & 0xFFFF;
       const auto f = spread(V{}, values, here);
-      values += std::popcount(here);
+      values += count(here);
       for (int m = 0; m < MR; ++m) acc[m][q % 2] = V::fma(f, V::load_f(x + m * ld + i * 64 + q * 16), acc[m][q % 2]);
     }
-  }
+  };
+  const int64_t step = w.per16;  // known before the bits are: the loads do not wait for them
+  for (int64_t i = 0; i < w.full; ++i) word(i, [step](uint32_t) { return step; });
+  for (int64_t i = w.full; i < w.words; ++i) word(i, [](uint32_t bits) { return static_cast<int64_t>(std::popcount(bits)); });
   for (int m = 0; m < MR; ++m) out[m] = sum_of<V>(acc[m][0]) + sum_of<V>(acc[m][1]);
 }
 
@@ -154,38 +158,42 @@ template <class V> void rows_dense(const NmRows& w, int64_t from, int64_t to, vo
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
 #define EFFLLM_NM_WIDE 1
-inline __m512i next_words(const uint16_t* p, uint32_t keep) {  // reads no further than the kept values
-  const __mmask32 have = static_cast<__mmask32>((uint64_t{1} << std::popcount(keep)) - 1);
+inline uint32_t first_words(int64_t count) { return static_cast<uint32_t>((uint64_t{1} << count) - 1); }
+inline __m512i spread_words(const uint16_t* p, uint32_t have, uint32_t keep) {  // reads no further than `have` says
   return _mm512_maskz_expand_epi16(keep, _mm512_maskz_loadu_epi16(have, p));
 }
 
-// R rows of bf16 values times MR tokens of bf16 x (`ld` apart, zeros past k); STEP kept values in 32 columns, 0 where that varies.
+// R rows of bf16 values times MR tokens of bf16 x (`ld` apart, zeros past k).
 template <int R, int MR> inline void rows_bf16(const NmRows& w, int64_t row, const uint16_t* x, int64_t ld, float* out, int64_t ldo) {
   __m512 acc[MR][R];
-  const uint16_t* p[R];
+  const uint16_t* base[R];
   const uint64_t* keep[R];
   for (int r = 0; r < R; ++r) {
-    p[r] = static_cast<const uint16_t*>(w.values) + (row + r) * w.width;
+    base[r] = static_cast<const uint16_t*>(w.values) + (row + r) * w.width;
     keep[r] = w.index + (row + r) * w.words;
     for (int m = 0; m < MR; ++m) acc[m][r] = _mm512_setzero_ps();
   }
-  for (int64_t i = 0; i < w.words; ++i) {
-    __m512bh a[MR][2];
+  const int64_t step = 2 * w.per16;
+  const uint32_t have = first_words(step);
+  const auto add = [&](int r, int64_t i, __m512i f, __m512i g) {
     for (int m = 0; m < MR; ++m) {
-      a[m][0] = (__m512bh)_mm512_loadu_si512(x + m * ld + i * 64);
-      a[m][1] = (__m512bh)_mm512_loadu_si512(x + m * ld + i * 64 + 32);
+      const auto* at = x + m * ld + i * 64;
+      acc[m][r] = _mm512_dpbf16_ps(_mm512_dpbf16_ps(acc[m][r], (__m512bh)f, (__m512bh)_mm512_loadu_si512(at)), (__m512bh)g, (__m512bh)_mm512_loadu_si512(at + 32));
     }
+  };
+  for (int64_t i = 0; i < w.full; ++i)
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
       const uint64_t bits = keep[r][i];
-      const uint32_t lo = static_cast<uint32_t>(bits), hi = static_cast<uint32_t>(bits >> 32);
-      const __m512i f = next_words(p[r], lo);
-      p[r] += std::popcount(lo);
-      const __m512i g = next_words(p[r], hi);
-      p[r] += std::popcount(hi);
-      for (int m = 0; m < MR; ++m) acc[m][r] = _mm512_dpbf16_ps(_mm512_dpbf16_ps(acc[m][r], (__m512bh)f, a[m][0]), (__m512bh)g, a[m][1]);
+      const uint16_t* p = base[r] + 2 * i * step;
+      add(r, i, spread_words(p, have, static_cast<uint32_t>(bits)), spread_words(p + step, have, static_cast<uint32_t>(bits >> 32)));
     }
-  }
+  for (int64_t i = w.full; i < w.words; ++i)  // the last word, where padding is
+    for (int r = 0; r < R; ++r) {
+      const uint32_t lo = static_cast<uint32_t>(keep[r][i]), hi = static_cast<uint32_t>(keep[r][i] >> 32);
+      const uint16_t* p = base[r] + 2 * i * step;
+      add(r, i, spread_words(p, first_words(std::popcount(lo)), lo), spread_words(p + std::popcount(lo), first_words(std::popcount(hi)), hi));
+    }
   for (int m = 0; m < MR; ++m)
     for (int r = 0; r < R; ++r) out[m * ldo + r] = _mm512_reduce_add_ps(acc[m][r]);
 }

@@ -67,7 +67,7 @@ def test_groups_with_fewer_weights(n: int, m: int) -> None:
     """Groups that keep 0 .. n weights, one row with none at all."""
     keep = random_mask(8, 8 * m, n, m) & (torch.rand(8, 8 * m, generator=torch.Generator().manual_seed(3)) < 0.5)
     keep[4] = False
-    keep[0, 0] = True
+    keep[0] = random_mask(1, 8 * m, n, m)[0]
     w = torch.randn(8, 8 * m)
     w[4] = float("nan")  # dropped with its row
     packed = nm.from_dense(w, keep, n, m)
