@@ -114,7 +114,7 @@ class Masters:
         self.scales = dict(scales)
         for name, x in self.x.items():
             x.copy_(state[f"master.{name}"])
-            kept = {key: state[f"{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in state}
+            kept = {key: state[f"{key}.{name}"].to(x.device, copy=True) for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in state}
             if kept:
                 self.adam.state[x] = kept
         self.write()

@@ -95,7 +95,6 @@ def recover(
         ask = asker(teacher, items, body, body.features)
         kind = _precision(precision, model)
         adapted = _adapt(model, what, adapter, masks, body, seed)
-        done = False
         try:
             selection = selected(model, what)
             freeze(selection)
@@ -116,13 +115,12 @@ def recover(
                     state.save(folder, masters, regularisers.generator, step, settings, report.history)
 
             report.tokens = trainer.run(report.history, report.resumed_from, steps, lr, round(warmup * steps), progress, every, keep)
-            done = True
         finally:
             # after an error the trainer has put the last good values back: they are worth keeping
             if adapted:
                 adapters.remove(model, merge=True)
-        if done:
-            report.ranks = regularisers.finish(masters)
+    # only now: parameters that are cut get what requires_grad the old ones had at first
+    report.ranks = regularisers.finish(masters)
     report.seconds = time.perf_counter() - start
     return report
 

@@ -57,7 +57,7 @@ def test_values_and_gradients_equal_the_dense_equivalent(tile, k, n, density, bi
 def test_no_dense_gradient_is_kept():
     m = SparseLowRankLinear(64, 512, 4, 0.02)
     y = m(torch.randn(3, 64))
-    saved = [t for t in y.grad_fn.next_functions[0][0].next_functions[0][0].saved_tensors] if hasattr(y.grad_fn, "next_functions") else []
+    saved = list(y.grad_fn.next_functions[0][0].next_functions[0][0].saved_tensors) if hasattr(y.grad_fn, "next_functions") else []
     assert all(t.numel() < 64 * 512 // 2 for t in saved)
     y.square().sum().backward()
     assert sum(p.grad.numel() for p in m.parameters()) < 64 * 512 // 4
@@ -102,7 +102,7 @@ def test_starts_as_sltrain_does_and_from_a_dense_weight():
     m = SparseLowRankLinear.from_dense(w, 5, 0.2, seed=3)
     at = m.flat_support()
     torch.testing.assert_close(m.dense().flatten()[at], w.flatten()[at])
-    u, s, vh = torch.linalg.svd(w)
+    _u, s, _vh = torch.linalg.svd(w)
     assert float((m.dense() - w).norm()) < float(s[5:].norm())
     m.shrink(2)
     assert m.a.shape == (30, 2) and m(torch.randn(3, 20, dtype=torch.float64)).shape == (3, 30)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
 import torch
-from tests.recovery.models import Small, dense, low_rank, same, state, windows
 from torch import nn
 from torch.nn import functional as F
 
 import effllm
 from effllm.errors import OptionError, RecoveryError, WeightError
 from effllm.recovery import ordered, truncation
-from effllm.recovery.adapters import Adapter, AdaptedLinear, install, remove
+from effllm.recovery.adapters import AdaptedLinear, Adapter, install, remove
 from effllm.recovery.data import Data, data, targets_of
 from effllm.recovery.forward import Body, block_names
 from effllm.recovery.grebsmo import grebsmo, support
@@ -23,6 +23,7 @@ from effllm.recovery.optimizer import Masters, rate
 from effllm.recovery.ordered import Ordered
 from effllm.recovery.select import pairs, selected
 from effllm.recovery.truncation import Truncation
+from tests.recovery.models import Small, dense, low_rank, same, state, windows
 
 FAST = {"batch": 4, "precision": "fp32", "lr": 0.02}
 
@@ -133,7 +134,7 @@ def test_selection():
 def test_schedule():
     values = [rate(i, 100, 10) for i in range(100)]
     assert values[:10] == [(i + 1) / 11 for i in range(10)] and values[10] == 1
-    assert all(a > b for a, b in zip(values[10:], values[11:], strict=False)) and 0 < values[-1] < 0.01
+    assert all(a > b for a, b in itertools.pairwise(values)) and 0 < values[-1] < 0.01
 
 
 @pytest.mark.parametrize("power", [-12, 0, 9])
@@ -301,7 +302,10 @@ def pruned(share=0.5):
     return teacher, model
 
 
-@pytest.mark.parametrize(("what", "adapter"), [("perp", None), ("perp", Adapter("scale", 4)), ("lora", None), ("dsee", None), ("dsee", Adapter("dsee", 2, sparse=9))])
+KINDS = [("perp", None), ("perp", Adapter("scale", 4)), ("lora", None), ("dsee", None), ("dsee", Adapter("dsee", 2, sparse=9))]
+
+
+@pytest.mark.parametrize(("what", "adapter"), KINDS)
 def test_adapters_merge_into_a_weight_with_the_same_zeros(what, adapter):
     teacher, model = pruned()
     names, before, ids = [n for n, _ in model.named_modules()], state(model), windows(seed=9)
@@ -326,7 +330,7 @@ def test_adapters_merge_into_a_weight_with_the_same_zeros(what, adapter):
 
 @pytest.mark.parametrize("kind", ["mask", "scale", "dsee"])
 def test_an_adapter_starts_as_nothing_and_merges_exactly(kind):
-    teacher, model = pruned()
+    _teacher, model = pruned()
     ids, before = windows(3), state(model)
     base = model(ids).detach()
     install(model, ["layers.0.up", "layers.1.down"], Adapter(kind, 3), None, 0)
