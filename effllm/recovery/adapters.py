@@ -47,6 +47,8 @@ class AdaptedLinear(nn.Module):
 
     recovery_factors: ClassVar[tuple[str, ...]] = ("up", "down", "values")
     recovery_adapter: ClassVar[bool] = True
+    mask: Tensor | None
+    at: Tensor
 
     def __init__(self, base: nn.Module, adapter: Adapter, mask: Tensor | None, generator: torch.Generator) -> None:
         super().__init__()

@@ -66,7 +66,8 @@ class Body:
 
         def watch(name: str) -> Any:
             def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-                if isinstance(output, Tensor) and len(args) == 1 and isinstance(args[0], Tensor) and isinstance(getattr(module, "weight", None), Tensor | nn.Module):
+                plain = isinstance(output, Tensor) and len(args) == 1 and isinstance(args[0], Tensor)
+                if plain and (isinstance(getattr(module, "weight", None), Tensor | nn.Module) or hasattr(type(module), "recovery_factors")):
                     last[id(output)] = (name, module, output)  # the output is held: ids stay unique
 
             return hook

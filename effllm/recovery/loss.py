@@ -65,6 +65,8 @@ def head_gradient(
     student: hidden states to logits, and where its parameters require grad they get theirs here; teacher: a slice of rows to the
     teacher's logits; targets (rows,) int64 with -100 for none; mask (rows,), 0 for rows to leave out.
     """
+    if not weights.kl and not weights.lm:
+        return torch.zeros_like(hidden), Losses(0.0)
     leaf = hidden.detach().requires_grad_()
     rows, following = mask.sum().clamp_min(1), (targets != _NONE).sum().clamp_min(1)
     kl = lm = 0.0

@@ -34,7 +34,9 @@ def scale_of(p: Tensor) -> float:
 class Masters:
     """fp32 copies of parameters with AdamW on them. Call `collect` after each backward pass, then `step` once."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], *, betas: tuple[float, float] = (0.9, 0.95), decay: float = 0.0, clip: float | None = 1.0) -> None:
+    def __init__(
+        self, parameters: Mapping[str, nn.Parameter], *, betas: tuple[float, float] = (0.9, 0.95), decay: float = 0.0, clip: float | None = 1.0
+    ) -> None:
         if not (0 <= betas[0] < 1 and 0 <= betas[1] < 1) or decay < 0 or (clip is not None and clip <= 0):
             raise OptionError("E-OPT-OPTIMIZER", f"betas={betas}, decay={decay}, clip={clip}", "betas in [0, 1), decay at least 0, clip above 0 or None")
         self.parameters, self.clip = dict(parameters), clip
@@ -112,7 +114,7 @@ class Masters:
         self.scales = dict(scales)
         for name, x in self.x.items():
             x.copy_(state[f"master.{name}"])
-            kept = {key: state[f"{key}.{name}"].clone() for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in state}
+            kept = {key: state[f"{key}.{name}"].to(x.device, copy=True) for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in state}
             if kept:
                 self.adam.state[x] = kept
         self.write()

@@ -44,8 +44,8 @@ class RecoveryReport:
 
     def __str__(self) -> str:
         few = max(1, min(20, len(self.history) // 4))
-        lines = [f"recovery: {self.steps} steps, {self.tokens} tokens in {self.seconds:.1f} s ({self.tokens / max(self.seconds, 1e-9):.0f} per second), {self.precision}"]
-        lines.append(self.parameters)
+        speed = self.tokens / max(self.seconds, 1e-9)
+        lines = [f"recovery: {self.steps} steps, {self.tokens} tokens in {self.seconds:.1f} s ({speed:.0f} per second), {self.precision}", self.parameters]
         for loss in ("total", "kl", "lm", "features"):
             before, after = self.mean(loss, -few), self.mean(loss, few)
             if before == before:

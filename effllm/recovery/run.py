@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +95,14 @@ def recover(
         ask = asker(teacher, items, body, body.features)
         kind = _precision(precision, model)
         adapted = _adapt(model, what, adapter, masks, body, seed)
-        done = False
         try:
             selection = selected(model, what)
             freeze(selection)
             masters = Masters(selection.parameters, betas=betas, decay=decay, clip=clip)
             regularisers = Regularisers(model, selection, truncation, ordered, perturbation, seed)
-            settings = _settings(what, steps, accumulate, lr, warmup, betas, decay, clip, weights, body, adapter, truncation, ordered, perturbation, kind, seed, items)
+            options = {"what": what, "steps": steps, "accumulate": accumulate, "lr": lr, "warmup": warmup, "betas": betas, "decay": decay, "clip": clip}
+            options |= {"loss": weights, "adapter": adapter, "truncation": truncation, "ordered": ordered, "perturbation": perturbation}
+            settings = _settings(items, body, **options, precision=kind, seed=seed)
             trainer = Trainer(body, ask, items, masters, weights, regularisers, kind, seed, accumulate)
             report = RecoveryReport(selection.what, selection.count, selection.share, str(selection), steps, kind, body.head_name, body.features)
             folder = None if checkpoint is None else Path(checkpoint)
@@ -114,13 +115,12 @@ def recover(
                     state.save(folder, masters, regularisers.generator, step, settings, report.history)
 
             report.tokens = trainer.run(report.history, report.resumed_from, steps, lr, round(warmup * steps), progress, every, keep)
-            done = True
         finally:
             # after an error the trainer has put the last good values back: they are worth keeping
             if adapted:
                 adapters.remove(model, merge=True)
-        if done:
-            report.ranks = regularisers.finish(masters)
+    # only now: parameters that are cut get what requires_grad the old ones had at first
+    report.ranks = regularisers.finish(masters)
     report.seconds = time.perf_counter() - start
     return report
 
@@ -147,7 +147,8 @@ def _body(model: nn.Module, first: Any, weights: Weights, features: int | None) 
     try:
         return Body(model, first, names)
     except IndexError as error:
-        raise RecoveryError("E-REC-VOCABULARY", f"the model does not run on the recovery data: {error}", "tokenize the text with this model's tokenizer") from error
+        cause = f"the model does not run on the recovery data: {error}"
+        raise RecoveryError("E-REC-VOCABULARY", cause, "tokenize the text with this model's tokenizer") from error
 
 
 def _adapt(model: nn.Module, what: str | Sequence[str], adapter: Adapter | None, masks: Mapping[str, Tensor] | None, body: Body, seed: int) -> bool:
@@ -158,7 +159,8 @@ def _adapt(model: nn.Module, what: str | Sequence[str], adapter: Adapter | None,
         return False
     chosen = adapter or _DEFAULT_ADAPTERS[what]
     if (chosen.kind == "dsee") != (what == "dsee"):
-        raise OptionError("E-OPT-ADAPTER", f"an adapter of kind {chosen.kind!r} for what={what!r}", 'kind "dsee" belongs to what="dsee", "mask" and "scale" to the others')
+        cause = f"an adapter of kind {chosen.kind!r} for what={what!r}"
+        raise OptionError("E-OPT-ADAPTER", cause, 'kind "dsee" belongs to what="dsee", "mask" and "scale" to the others')
     names = adapters.sites(model, what, masks, body.head)
     adapters.install(model, names, chosen, masks, seed)
     return bool(names)
@@ -176,18 +178,10 @@ def _precision(wanted: str, model: nn.Module) -> str:
     return "bf16" if fast else "fp32"
 
 
-def _settings(*values: Any) -> dict[str, Any]:
-    names = ["what", "steps", "accumulate", "lr", "warmup", "betas", "decay", "clip", "loss", "features", "adapter", "truncation", "ordered", "perturbation", "precision", "seed", "data"]
-    plain: dict[str, Any] = {}
-    for name, value in zip(names, values, strict=True):
-        if isinstance(value, Data):
-            value = [value.fingerprint(), value.batch]
-        elif isinstance(value, Body):
-            value = list(value.features)
-        elif hasattr(value, "__dataclass_fields__"):
-            value = asdict(value)
-        plain[name] = list(value) if isinstance(value, tuple) else value
-    return plain
+def _settings(items: Data, body: Body, **options: Any) -> dict[str, Any]:
+    """What a run must have in common with the one that it continues, as JSON."""
+    plain = {k: asdict(v) if is_dataclass(v) and not isinstance(v, type) else v for k, v in options.items()}
+    return plain | {"data": items.fingerprint(), "batch": items.batch, "blocks": body.features, "head": body.head_name}
 
 
 def _passes(report: RecoveryReport, items: Data, micros: int) -> None:
@@ -215,7 +209,7 @@ def _graph(model: nn.Module) -> Iterator[Callable[[Selection], None]]:
     for p, _, _ in before:
         p.grad = None
     try:
-        yield lambda selection: frozen_except(model, selection.parameters.values()) and None
+        yield lambda selection: frozen_except(model, selection.parameters.values())
     finally:
         for p, requires, grad in before:
             p.requires_grad_(requires)

@@ -129,10 +129,8 @@ def _advice(label: str) -> str:
     return "see model.named_parameters() for the names; integer codes cannot be trained"
 
 
-def frozen_except(model: nn.Module, chosen: Iterable[Tensor]) -> dict[str, bool]:
-    """Let exactly `chosen` require grad; returns what required grad before, by name."""
+def frozen_except(model: nn.Module, chosen: Iterable[Tensor]) -> None:
+    """Let exactly `chosen` require grad."""
     wanted = {id(p) for p in chosen}
-    before = {n: p.requires_grad for n, p in model.named_parameters()}
     for p in model.parameters():
         p.requires_grad_(id(p) in wanted)
-    return before

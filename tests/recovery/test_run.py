@@ -6,12 +6,13 @@ import copy
 
 import pytest
 import torch
-from tests.recovery.models import Small, dense, low_rank, same, state, windows
 
 import effllm
 from effllm.errors import CalibrationError, CheckpointError, OptionError, RecoveryError
 from effllm.recovery.loss import divergence
-from effllm.recovery.targets import cache_targets
+from effllm.recovery.ordered import Ordered
+from effllm.recovery.targets import cache_targets, load_targets
+from tests.recovery.models import Small, dense, low_rank, same, state, windows
 
 FAST = {"batch": 4, "precision": "fp32", "lr": 0.02}
 
@@ -21,7 +22,10 @@ def kl(model, teacher, ids) -> float:
         return float(divergence(model(ids).flatten(0, 1), teacher(ids).flatten(0, 1), torch.ones(ids.numel()))) / ids.numel()
 
 
-@pytest.mark.parametrize("options", [{}, {"accumulate": 2, "batch": 2}, {"features": None}, {"features": 0}, {"loss": {"features": 0.0, "lm": 0.1}}, {"loss": {"kl": 0.0}}])
+LOSSES = ({"features": None}, {"features": 0}, {"loss": {"features": 0.0, "lm": 0.1}}, {"loss": {"kl": 0.0}})
+
+
+@pytest.mark.parametrize("options", [{}, {"accumulate": 2, "batch": 2}, *LOSSES])
 def test_factors_recover_and_nothing_else_moves(options):
     teacher = dense()
     model, ids, unseen = low_rank(teacher), windows(), windows(seed=9)
@@ -57,7 +61,7 @@ def test_the_global_generator_is_left_alone():
     assert torch.equal(torch.rand(3), want)
 
 
-@pytest.mark.parametrize("options", [{}, {"perturbation": 0.01}, {"ordered": effllm.recovery.ordered.Ordered()} if hasattr(effllm, "recovery") else {"accumulate": 2}])
+@pytest.mark.parametrize("options", [{}, {"perturbation": 0.01}, {"ordered": Ordered()}, {"accumulate": 2, "batch": 2}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_resume_is_bit_equal(tmp_path, options, dtype, monkeypatch):
     teacher = dense().to(dtype)
@@ -103,7 +107,7 @@ def test_resume_refuses_another_run(tmp_path):
     for other in ({"seed": 1}, {"lr": 0.01}, {"perturbation": 0.1}):
         with pytest.raises(RecoveryError, match="E-REC-RESUME"):
             effllm.recover(low_rank(teacher), teacher, windows(), 2, **FAST | again | other)
-    with pytest.raises(RecoveryError, match="E-REC-RESUME.*data"):
+    with pytest.raises(RecoveryError, match=r"E-REC-RESUME.*data"):
         effllm.recover(low_rank(teacher), teacher, windows(seed=8), 2, **FAST | again)
     with pytest.raises(RecoveryError, match="E-REC-RESUME"):
         effllm.recover(low_rank(teacher, 4), teacher, windows(), 2, **FAST | again)
@@ -125,7 +129,7 @@ def test_nan_stops_and_the_last_good_values_come_back(loss):
         return output * float("nan") if calls == 24 else None
 
     model.layers[1].up.register_forward_hook(spoil)
-    with pytest.raises(RecoveryError, match="E-REC-NAN.*step 22.*step 20") as caught:
+    with pytest.raises(RecoveryError, match=r"E-REC-NAN.*step 22.*step 20") as caught:
         effllm.recover(model, teacher, windows(), 40, loss=loss, **FAST)
     assert "lr" in caught.value.next_step
     assert torch.equal(model.layers[1].up.a, values[20])
@@ -175,13 +179,13 @@ def test_cached_targets_stand_in_for_the_teacher(tmp_path):
         # a bf16 model's states are kept without loss, and a window's answer does not depend on its batch beyond rounding
         for name, value in state(online).items():
             torch.testing.assert_close(model.state_dict()[name], value, rtol=0.05, atol=0.02)
-        with pytest.raises(RecoveryError, match="E-REC-TEACHER.*other data"):
+        with pytest.raises(RecoveryError, match=r"E-REC-TEACHER.*other data"):
             effllm.recover(low_rank(teacher), targets, windows(seed=1), 1, **FAST)
-    with pytest.raises(RecoveryError, match="E-REC-TEACHER.*no block"):
+    with pytest.raises(RecoveryError, match=r"E-REC-TEACHER.*no block"):
         effllm.recover(low_rank(teacher), cache_targets(teacher, ids, features=1), ids, 1, features=None, **FAST)
     (tmp_path / "t" / "000003.safetensors").unlink()
     with pytest.raises(CheckpointError, match="E-CKP-TARGETS"):
-        effllm.recovery.targets.load_targets(tmp_path / "t")
+        load_targets(tmp_path / "t")
 
 
 def test_logits_that_no_module_makes():
