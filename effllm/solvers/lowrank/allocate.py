@@ -141,10 +141,10 @@ def sensitivity(
         whole[group] = (1, size)
         choices = [Choice(None, size, 0.0)]
         for i, share in enumerate(ratios):
-            ranks = {m: rank_for(*shapes[m], share, pivoted=pivoted) for m in members}
-            cost = sum(numbers(*shapes[m], r, pivoted=pivoted) for m, r in ranks.items())
+            own = {m: rank_for(*shapes[m], share, pivoted=pivoted) for m in members}
+            cost = sum(numbers(*shapes[m], r, pivoted=pivoted) for m, r in own.items())
             if cost < size:
-                choices.append(Choice(i, cost, max(0.0, measure(ranks))))
+                choices.append(Choice(i, cost, max(0.0, measure(own))))
         curves[group] = choices
     found = optimal(curves, whole, ratio)
     ranks: dict[str, int | None] = {}

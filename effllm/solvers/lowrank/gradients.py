@@ -32,10 +32,11 @@ def gradients(
     CalibrationError: E-CAL-GRAD where a gradient is NaN or infinite, E-CAL-SHORT without a window of two tokens.
     """
     sums: dict[str, Gradients] = {}
+    leaves: list[Tensor] = []
     generator = torch.Generator().manual_seed(seed)
     state = [(p, p.requires_grad) for p in model.parameters()]
-    handles = [m.register_forward_hook(_output_hook(sums, name)) for name, m in linears.items()]
-    own = [m.weight for m in linears.values()]
+    handles = [m.register_forward_hook(_output_hook(sums, name, leaves)) for name, m in linears.items()]
+    own: list[Tensor] = [m.get_parameter("weight") for m in linears.values()] if weights else []
     count = tokens = 0
     try:
         for p, _ in state:
@@ -43,13 +44,14 @@ def gradients(
         for w in own:
             w.requires_grad_(True)
         for ids in windows:
+            leaves.clear()
             loss = _loss(model, ids, sampled, generator)
-            if weights:
-                for (name, _), g in zip(linears.items(), torch.autograd.grad(loss, own, allow_unused=True), strict=True):
-                    if g is not None:
-                        _add(sums[name], g)
-            else:
-                torch.autograd.grad(loss, own, allow_unused=True)
+            if loss is None:
+                continue
+            found = torch.autograd.grad(loss, [*own, *leaves], allow_unused=True)
+            for name, g in zip(linears if weights else (), found, strict=False):
+                if g is not None:
+                    _add(sums[name], g)
             count, tokens = count + 1, tokens + ids.numel() - 1
     finally:
         for handle in handles:
@@ -68,9 +70,9 @@ def gradients(
     return sums
 
 
-def _loss(model: Any, ids: Tensor, sampled: bool, generator: torch.Generator) -> Tensor:
+def _loss(model: Any, ids: Tensor, sampled: bool, generator: torch.Generator) -> Tensor | None:
     if ids.numel() < 2:
-        return torch.zeros((), requires_grad=True)
+        return None
     with torch.enable_grad():
         logits = model(input_ids=ids.view(1, -1), use_cache=False).logits[0, :-1].float()
         targets = ids.view(-1)[1:]
@@ -79,16 +81,19 @@ def _loss(model: Any, ids: Tensor, sampled: bool, generator: torch.Generator) ->
         return nn.functional.cross_entropy(logits, targets, reduction="sum")
 
 
-def _output_hook(sums: dict[str, Gradients], name: str) -> Any:
-    def see(_: nn.Module, __: Any, out: Tensor) -> None:
+def _output_hook(sums: dict[str, Gradients], name: str, leaves: list[Tensor]) -> Any:
+    def see(_: nn.Module, __: Any, out: Tensor) -> Tensor:
         def arrived(g: Tensor) -> None:
             flat = g.detach().reshape(-1, g.shape[-1]).float()
             if name not in sums:
                 sums[name] = Gradients(None, torch.zeros(flat.shape[1], flat.shape[1], device=flat.device))
             sums[name].outputs.addmm_(flat.t(), flat)
 
-        if out.requires_grad:
-            out.register_hook(arrived)
+        if not out.requires_grad:  # nothing before it needs a gradient: here the backward pass may end
+            out = out.detach().requires_grad_(True)
+            leaves.append(out)
+        out.register_hook(arrived)
+        return out
 
     return see
 

@@ -53,7 +53,7 @@ def sltrain(w: Tensor, rank: int, nonzeros: int, moments: Moments, *, rounds: in
 def lost(w: Tensor, rank: int, channels: int, moments: Moments, *, rounds: int = ROUNDS, damp: float = DAMP) -> Factors:
     """Factors with `channels` whole input channels folded into the second stage: A (N, r + c)."""
     wide = check(w, rank)
-    n, k = wide.shape
+    k = wide.shape[1]
     if not 0 < channels < k - rank + 1:
         raise WeightError("E-WGT-SPARSE", f"{channels} channels beside rank {rank} for {k} inputs", f"ask for 1 to {k - rank}")
     moments.check(k)
