@@ -52,10 +52,10 @@ class LowRankWeight(StructuredWeight):
             factor = packed.tensors["a.values"].dtype
             return lowrank_linear.problem_of("lowrank_linear", n, k, rank, factor, m=m, dtype=dtype, device=device, channels=channels, pivoted=pivoted)
         a, b = (packed.attrs[part]["attrs"] for part in ("a", "b"))
-        grids = {"bits": a["bits"], "group": a["group"], "affine": "a.minimum" in packed.tensors}
+        grids: dict[str, Any] = {"bits": a["bits"], "group": a["group"], "affine": "a.minimum" in packed.tensors}
         grids |= {"b_bits": b["bits"], "b_group": b["group"], "b_affine": "b.minimum" in packed.tensors}
         scale = packed.tensors["a.scale"].dtype
-        about = {"m": m, "dtype": dtype, "device": device, "scale_dtype": scale, "pivoted": pivoted}
+        about: dict[str, Any] = {"m": m, "dtype": dtype, "device": device, "scale_dtype": scale, "pivoted": pivoted}
         return lowrank_bipolar_linear.problem_of("lowrank_bipolar_linear", n, k, rank, **grids, **about)
 
     @classmethod

@@ -32,7 +32,7 @@ def _problem(op: str, core: Packed, *, dtype: torch.dtype, device: str, m: int |
     values = None if _coded(core) else core.tensors["values.values"].dtype
     bits, group, _ = _codes(core)
     scale = core.tensors["values.scale"].dtype if _coded(core) else torch.float16
-    coded = {"bits": bits, "group": group, "affine": "values.minimum" in core.tensors, "scale_dtype": scale}
+    coded: dict[str, Any] = {"bits": bits, "group": group, "affine": "values.minimum" in core.tensors, "scale_dtype": scale}
     return nm_linear.problem(op, n, k, a["n"], a["m"], m=m, dtype=dtype, device=device, values=values, block=block, **coded)
 
 
