@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from effllm import compat
 from effllm.errors import EffllmError, OptionError, PassError
 from effllm.methods import Method
+from effllm.preparation import Assigned, prepare
 from effllm.recipe import Recipe
 from effllm.report import Decision, PassReport, Report
 from effllm.runtime import dense as modules
@@ -233,6 +234,10 @@ def require(sites: list[Site], kept: list[Decision], strict: bool) -> None:
 
 
 def _run(model: nn.Module, sites: list[Site], swap: Swap, report: PassReport, calibration: Any, progress: Progress | None) -> None:
+    ready = prepare(model, {s.name: (s.module, s.params) for s in sites if s.kind == "linear"}, calibration)
+    report.decisions += ready.kept
+    dense = {d.module for d in ready.kept}
+    sites = [replace(s, params=ready.params.get(s.name, s.params)) for s in sites if s.name not in dense]
     total, done = len(sites), 0
 
     def finish(site: Site, packed: Packed | None) -> None:
@@ -250,9 +255,8 @@ def _run(model: nn.Module, sites: list[Site], swap: Swap, report: PassReport, ca
         from effllm.solvers.calibrate import calibrated
 
         by_name = {s.name: s for s in sites if s.kind == "linear" and s.params.calibrates}
-        covered = {name: (s.module, s.params) for name, s in by_name.items()}
-        aims = any(params.aims_at_dense for _, params in covered.values())
-        calibrated(model, calibration, covered, lambda name, packed: finish(by_name[name], packed), targets=aims)
+        covered = {name: (s.module, ready.assigned(name)) for name, s in by_name.items()}
+        calibrated(model, calibration, covered, lambda name, packed: finish(by_name[name], packed), targets=ready.aims, solver=Assigned.solve)
         direct = [s for s in direct if s.name not in by_name]
     with one_thread():
         for site in direct:

@@ -97,18 +97,16 @@ def compress_directory(directory: Path, recipe: Recipe, calibration: Any, *, str
             progress(len(report.decisions) - len(kept), len(sites), site.name)
 
     left = sites
+    if any(s.params.needs_model for s in sites):
+        reason = "the recipe looks at all layers before it packs the first one"
+        return _whole(model, reader, source, dtype, recipe, calibration, reason, strict=strict, progress=progress)
     if calibration is not None:
         model.eval()
         fill_buffers(model, reader)
         covered = {s.name: s for s in sites if s.kind == "linear" and s.params.calibrates}
         reason = _calibrate(model, reader, source, dtype, sites, covered, calibration, finish)
         if reason:
-            from effllm.compression import compress
-
-            fill(model, reader, source, dtype)
-            whole = compress(model, recipe, calibration, strict=strict, progress=progress)
-            whole.notes.append(f"the dense model was loaded whole: {reason}")
-            return model, whole
+            return _whole(model, reader, source, dtype, recipe, calibration, reason, strict=strict, progress=progress)
         notes.append("calibrated block by block: the dense model was never in memory as a whole")
         left = [s for s in sites if s.name not in covered]
     for site in sorted(left, key=lambda s: s.kind != "linear"):
@@ -132,6 +130,19 @@ def compress_directory(directory: Path, recipe: Recipe, calibration: Any, *, str
     record(model, recipe.name)
     report.seconds = time.perf_counter() - start
     return model.eval(), Report(recipe.name, [report], notes=notes)
+
+
+def _whole(
+    model: nn.Module, reader: DenseReader, source: dict[str, str], dtype: torch.dtype, recipe: Recipe, calibration: Any, reason: str,
+    *, strict: bool, progress: Progress | None,
+) -> tuple[nn.Module, Report]:  # fmt: skip
+    """Load the dense model and pack it in memory."""
+    from effllm.compression import compress
+
+    fill(model, reader, source, dtype)
+    report = compress(model, recipe, calibration, strict=strict, progress=progress)
+    report.notes.append(f"the dense model was loaded whole: {reason}")
+    return model, report
 
 
 def _calibrate(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from effllm.autotune import nm_inputs
-from effllm.lowering.bipolar_linear import run, plain, provider
+from effllm.lowering.bipolar_linear import plain, provider, run
 from effllm.lowering.op import YES, Op, Problem, Provider, define, rows_of
 from effllm.runtime import layouts
 from effllm.runtime.formats import bipolar, nm

@@ -44,6 +44,11 @@ class Method:
         return False
 
     @property
+    def needs_model(self) -> bool:
+        """Whether the whole dense model is looked at before the first layer is packed."""
+        return False
+
+    @property
     def label(self) -> str:
         """A few words for a table."""
         return self.method

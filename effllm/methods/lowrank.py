@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from effllm.errors import RecipeError
 from effllm.methods import base
 
 ALLOCATIONS = ("uniform", "energy", "welore", "sensitivity")
@@ -19,7 +20,9 @@ class LowRank(base.Method):
     name: the solver, one of `names`. ratio: share of the covered weights' parameters that stays (sparse part included);
     rank: instead of the ratio, one rank for every weight. allocation of the ranks: "uniform" (one ratio for all),
     "energy" (squared singular values), "welore" (one threshold over normalized singular values), "sensitivity" (measured KL).
-    bits: of both factors, 16 keeps them in the weight's dtype; group: their scale group. align: ranks are multiples of it.
+    pivoted: rows of the weight serve as one factor, which stores rank^2 numbers less.
+    metric of errors at a layer's output: "plain", "fisher" (weighed by the loss's gradients there, whitened and afm) or "auto" (fisher
+    where the allocation compares layers). bits: of both factors, 16 keeps them in the weight's dtype; group: their scale group. align: ranks are multiples of it.
     density: share of sparse values (sltrain) or of whole input channels (lost) besides the low-rank part.
     """
 
@@ -32,6 +35,8 @@ class LowRank(base.Method):
     bits: int = 16
     group: int = 32
     align: int = 1
+    pivoted: bool = True
+    metric: str = "auto"
     density: float = 0.02
 
     @property
@@ -42,7 +47,19 @@ class LowRank(base.Method):
     @property
     def requires_calibration(self) -> bool:
         """Only the plain SVD looks at weights alone."""
-        return self.name not in DATA_FREE or self.allocation == "sensitivity"
+        return self.name not in DATA_FREE or self.allocation in ("energy", "sensitivity")
+
+    @property
+    def weighs_outputs(self) -> bool:
+        """Whether the gradients at the layers' outputs are read."""
+        if self.name not in ("whitened", "afm"):
+            return False
+        return self.metric == "fisher" or (self.metric == "auto" and self.allocation == "energy")
+
+    @property
+    def needs_model(self) -> bool:
+        """For gradients, and for ranks that are shared out over layers."""
+        return self.allocation != "uniform" or self.name == "fwsvd" or self.weighs_outputs
 
     @property
     def aims_at_dense(self) -> bool:
@@ -68,6 +85,10 @@ class LowRank(base.Method):
         if self.rank is not None:
             base.whole("rank", self.rank, 1, 1 << 24)
         base.whole("align", self.align, 1, 1 << 12)
+        base.one_of("pivoted", str(self.pivoted).lower(), ("true", "false"))
+        base.one_of("metric", self.metric, ("auto", "plain", "fisher"))
+        if self.bits != 16 and self.name in ("sltrain", "lost"):
+            raise RecipeError("E-RCP-VALUE", f"{self.name} with bits={self.bits}", "quantized factors have no sparse part; leave bits out, or use whitened")
         base.one_of("allocation", self.allocation, ALLOCATIONS)
         base.stored_bits(self.bits)
         base.group(self.group)

@@ -136,7 +136,7 @@ def _known(kind: Any, attrs: dict[str, Any], key: Any) -> bool:
     """Whether a format, or the format of one of its parts, has a tensor of this name."""
     prefix, dot, rest = str(key).partition(".")
     about = attrs.get(prefix)
-    if dot and isinstance(about, dict) and prefix in getattr(kind, "part_names", ()):
+    if dot and isinstance(about, dict) and prefix in kind.tensor_names:
         return _known(formats.get(str(about.get("format"))), about.get("attrs") or {}, rest)
     return key in kind.tensor_names
 

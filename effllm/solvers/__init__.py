@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from effllm.errors import CalibrationError, WeightError
-from effllm.methods import Bipolar, Method
-from effllm.runtime.formats import bipolar
+from effllm.methods import NM, Bipolar, LowRank, Method, Monarch
+from effllm.runtime.formats import bipolar, dense
 from effllm.runtime.formats.base import Packed
 from effllm.solvers.moments import Moments
 from effllm.solvers.search import search
@@ -56,6 +56,31 @@ def _bipolar(w: Tensor, params: Bipolar, moments: Moments | None) -> Packed:
     return gptq(w, params, moments.hessian)
 
 
+def _lowrank(w: Tensor, params: LowRank, moments: Moments | None) -> Packed:
+    from effllm.solvers.lowrank.solve import solve as solve_lowrank
+
+    return solve_lowrank(w, params, moments)
+
+
+def _monarch(w: Tensor, params: Monarch, moments: Moments | None) -> Packed:
+    from effllm.solvers.monarch import solve as solve_monarch
+
+    dtype = w.dtype if w.dtype in dense.DTYPES else torch.float32
+    method = {"auto": "", "project": "plain"}.get(params.solver, params.solver)
+    if params.solver == "project":
+        moments = None
+    return solve_monarch(
+        w, moments, blocks=params.blocks, ratio=params.ratio, strided=params.form == "strided", pad=params.pad, method=method, dtype=dtype,
+        bits=0 if params.bits == 16 else params.bits, group=params.group,
+    )  # fmt: skip
+
+
+def _nm(w: Tensor, params: NM, moments: Moments | None) -> Packed:
+    from effllm.solvers.nm.solve import solve as solve_nm
+
+    return solve_nm(w, params, moments)
+
+
 def _far(w: Tensor) -> int:
     """The binary exponent of weights so large or small that their squares leave fp32; else 0. Powers of two scale exactly."""
     exponent = math.frexp(float(w.abs().max()))[1]
@@ -65,4 +90,4 @@ def _far(w: Tensor) -> int:
 
 
 # a recipe's parameters -> the solver that understands them
-_SOLVERS: dict[type[Method], Callable[[Tensor, Any, Moments | None], Packed]] = {Bipolar: _bipolar}
+_SOLVERS: dict[type[Method], Callable[[Tensor, Any, Moments | None], Packed]] = {Bipolar: _bipolar, LowRank: _lowrank, Monarch: _monarch, NM: _nm}

@@ -17,6 +17,7 @@ class Moments:
     hessian (K, K) = sum x x^T; total (K,) = sum x; magnitude (K,) = sum |x|. `cross` (K, K) = sum d x^T, with d the input that the same
     layer has in the dense model: there where x comes from a compressed prefix, so that a solver can aim at the dense output.
     dense_total (K,) = sum d, beside it. fisher (N, K) = mean squared gradient of the loss per weight, for Fisher-weighted solvers.
+    outputs (N, N) = mean of g g^T over tokens, g the gradient of the loss at the layer's output.
     """
 
     hessian: Tensor
@@ -25,6 +26,7 @@ class Moments:
     count: int
     cross: Tensor | None = None
     fisher: Tensor | None = None
+    outputs: Tensor | None = None
     dense_total: Tensor | None = None
 
     @property
