@@ -174,6 +174,10 @@ def _check_fit(skeleton: nn.Module, header: dict[str, Any]) -> None:
             have[name] = part.shape
         elif name in header["modules"] and is_transposed(part):
             have[f"{name}.weight"] = tuple(matrix(part).shape)
+    for name in header["modules"]:  # a solver may have given a linear a bias that the dense one has not (AFM)
+        bias = header["ties"].get(f"{name}.bias", f"{name}.bias")
+        if f"{name}.bias" in header["plain"] and f"{name}.bias" not in have:
+            have[f"{name}.bias"] = tuple(header["tensors"][bias]["shape"])
     want = {f"{name}.weight": tuple(header["weights"][m["weight"]]["shape"]) for name, m in header["modules"].items()}
     for name, role in header["plain"].items():
         if role != "temporary" or name in have:  # another version of the model's code may do without a temporary buffer
