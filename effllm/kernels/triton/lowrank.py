@@ -4,9 +4,9 @@ Maths      o[m, r] = sum_k b[r, k] x[m, k];   y[m, n] = sum_r a[n, r] o[m, r] + 
 Layout     x (M, K) rows `stride` apart; b (R, K), a (N, R + C) row-major; workspace fp32 (SPLIT, M, R): each split's share of o; y (M, N).
            Items of a stage: tiles of BR rows by BK columns, the accumulators (BR, BK) summed once after the loop; MB rows of x share a load of w.
 Bytes      both factors once from memory; the workspace, SPLIT M R 4, is written once and read by every program of the second stage from L2.
-Grid       P programs, at most one per multiprocessor, so that all are resident; program p takes items p, p + P, ... of each stage, and a
-           barrier of an atomic counter lies between. The last program to leave sets it back to zero: nothing to clear before a graph replay.
-           Without the barrier (two launches): one program per item.
+Grid       P programs, at most two per multiprocessor, which all are resident at up to 255 registers for 128 threads; program p takes items p,
+           p + P, ... of each stage, and a barrier of an atomic counter lies between. The last program to leave sets it back to zero: nothing
+           to clear before a graph replay. Without the barrier (two launches): one program per item.
 Limits     M any, meant for M <= 8. Launches that share a counter must not run at the same time: there is one counter per stream.
 Numerics   fp32 throughout, shares added in the order of the splits: equal inputs give bit-equal outputs.
 Reference  lowering/lowrank_linear.py: lowrank_reference.

@@ -41,8 +41,8 @@ def plan(kind: str, m: int, rank: int, k: int, device: torch.device) -> Plan:
         return Plan(kind, bm=64 if m > 32 else 16, bk=64 if m > 32 else 128)
     sms = int(machines.gpu(str(device))["sms"])
     tiles = triton.cdiv(rank, 16)
-    split = max(1, min(8, 2 * sms // tiles, k // 512))
-    return Plan(kind, split=split, programs=sms)
+    split = max(1, min(8, 2 * sms // tiles, k // 512))  # equal shares of at least two tiles of columns
+    return Plan(kind, bk=256 if m == 1 else 128, split=split, programs=2 * sms)
 
 
 @functools.lru_cache(maxsize=4096)

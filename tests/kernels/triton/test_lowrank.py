@@ -68,9 +68,10 @@ def compiled(kernel: Any, target: str, *, channels: bool, **constants: Any) -> t
 @pytest.mark.parametrize("target", aot.TARGETS)
 @pytest.mark.parametrize("rows", [1, 4])
 def test_few_rows_spill_nothing(target: str, rows: int) -> None:
-    tiles = {"BR": 16, "BK": 128, "MB": rows}
+    tiles = {"BR": 16, "BK": 256 if rows == 1 else 128, "MB": rows}  # those of lowrank_launch.plan
     used, found = compiled(fused_kernel, target, channels=rows == 4, SPLIT=4, **tiles)
-    assert used.spills == 0 and used.registers <= (256 if target.startswith("hip") else 168)
+    # the barrier needs two programs of 128 threads resident on every multiprocessor: 65536 registers, on AMD 512 a lane of each unit
+    assert used.spills == 0 and used.registers <= (256 if target.startswith("hip") else 255)
     text = found.asm["amdgcn"] if target.startswith("hip") else found.asm["ptx"]
     assert len(re.findall(r"atom|atomic_", text)) >= 3, "the barrier is gone"
     for kernel, more in ((first_kernel, {}), (second_kernel, {"SPLIT": 4})):
