@@ -41,7 +41,7 @@ def dense(n: int, k: int, x: Tensor) -> tuple[dict[str, Callable[[], Tensor]], i
     one = turns(len(weights))
     found["torch"] = lambda: torch.nn.functional.linear(x, weights[one()])
     if torch.backends.mkldnn.is_available():
-        packed = [torch.ops.mkldnn._reorder_linear_weight(w.to_mkldnn(), x.shape[0]) for w in weights]
+        packed = [torch.ops.mkldnn._reorder_linear_weight(w, x.shape[0]) for w in weights]
         two = turns(len(packed))
         found["onednn_packed"] = lambda: torch.ops.mkldnn._linear_pointwise(x, packed[two()], None, "none", [], "")
     if x.shape[0] <= 4:

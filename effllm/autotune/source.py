@@ -67,8 +67,7 @@ def provider_source(provider: str, op: str) -> str:
     """
     if provider.split("-")[0] == "triton":
         if op == "monarch_linear":
-            without = [f"effllm.kernels.triton.{m}" for m in ("monarch_choose", "cost")]
-            return source_hash([KERNELS / "triton" / "monarch_launch.py"], without=without)
+            return source_hash([KERNELS / "triton" / "monarch_launch.py"], without=["effllm.kernels.triton.monarch_choose"])
         # launch.py reaches every kernel; which configuration is chosen, and for what machine, is not part of how it runs
         modules = ("choose", "cost", "space", "lowrank_cost")
         name = "lowrank_launch.py" if op.startswith("lowrank") else "launch.py"

@@ -236,7 +236,11 @@ def test_the_kernels_of_this_package():
     compiled = {p.name for p in (source.KERNELS / "triton").glob("*.py") if "@triton.jit" in p.read_text()}
     chosen_by = [f"effllm.kernels.triton.{m}" for m in ("choose", "cost", "space")]
     triton = names("triton/launch.py", without=chosen_by)
-    assert compiled <= triton, "a Triton kernel that no hash covers"
+    monarch = names("triton/monarch_launch.py", without=["effllm.kernels.triton.monarch_choose"])
+    assert compiled <= triton | monarch, "a Triton kernel that no hash covers"
+    assert {"monarch_gemv.py", "monarch_gemm.py"} <= monarch and not {"monarch_choose.py", "cost.py", "choose.py", "gemv.py"} & monarch
+    assert provider_source("triton", "monarch_linear") != provider_source("triton", "bipolar_linear")
+    assert {"monarch.cpp", "monarch.h", "monarch_codes.h", "bipolar.h", "gemv.h", "phases.h"} <= names("cpu/monarch.cpp")
     assert "config.py" in triton and not {"choose.py", "cost.py", "space.py"} & triton
     assert provider_source("triton", "bipolar_linear") == source_hash([source.KERNELS / "triton" / "launch.py"], without=chosen_by)
     assert {"bipolar.cpp", "bipolar.h", "vector.h"} <= names("cpu/bipolar.cpp") and "attention.cpp" not in names("cpu/bipolar.cpp")

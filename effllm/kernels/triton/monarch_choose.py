@@ -23,10 +23,10 @@ from effllm.lowering.op import YES, Config, Problem, Verdict
 
 KINDS = ("fused", "pair", "gemm")
 ROWS = 4  # of the GEMV kernels
-BARRIER = 1.5e-6  # s
 _GEMV = {"bn": (4, 8, 16), "bk": (128, 256, 512, 1024), "warps": (4, 8), "stages": (1, 2, 3), "each": (1, 2, 4)}
 _GEMM = {"bm": (16, 32, 64, 128), "bn": (32, 64, 128), "bk": (32, 64), "stages": (2, 3)}
 _WIDE = ((16, 32), (32, 32), (32, 64))  # rows and columns of a tile with fp32 activations
+_REGISTERS = 65536  # of a multiprocessor
 _SIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 I, O, T, VALUE, EACH = sympy.symbols("blocks_in blocks_out rank value each", positive=True)
@@ -72,11 +72,23 @@ def models() -> Mapping[str, Model]:
             programs = Min(I * ceiling(O * T / BN), O * ceiling(s / BN))
             flight = Max(STAGES, 1) * BN * BK * VALUE * (EACH if kind == "fused" else Min(4, Max(1, programs / SMS)))
             work = values * (2 + 2 * BM) * ceiling(M / BM) / (MMA32 / 2)
-            extra = CALL + BARRIER if kind == "fused" else 2 * CALL
+            # the barrier: an atomic and a poll, each a round trip to L2 of about half a memory read
+            extra = CALL + LATENCY if kind == "fused" else 2 * CALL
         used = Min(1, flight * Min(1, programs / SMS) * SMS / (BANDWIDTH * LATENCY))
         seconds = Max(nbytes / (BANDWIDTH * used), work) + extra
         found[kind] = Model(nbytes, 2 * M * values, values * M, seconds, bound)
     return found
+
+
+def held(tiles: MonarchTiles) -> int:
+    """Registers of a thread of the GEMV kernels, an upper estimate: weights on their way twice, an accumulator a row, and addresses."""
+    values = tiles.bn * tiles.bk // (32 * tiles.warps)
+    return min(255, 56 + values * (2 + tiles.bm))
+
+
+def resident(tiles: MonarchTiles) -> bool:
+    """Whether all programs of the single launch fit a multiprocessor at once, as its barrier needs."""
+    return tiles.each * tiles.warps * 32 * held(tiles) <= _REGISTERS
 
 
 @dataclass(frozen=True)
@@ -124,7 +136,9 @@ def candidates(problem: Problem) -> Iterator[MonarchTiles]:
                         for stages in _GEMV["stages"]:
                             yield MonarchTiles("pair", rows, bn, bk, warps, stages)
                             for each in _GEMV["each"]:
-                                yield MonarchTiles("fused", rows, bn, bk, warps, stages, each)
+                                tiles = MonarchTiles("fused", rows, bn, bk, warps, stages, each)
+                                if resident(tiles):
+                                    yield tiles
     if problem.dtype == torch.float32:
         for bm, bn in _WIDE:
             yield MonarchTiles("gemm", bm, bn, 32, 4, 1)

@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 from effllm.autotune.gpus import CLASSES
 from effllm.kernels import triton as kernels
 from effllm.kernels.triton import aot, monarch_gemm, monarch_gemv, monarch_launch
-from effllm.kernels.triton.monarch_choose import MonarchTiles, MonarchTritonTuning
+from effllm.kernels.triton.monarch_choose import MonarchTiles, MonarchTritonTuning, held
 from effllm.lowering.monarch_linear import LINEAR, detail
 from effllm.lowering.op import Problem
 from tests.kernels.triton.monarch_cases import cases
@@ -92,8 +92,8 @@ def test_the_single_launch_spills_nothing_and_is_resident(m: int, target: str) -
     assert used.spills == 0
     threads = tiles.warps * (64 if target.startswith("hip") else 32)
     # all programs of a multiprocessor at once: AMD has 512 registers for a lane of each of four vector units
-    held = used.registers * threads * tiles.each
-    assert held <= (4 * 512 * 64 if target.startswith("hip") else 65536) and used.shared * tiles.each <= CLASSES[target].smem
+    assert used.registers <= held(tiles), "the estimate that keeps configurations resident is too low"
+    assert used.registers * threads * tiles.each <= (4 * 512 * 64 if target.startswith("hip") else 65536) and used.shared * tiles.each <= CLASSES[target].smem
     text = code.asm["amdgcn" if target.startswith("hip") else "ptx"]
     assert re.search(r"global_atomic_add|atom\S*\.add", text), "no barrier"
 
