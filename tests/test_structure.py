@@ -28,10 +28,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "effllm.lowering": (*_DATA, "effllm.lowering", "effllm.compat", "effllm.kernels", "effllm.autotune"),
     "effllm.kernels": (*_DATA, "effllm.lowering", "effllm.kernels", "effllm.autotune", "effllm.compat", "effllm.runtime.atomic"),
     "effllm.coupling": (*_BASE, "effllm.coupling", "effllm.compat"),
-    "effllm.passes": (
-        *_BASE, "effllm.coupling", "effllm.runtime", "effllm.lowering.op", "effllm.lowering", "effllm.passes", "effllm.compat", "effllm.autotune",
-        "effllm.solvers",
-    ),  # fmt: skip
+    "effllm.passes": (*_BASE, "effllm.coupling", "effllm.runtime", "effllm.lowering", "effllm.passes", "effllm.compat", "effllm.autotune", "effllm.solvers"),
 }
 
 

@@ -54,7 +54,7 @@ def capture(model: nn.Module, inputs: Any, output: str | None = None) -> Capture
             program = torch.export.export(traced, args, kwargs, strict=False)
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CouplingError("E-CPL-CAPTURE", f"the model cannot be traced: {first}", "pass example inputs that it runs on") from error
+        raise CouplingError("E-CPL-CAPTURE", f"the model cannot be traced: {first}", "pass inputs that it runs on, and output=... where only one field of the result matters") from error
     named = named_tensors(model)
     first_name: dict[int, str] = {}
     for name, tensor in named:
