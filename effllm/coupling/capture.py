@@ -54,7 +54,8 @@ def capture(model: nn.Module, inputs: Any, output: str | None = None) -> Capture
             program = torch.export.export(traced, args, kwargs, strict=False)
     except Exception as error:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise CouplingError("E-CPL-CAPTURE", f"the model cannot be traced: {first}", "pass example inputs that it runs on") from error
+        step = "pass inputs that it runs on, and output=... where only one field of the result matters"
+        raise CouplingError("E-CPL-CAPTURE", f"the model cannot be traced: {first}", step) from error
     named = named_tensors(model)
     first_name: dict[int, str] = {}
     for name, tensor in named:

@@ -94,8 +94,8 @@ class CoupledGraph:
     def of(model: nn.Module, example_inputs: Any, *, output: str | None = None) -> CoupledGraph:
         """The coupled dimensions of `model(*example_inputs)` (`**` for a dict). Raises CouplingError where the model cannot be traced.
 
-        Every axis of the output keeps its order. Of a Hugging Face model that is the cache too: pass `use_cache=False`, or
-        `output="logits"` where nothing else of the result matters. Only what this call reaches is known.
+        Every axis of the output keeps its order. `output="logits"` takes that field of the output alone, so that hidden states and caches beside it
+        may be reordered. Only what this call reaches is known.
         """
         captured = capture(model, example_inputs, output)
         return _build(captured, trace(captured))

@@ -90,7 +90,8 @@ def moving(dimension: Dimension, generator: torch.Generator) -> Tensor:
 def short(name: str) -> str:
     """A parameter's name without numbers of layers, the part that repeats in all of them, and `.weight`."""
     name = re.sub(r"\.weight$", "", re.sub(r"(^|\.)\d+(?=\.)", "", name))
-    return re.sub(r"^(model\.layers|gpt_neox\.layers|transformer\.h|model\.decoder\.layers(?=\.)|bert\.encoder\.layer|model|transformer|gpt_neox|bert)\.", "", name)
+    heads = r"model\.layers|gpt_neox\.layers|transformer\.h|model\.decoder\.layers|bert\.encoder\.layer|model|transformer|gpt_neox|bert"
+    return re.sub(rf"^({heads})\.", "", name)
 
 
 def table(graph: CoupledGraph) -> list[str]:

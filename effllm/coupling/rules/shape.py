@@ -67,6 +67,8 @@ def repeat(call: Call) -> Axes:
 def repeat_interleave(call: Call) -> Axes:
     """Every element several times in a row; only a fixed number of times is understood."""
     axes, count, dim = call.axes("self"), call.args["repeats"], call.args.get("dim")
+    if dim is None and len(axes) == 1:
+        dim = 0
     if dim is None or not isinstance(count, int):
         return unknown(call)
     out = list(axes)
