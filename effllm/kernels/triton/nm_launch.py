@@ -30,9 +30,14 @@ def splits(programs: int, steps: int) -> int:
     return split
 
 
-def outputs(n: int, block: int) -> int:
-    """Outputs of a tile: ARMOR's block, else 128, or 64 where that makes too few programs."""
-    return block or (128 if n >= 128 * _PROGRAMS // 8 else 64)
+def outputs(n: int, block: int, path: str) -> int:
+    """Outputs of a tile: ARMOR's block; else 64, or 128 for a GEMV that has enough of them."""
+    return block or (128 if path == "gemv" and n >= 128 * _PROGRAMS // 8 else 64)
+
+
+def warps(bn: int, path: str) -> int:
+    """Warps of a program: a GEMM tile of 128 outputs would take all registers of four."""
+    return 8 if path == "gemm" and bn > 64 else 4
 
 
 def dense(
@@ -79,7 +84,7 @@ def linear(
             block_kernel[(k // block, m)](flat, right, u, k, flat.stride(0), BLOCK=block, num_warps=4)
             flat = u
         groups, width = values.shape[1:]
-        bn = outputs(n, block)
+        bn = outputs(n, block, path)
         step = 8 * WORD_ROWS if path == "gemv" else GROUPS
         steps = triton.cdiv(groups, step)
         tiles = triton.cdiv(n, bn)
@@ -90,7 +95,7 @@ def linear(
         if path == "gemv":
             nm_gemv_kernel[(tiles, split, m)](*operands, **constants, R=WORD_ROWS, num_warps=4)
         else:
-            nm_gemm_kernel[(triton.cdiv(m, GEMM_ROWS) * tiles, split)](*operands, **constants, BM=GEMM_ROWS, BH=GROUPS, num_warps=4)
+            nm_gemm_kernel[(triton.cdiv(m, GEMM_ROWS) * tiles, split)](*operands, **constants, BM=GEMM_ROWS, BH=GROUPS, num_warps=warps(bn, path))
         if split > 1 and block:
             finish_kernel[(tiles, m)](target, left, bias, y, m, n, SPLIT=split, BLOCK=block, num_warps=4)
         elif split > 1:
