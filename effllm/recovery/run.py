@@ -100,7 +100,7 @@ def recover(
             freeze(selection)
             masters = Masters(selection.parameters, betas=betas, decay=decay, clip=clip)
             regularisers = Regularisers(model, selection, truncation, ordered, perturbation, seed)
-            options = {"what": what, "steps": steps, "accumulate": accumulate, "lr": lr, "warmup": warmup, "betas": betas, "decay": decay, "clip": clip}
+            options: dict[str, Any] = {"what": what, "steps": steps, "accumulate": accumulate, "lr": lr, "warmup": warmup, "betas": betas, "decay": decay, "clip": clip}
             options |= {"loss": weights, "adapter": adapter, "truncation": truncation, "ordered": ordered, "perturbation": perturbation}
             settings = _settings(items, body, **options, precision=kind, seed=seed)
             trainer = Trainer(body, ask, items, masters, weights, regularisers, kind, seed, accumulate)
