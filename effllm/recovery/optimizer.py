@@ -3,6 +3,9 @@
 A parameter p is stepped as p = scale * x, with scale the power of two nearest its root mean square: x is exact, and one learning
 rate fits factors whatever split of the singular values their solver chose (U sqrt(S) and sqrt(S) V, or U S and V), as well as
 norms and adapters. Adam's steps on x are the same for p and c * p. Gradients are summed in fp32 over micro-batches.
+
+Masters, gradients and moments are all row-major: torch's fused AdamW walks them in memory order and does not compare strides, so
+a column-major factor (as LAPACK's SVD returns it) beside a row-major moment would be stepped with another weight's moment.
 """
 
 from __future__ import annotations
@@ -31,6 +34,11 @@ def scale_of(p: Tensor) -> float:
     return 2.0 ** round(math.log2(size)) if size > 0 and math.isfinite(size) else _ZERO
 
 
+def _flat(t: Tensor) -> Tensor:
+    """fp32, row-major."""
+    return t.detach().float().contiguous()
+
+
 class Masters:
     """fp32 copies of parameters with AdamW on them. Call `collect` after each backward pass, then `step` once."""
 
@@ -41,7 +49,7 @@ class Masters:
             raise OptionError("E-OPT-OPTIMIZER", f"betas={betas}, decay={decay}, clip={clip}", "betas in [0, 1), decay at least 0, clip above 0 or None")
         self.parameters, self.clip = dict(parameters), clip
         self.scales = {n: scale_of(p) for n, p in self.parameters.items()}
-        self.x = {n: (p.detach().float() / self.scales[n]).requires_grad_() for n, p in self.parameters.items()}
+        self.x = {n: (_flat(p) / self.scales[n]).requires_grad_() for n, p in self.parameters.items()}
         # decay is for matrices: norms, biases and the values of a sparse matrix keep their size
         groups = [
             {"params": [x for x in self.x.values() if x.dim() > 1], "weight_decay": decay},
@@ -55,7 +63,7 @@ class Masters:
         for name, p in self.parameters.items():
             if p.grad is None:
                 continue
-            g = p.grad.float().mul(share * self.scales[name])
+            g = _flat(p.grad).mul(share * self.scales[name])
             x = self.x[name]
             x.grad = g if x.grad is None else x.grad.add_(g)
             p.grad = None
@@ -63,7 +71,7 @@ class Masters:
     @torch.no_grad()
     def add_gradient(self, name: str, gradient: Tensor) -> None:
         """Add the gradient of a regulariser with respect to a parameter."""
-        x, g = self.x[name], gradient.float() * self.scales[name]
+        x, g = self.x[name], _flat(gradient) * self.scales[name]
         x.grad = g if x.grad is None else x.grad.add_(g)
 
     @torch.no_grad()

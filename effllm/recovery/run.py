@@ -100,8 +100,9 @@ def recover(
             freeze(selection)
             masters = Masters(selection.parameters, betas=betas, decay=decay, clip=clip)
             regularisers = Regularisers(model, selection, truncation, ordered, perturbation, seed)
-            options = {"what": what, "steps": steps, "accumulate": accumulate, "lr": lr, "warmup": warmup, "betas": betas, "decay": decay, "clip": clip}
-            options |= {"loss": weights, "adapter": adapter, "truncation": truncation, "ordered": ordered, "perturbation": perturbation}
+            options: dict[str, Any] = {"what": what, "steps": steps, "accumulate": accumulate, "lr": lr, "warmup": warmup, "betas": betas}
+            options |= {"decay": decay, "clip": clip, "loss": weights, "adapter": adapter}
+            options |= {"truncation": truncation, "ordered": ordered, "perturbation": perturbation}
             settings = _settings(items, body, **options, precision=kind, seed=seed)
             trainer = Trainer(body, ask, items, masters, weights, regularisers, kind, seed, accumulate)
             report = RecoveryReport(selection.what, selection.count, selection.share, str(selection), steps, kind, body.head_name, body.features)

@@ -10,7 +10,7 @@ import pytest
 from tests.hf.tiny import tiny_dir, tiny_text
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "examples"
-TESTED = {"compress_and_generate", "backend_only", "choose_a_recipe"}
+TESTED = {"compress_and_generate", "backend_only", "choose_a_recipe", "recover_quality"}
 
 
 @pytest.fixture(scope="module")
@@ -45,3 +45,9 @@ def test_choose_a_recipe(model):
     scores = load("choose_a_recipe").main(model, ("w8", "w4", "w2"), 1, tiny_text())
     assert scores["dense"]["kl"] == 0
     assert scores["w8"]["kl"] < scores["w4"]["kl"] < scores["w2"]["kl"]
+
+
+def test_recover_quality(model):
+    scores = load("recover_quality").main(model, 0.8, 20, 32, 4, tiny_text())
+    assert scores["dense"]["kl"] == 0
+    assert scores["recovered"]["kl"] < 0.8 * scores["small"]["kl"]

@@ -54,13 +54,13 @@ def test_values_and_gradients_equal_the_dense_equivalent(tile, k, n, density, bi
     torch.testing.assert_close(F.linear(x, m.dense(), m.bias), want)
 
 
-def test_no_dense_gradient_is_kept():
-    m = SparseLowRankLinear(64, 512, 4, 0.02)
-    y = m(torch.randn(3, 64))
-    saved = list(y.grad_fn.next_functions[0][0].next_functions[0][0].saved_tensors) if hasattr(y.grad_fn, "next_functions") else []
-    assert all(t.numel() < 64 * 512 // 2 for t in saved)
+def test_nothing_dense_is_kept_for_the_backward_pass():
+    m, saved = SparseLowRankLinear(64, 512, 4, 0.02), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.numel()) or t, lambda t: t):
+        y = m(torch.randn(3, 64))
+    assert saved and max(saved) <= 512 * 4
     y.square().sum().backward()
-    assert sum(p.grad.numel() for p in m.parameters()) < 64 * 512 // 4
+    assert sum(p.grad.numel() for p in m.parameters()) < 64 * 512 // 8
 
 
 @pytest.mark.parametrize(("size", "count"), [(1000, 30), (1000, 499), (1000, 900), (10, 0), (1, 1), (2**33, 1000)])
@@ -95,7 +95,7 @@ def test_support_never_changes_in_training():
 
 def test_starts_as_sltrain_does_and_from_a_dense_weight():
     m = SparseLowRankLinear(100, 60, 8, 0.05, alpha=16.0)
-    assert (m.a == 0).all() and m.scale == 2 and float(m.values.abs().max()) <= 0.1 and len(m.values) == 300
+    assert (m.a == 0).all() and m.scale == 2 and float(m.values.detach().abs().max()) <= 0.1 and len(m.values) == 300
     w = torch.randn(30, 20, dtype=torch.float64)
     full = SparseLowRankLinear.from_dense(w, 20, 0.1)
     torch.testing.assert_close(full.dense(), w)

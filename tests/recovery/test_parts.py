@@ -134,7 +134,7 @@ def test_selection():
 def test_schedule():
     values = [rate(i, 100, 10) for i in range(100)]
     assert values[:10] == [(i + 1) / 11 for i in range(10)] and values[10] == 1
-    assert all(a > b for a, b in itertools.pairwise(values)) and 0 < values[-1] < 0.01
+    assert all(a > b for a, b in itertools.pairwise(values[10:])) and 0 < values[-1] < 0.01
 
 
 @pytest.mark.parametrize("power", [-12, 0, 9])
@@ -151,15 +151,18 @@ def test_steps_do_not_depend_on_how_the_factors_share_their_size(power):
     assert torch.equal(run(2.0**power), run(1.0))
 
 
-def test_a_step_is_adamw():
+@pytest.mark.parametrize("column_major", [False, True])
+def test_a_step_is_adamw(column_major):
     start, g = rand(4, 5, dtype=torch.float32), rand(4, 5, seed=1, dtype=torch.float32)
-    p = nn.Parameter(start.clone())
+    p = nn.Parameter(start.t().contiguous().t() if column_major else start.clone())
     masters = Masters({"p": p}, clip=None)
     want = nn.Parameter(start.clone())
-    adam = torch.optim.AdamW([want], lr=0.01 * masters.scales["p"], betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0)
+    adam = torch.optim.AdamW([want], lr=0.01 * masters.scales["p"], betas=(0.9, 0.95), eps=1e-12, weight_decay=0.0, foreach=False)
     for i in range(3):
         p.grad, want.grad = g * (i + 1), g * (i + 1)
         masters.collect()
+        masters.add_gradient("p", (g.t().contiguous() * i).t())
+        want.grad += g * i
         masters.step(0.01, masters.norm())
         adam.step()
     torch.testing.assert_close(p, want, rtol=1e-6, atol=1e-7)
@@ -362,7 +365,7 @@ def test_masks_and_their_errors():
     for what, adapter in (("dsee", Adapter()), ("lora", Adapter("dsee")), ("factors", Adapter())):
         with pytest.raises(OptionError, match="E-OPT-ADAPTER"):
             effllm.recover(low_rank(teacher), teacher, windows(), 1, what=what, adapter=adapter, **FAST)
-    with pytest.raises(OptionError, match=r"E-OPT-ADAPTER.*mask"):
+    with pytest.raises(OptionError, match=r"(?s)E-OPT-ADAPTER.*mask"):
         Adapter("masc")
 
 
@@ -370,7 +373,7 @@ def test_grebsmo_separates_what_was_put_together():
     low = rand(30, 4, dtype=torch.float32) @ rand(4, 40, seed=1, dtype=torch.float32)
     at = torch.randperm(1200, generator=torch.Generator().manual_seed(2))[:20].sort().values
     w = low.clone()
-    w.view(-1)[at] += 40.0
+    w.view(-1)[at] += 8.0
     u, v, s = grebsmo(w, 4, rounds=20)
     assert torch.equal(support(s, 20), at)
     assert float((u @ v - low).norm() / low.norm()) < 0.05

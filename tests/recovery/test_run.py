@@ -63,7 +63,7 @@ def test_the_global_generator_is_left_alone():
 
 @pytest.mark.parametrize("options", [{}, {"perturbation": 0.01}, {"ordered": Ordered()}, {"accumulate": 2, "batch": 2}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_resume_is_bit_equal(tmp_path, options, dtype, monkeypatch):
+def test_resume_is_bit_equal(tmp_path, options, dtype):
     teacher = dense().to(dtype)
     whole, part = low_rank(teacher), low_rank(teacher)
     full = effllm.recover(whole, teacher, windows(), 9, **FAST | options)
