@@ -33,10 +33,13 @@ from effllm.runtime.formats import dense as dense_format
 from effllm.runtime.formats import sltrain as sltrain_format
 from effllm.runtime.formats.base import Packed
 from effllm.solvers.calibrate import calibrated
-from effllm.solvers.lowrank import afm, allocate, asvd, fwsvd, pivots, quantize, sparse, svd, whitened
+from effllm.solvers.lowrank import allocate, factorize, quantize, sparse
 from effllm.solvers.lowrank.allocate import Allocation
 from effllm.solvers.lowrank.factors import Factors, rank_for
 from effllm.solvers.lowrank.gradients import gradients
+from effllm.solvers.lowrank.metric import DAMP
+from effllm.solvers.lowrank.pivots import pivoted
+from effllm.solvers.lowrank.whitened import spectrum, whitened
 from effllm.solvers.moments import Moments
 from effllm.solvers.statistics import Statistics
 
@@ -97,8 +100,8 @@ class Subject:
 
         def make() -> dict[str, Tensor]:
             moments, g = self.moments(), self.outputs() if outputs else {}
-            unit = {n: replace(m, hessian=m.hessian / m.count) for n, m in moments.items()}
-            return {n: whitened.spectrum(m.weight, unit[n], outputs=g.get(n)) for n, m in self.linears.items()}
+            unit = {n: replace(m, hessian=m.hessian / m.count, outputs=g.get(n)) for n, m in moments.items()}
+            return {n: spectrum(m.weight, unit[n]) for n, m in self.linears.items()}
 
         return self._kept(f"spectra-{'outputs' if outputs else 'inputs'}", make)
 
@@ -140,7 +143,7 @@ def by_kl(pivoted: bool) -> Allocate:
         def measure(ranks: Any) -> float:
             old = {n: s.linears[n].weight.data for n in ranks}
             for n, rank in ranks.items():
-                f = whitened.whitened(old[n], rank, s.moments()[n], outputs=s.outputs()[n])
+                f = whitened(old[n], rank, replace(s.moments()[n], outputs=s.outputs()[n]))
                 s.linears[n].weight.data = f.dense().to(old[n].dtype)
             kl = score({"m": s.model}, reference, s.calibration[:2])["m"]["kl"]
             for n, w in old.items():
@@ -164,53 +167,53 @@ def by_output_error(s: Subject, ratio: float) -> Allocation:
     return allocate.energy(s.spectra(False), s.shapes, ratio, step=8, relative=True)
 
 
-def with_outputs(s: Subject, name: str, w: Tensor, rank: int, m: Moments) -> Factors:
-    return whitened.whitened(w, rank, m, outputs=s.outputs()[name])
-
-
-def blended(share: float, damp: float = whitened.DAMP) -> Solve:
-    """Aims between the dense output (share 1) and the dense weight's output on the packed prefix's input (share 0)."""
+def plain(method: str) -> Solve:
+    """A method on the layer's own statistics."""
 
     def solve(s: Subject, name: str, w: Tensor, rank: int, m: Moments) -> Factors:
-        if m.cross is not None:
-            m = replace(m, cross=share * m.cross + (1 - share) * m.hessian)
-        return whitened.whitened(w, rank, m, damp=damp, outputs=s.outputs()[name])
+        return factorize(w, method, rank, replace(m, fisher=s.fisher()[name]) if method == "fwsvd" else m)
 
     return solve
 
 
-def afm_outputs(s: Subject, name: str, w: Tensor, rank: int, m: Moments) -> Factors:
-    return afm.afm(w, rank, m, outputs=s.outputs()[name])
+def weighed(method: str = "whitened", share: float = 1.0, damp: float = DAMP) -> Solve:
+    """In the metric of the outputs. The aim lies between the dense model's output (share 1) and what the dense weight makes of the
+    packed prefix's input (share 0)."""
 
+    def solve(s: Subject, name: str, w: Tensor, rank: int, m: Moments) -> Factors:
+        m = replace(m, outputs=s.outputs()[name])
+        if m.cross is not None and share != 1:
+            m = replace(m, cross=share * m.cross + (1 - share) * m.hessian)
+        return whitened(w, rank, m, damp=damp) if method == "whitened" else factorize(w, method, rank, m)
 
-def plain_whitened(s: Subject, name: str, w: Tensor, rank: int, m: Moments) -> Factors:
-    return whitened.whitened(w, rank, m)
+    return solve
 
 
 ROWS: dict[str, Row] = {
-    "svd": Row(even(), lambda s, n, w, r, m: svd.svd(w, r), "dense"),
-    "fwsvd": Row(even(), lambda s, n, w, r, m: fwsvd.fwsvd(w, r, replace(m, fisher=s.fisher()[n])), "dense"),
-    "asvd": Row(even(), lambda s, n, w, r, m: asvd.asvd(w, r, m), "dense"),
-    "script": Row(even(), plain_whitened, "dense"),  # what a plain script does: dense statistics, uniform ranks
-    "whitened": Row(even(), plain_whitened),
-    "afm": Row(even(), lambda s, n, w, r, m: afm.afm(w, r, m)),
-    "whitened, output metric": Row(even(), with_outputs),
-    "welore ranks": Row(welore, plain_whitened),
-    "energy ranks": Row(by_output_error, plain_whitened),
-    "kl ranks": Row(by_kl(False), with_outputs),
-    "sltrain": Row(even(), plain_whitened, "dense", extra="sltrain"),
-    "lost": Row(even(), plain_whitened, "dense", extra="lost"),
-    "best": Row(by_outputs(False), with_outputs),
-    "best, dense statistics": Row(by_outputs(False), with_outputs, "dense"),
-    "best, no dense targets": Row(by_outputs(False), blended(0.0)),
-    "best, half dense targets": Row(by_outputs(False), blended(0.5)),
-    "best, damped more": Row(by_outputs(False), blended(1.0, 1e-2)),
-    "best, afm": Row(by_outputs(False), afm_outputs),
-    "best, 8 bits": Row(by_outputs(False), with_outputs, bits=8),
-    "uniform, pivoted": Row(even(True), plain_whitened, pivoted=True),
-    "best, pivoted": Row(by_outputs(True), with_outputs, pivoted=True),
-    "best, pivoted, dense statistics": Row(by_outputs(True), with_outputs, "dense", pivoted=True),
-    "best, pivoted, 8 bits": Row(by_outputs(True), with_outputs, pivoted=True, bits=8),
+    "svd": Row(even(), plain("svd"), "dense"),
+    "fwsvd": Row(even(), plain("fwsvd"), "dense"),
+    "asvd": Row(even(), plain("asvd"), "dense"),
+    "script": Row(even(), plain("whitened"), "dense"),  # what a plain script does: dense statistics, uniform ranks
+    "whitened": Row(even(), plain("whitened")),
+    "afm": Row(even(), plain("afm")),
+    "whitened, output metric": Row(even(), weighed()),
+    "welore ranks": Row(welore, plain("whitened")),
+    "energy ranks": Row(by_output_error, plain("whitened")),
+    "kl ranks": Row(by_kl(False), weighed()),
+    "sltrain": Row(even(), plain("whitened"), "dense", extra="sltrain"),
+    "lost": Row(even(), plain("whitened"), "dense", extra="lost"),
+    "best": Row(by_outputs(False), weighed()),
+    "best, dense statistics": Row(by_outputs(False), weighed(), "dense"),
+    "best, no dense targets": Row(by_outputs(False), weighed(share=0)),
+    "best, half dense targets": Row(by_outputs(False), weighed(share=0.5)),
+    "best, damped more": Row(by_outputs(False), weighed(damp=1e-2)),
+    "best, afm": Row(by_outputs(False), weighed("afm")),
+    "best, 8 bits": Row(by_outputs(False), weighed(), "dense", bits=8),
+    "uniform, pivoted": Row(even(True), plain("whitened"), "dense", pivoted=True),
+    "best, pivoted": Row(by_outputs(True), weighed(), pivoted=True),
+    "best, pivoted, dense statistics": Row(by_outputs(True), weighed(), "dense", pivoted=True),
+    "best, pivoted, half dense targets": Row(by_outputs(True), weighed(share=0.5), pivoted=True),
+    "best, pivoted, 8 bits": Row(by_outputs(True), weighed(), "dense", pivoted=True, bits=8),
 }
 SPARSE = 0.02  # share of the weights in the sparse part; its entries take a value and an index
 
@@ -226,7 +229,7 @@ def pack(s: Subject, row: Row, name: str, w: Tensor, rank: int, m: Moments, rati
         return quantize.store(sparse.lost(w, int((ratio * k - channels) * n / (n + k)), channels, m))
     factors = row.solve(s, name, w, rank, m)
     if row.pivoted:
-        factors = pivots.pivoted(factors)
+        factors = pivoted(factors)
     if row.bits == 16:
         return quantize.store(factors)
     return quantize.quantize(factors, Bipolar(bits=row.bits, group=32, offset="none"), m)

@@ -128,7 +128,9 @@ def _define(schema: str, reference: Any, composite: Any, problem: Any) -> Op:
     return op
 
 
-LOWRANK = _define("lowrank_linear(Tensor x, Tensor a, Tensor b, Tensor? channels, Tensor? pivots, Tensor? bias, str kernel)", lowrank_reference, _lowrank, _problem)
+LOWRANK = _define(
+    "lowrank_linear(Tensor x, Tensor a, Tensor b, Tensor? channels, Tensor? pivots, Tensor? bias, str kernel)", lowrank_reference, _lowrank, _problem
+)
 LOWRANK_MANY = _define("lowrank_linear_many(Tensor x, Tensor[] a, Tensor[] b, str kernel)", lowrank_many_reference, _many, _problem_many)
 SPARSE_LOWRANK = _define(
     "sparse_lowrank_linear(Tensor x, Tensor a, Tensor b, Tensor values, Tensor columns, Tensor rows, Tensor? bias, str kernel)",

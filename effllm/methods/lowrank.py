@@ -22,7 +22,8 @@ class LowRank(base.Method):
     "energy" (squared singular values), "welore" (one threshold over normalized singular values), "sensitivity" (measured KL).
     pivoted: rows of the weight serve as one factor, which stores rank^2 numbers less.
     metric of errors at a layer's output: "plain", "fisher" (weighed by the loss's gradients there, whitened and afm) or "auto" (fisher
-    where the allocation compares layers). bits: of both factors, 16 keeps them in the weight's dtype; group: their scale group. align: ranks are multiples of it.
+    where the allocation compares layers).
+    bits: of both factors, 16 keeps them in the weight's dtype; group: their scale group. align: ranks are multiples of it.
     density: share of sparse values (sltrain) or of whole input channels (lost) besides the low-rank part.
     """
 

@@ -16,8 +16,8 @@ class Moments:
 
     hessian (K, K) = sum x x^T; total (K,) = sum x; magnitude (K,) = sum |x|. `cross` (K, K) = sum d x^T, with d the input that the same
     layer has in the dense model: there where x comes from a compressed prefix, so that a solver can aim at the dense output.
-    dense_total (K,) = sum d, beside it. fisher (N, K) = mean squared gradient of the loss per weight, for Fisher-weighted solvers.
-    outputs (N, N) = mean of g g^T over tokens, g the gradient of the loss at the layer's output.
+    dense_total (K,) = sum d, beside it. fisher (N, K) = mean squared gradient of the loss per weight, for Fisher-weighted solvers;
+    outputs (N, N) = mean g g^T of the gradients g at the layer's outputs, for those that weigh directions of the output.
     """
 
     hessian: Tensor
@@ -26,8 +26,8 @@ class Moments:
     count: int
     cross: Tensor | None = None
     fisher: Tensor | None = None
-    outputs: Tensor | None = None
     dense_total: Tensor | None = None
+    outputs: Tensor | None = None
 
     @property
     def mean(self) -> Tensor:

@@ -128,7 +128,8 @@ def test_dense_twins_part_ways_with_their_inputs() -> None:
         a(y), b(y)
     for name, second in (("a", e), ("b", f)):
         moments = statistics.moments(name)
-        assert moments is not None and moments.cross is not None and moments.count == 10
+        assert moments is not None and moments.cross is not None and moments.dense_total is not None and moments.count == 10
+        torch.testing.assert_close(moments.dense_total, d.sum(0) + second.sum(0))
         torch.testing.assert_close(moments.cross, d.t() @ x + second.t() @ y)
         torch.testing.assert_close(moments.hessian, x.t() @ x + y.t() @ y)
 

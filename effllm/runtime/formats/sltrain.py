@@ -61,7 +61,8 @@ def unpack(packed: Packed, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def nbytes(
-    *, rank: int, nnz: int, a: dict[str, Any], b: dict[str, Any], shift: bool = False, number_bytes: int = 2, value_bytes: int = 2, index_bytes: int = 2, **_: Any
+    *, rank: int, nnz: int, a: dict[str, Any], b: dict[str, Any], shift: bool = False, number_bytes: int = 2, value_bytes: int = 2,
+    index_bytes: int = 2, **_: Any,
 ) -> sympy.Expr:
     """Stored bytes over the symbols N and K."""
     n, k = sympy.symbols("N K", positive=True, integer=True)

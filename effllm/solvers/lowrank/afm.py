@@ -34,11 +34,11 @@ def centred(moments: Moments) -> Moments:
     return replace(moments, hessian=hessian, cross=cross, total=torch.zeros_like(total))
 
 
-def afm(w: Tensor, rank: int, moments: Moments, *, damp: float = DAMP, outputs: Tensor | None = None) -> Factors:
+def afm(w: Tensor, rank: int, moments: Moments, *, damp: float = DAMP) -> Factors:
     """Factors of w (N, K) and the shift (N,) that is to be added to the bias."""
     wide = check(w, rank)
     moments.check(wide.shape[1])
-    factors = whitened(wide, rank, centred(moments), damp=damp, outputs=outputs)
+    factors = whitened(wide, rank, centred(moments), damp=damp)
     return with_shift(wide, factors, moments)
 
 

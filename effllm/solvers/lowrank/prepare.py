@@ -102,7 +102,7 @@ def _spectra(model: nn.Module, calibration: Any, covered: Covered, known: Mappin
     def look(w: Tensor, name: _Name, moments: Moments | None) -> Packed:
         if moments is None:
             raise CalibrationError("E-CAL-UNSEEN", f"no calibration input reached {name}", "give more calibration data")
-        found[name] = spectrum(w, moments, outputs=known[name].outputs if name in known else None)
+        found[name] = spectrum(w, replace(moments, outputs=known[name].outputs) if name in known else moments)
         return Packed("dense", 1, (w.shape[0], w.shape[1]), {})
 
     calibrated(model, calibration, {n: (m, _Name(n)) for n, (m, _) in covered.items()}, lambda *_: None, solver=look)

@@ -70,10 +70,8 @@ def factorize(w: Tensor, params: LowRank, moments: Moments | None) -> Factors:
     if params.name == "lost":
         return lost(w, rank, channels_of(w.shape[1], params), seen)
     if params.name == "whitened":
-        return whitened(w, rank, seen, outputs=seen.outputs)
-    if params.name == "afm":
-        return afm(w, rank, seen, outputs=seen.outputs)
-    return {"asvd": asvd, "fwsvd": fwsvd}[params.name](w, rank, seen)
+        return whitened(w, rank, seen)
+    return {"afm": afm, "asvd": asvd, "fwsvd": fwsvd}[params.name](w, rank, seen)
 
 
 def _sparse(w: Tensor, params: LowRank, moments: Moments) -> tuple[Factors, Tensor]:

@@ -2,8 +2,8 @@
 
 With H = sum x x^T = L L^T and W L = U S V^T the optimum is A = U sqrt(S), B = sqrt(S) V^T L^-1 (first r), and the loss it leaves,
 ||(W - A B) X||^2, is the sum of the squares of the dropped singular values. With `moments.cross` the aim is the dense model's output,
-sum ||W d - A B x||^2, see `metric.target`; with `outputs` errors are measured as ||F^T e||^2, where G = F F^T weighs the directions of
-the output by how much the model's loss depends on them.
+sum ||W d - A B x||^2, see `metric.target`; with `moments.outputs` errors are measured as ||F^T e||^2, where G = F F^T weighs the
+directions of the output by how much the model's loss depends on them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from effllm.solvers.lowrank.factors import Factors, balanced, check, truncated
 from effllm.solvers.lowrank.metric import DAMP, cholesky, target, unwhiten
 from effllm.solvers.moments import Moments
 
+OUTPUT_DAMP = 0.1
 
-def whitened(w: Tensor, rank: int, moments: Moments, *, damp: float = DAMP, outputs: Tensor | None = None, output_damp: float = 0.1) -> Factors:
-    """Factors (A, B) of w (N, K); `outputs` G (N, N) is the second moment of the gradients at the output."""
+
+def whitened(w: Tensor, rank: int, moments: Moments, *, damp: float = DAMP, output_damp: float = OUTPUT_DAMP) -> Factors:
+    """Factors (A, B) of w (N, K)."""
     wide = check(w, rank)
     aim, factor = target(wide, moments, damp)
-    left = output_factor(outputs, wide.shape[0], output_damp)
+    left = output_factor(moments.outputs, wide.shape[0], output_damp)
     u, s, v, _ = truncated(aim if left is None else left.t() @ aim, rank)
     a, b = balanced(u, s, v)
     if left is not None:
@@ -29,11 +31,11 @@ def whitened(w: Tensor, rank: int, moments: Moments, *, damp: float = DAMP, outp
     return Factors((wide.shape[0], wide.shape[1]), a, unwhiten(b, factor))
 
 
-def spectrum(w: Tensor, moments: Moments, *, damp: float = DAMP, outputs: Tensor | None = None, output_damp: float = 0.1) -> Tensor:
+def spectrum(w: Tensor, moments: Moments, *, damp: float = DAMP, output_damp: float = OUTPUT_DAMP) -> Tensor:
     """The singular values whose dropped squares are the loss of `whitened`, descending, fp64."""
     wide = check(w, 1)
     aim, _ = target(wide, moments, damp)
-    left = output_factor(outputs, wide.shape[0], output_damp)
+    left = output_factor(moments.outputs, wide.shape[0], output_damp)
     return torch.linalg.svdvals(aim if left is None else left.t() @ aim)
 
 

@@ -75,7 +75,8 @@ def armor(
 ) -> Armor:
     """Factors of w (N, K); the loss is never above that of NoWag's mask in the same metric, "full" or "diagonal".
 
-    rounds=0 gives the start itself between identities. RecipeError: E-RCP-PATTERN, E-RCP-METRIC; WeightError: E-WGT-NM where m does not divide the block, E-WGT-BLOCK where the block does not divide N and K;
+    rounds=0 gives the start itself between identities. RecipeError: E-RCP-PATTERN, E-RCP-METRIC; WeightError: E-WGT-NM where m does not divide the
+    block, E-WGT-BLOCK where the block does not divide N and K;
     CalibrationError (E-CAL-HESSIAN).
     """
     check_pattern(n, m)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from effllm.errors import CalibrationError, EffllmError, WeightError
+from effllm.errors import CalibrationError, EffllmError, RecipeError, WeightError
+from effllm.solvers.lowrank import factorize
 from effllm.solvers.lowrank.afm import afm
 from effllm.solvers.lowrank.asvd import asvd
 from effllm.solvers.lowrank.factors import Factors
@@ -102,20 +103,21 @@ def test_identities_between_methods() -> None:
     diagonal = replace(m, hessian=torch.diag(scale**2), magnitude=scale * m.count)
     torch.testing.assert_close(asvd(w, 5, diagonal, alpha=1).dense(), whitened(w, 5, diagonal, damp=0).dense(), rtol=1e-4, atol=1e-4)
     outputs = torch.eye(20).double() * 3
-    torch.testing.assert_close(whitened(w, 5, m, outputs=outputs).dense(), whitened(w, 5, m).dense(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(whitened(w, 5, replace(m, outputs=outputs)).dense(), whitened(w, 5, m).dense(), rtol=1e-6, atol=1e-6)
 
 
 def test_output_metric_is_what_is_minimized() -> None:
     w, _, m = problem(20, 30)
     g = torch.randn(60, 20, generator=torch.Generator().manual_seed(1)).double()
     outputs = g.t() @ g
-    f, plain = whitened(w, 6, m, damp=0, outputs=outputs, output_damp=0), whitened(w, 6, m, damp=0)
+    both = replace(m, outputs=outputs)
+    f, plain = whitened(w, 6, both, damp=0, output_damp=0), whitened(w, 6, m, damp=0)
 
     def weighted(z: Tensor) -> float:
         e = w - z
         return float(torch.trace(outputs @ e @ m.hessian @ e.t()))
 
-    sigma = spectrum(w, m, damp=0, outputs=outputs, output_damp=0)
+    sigma = spectrum(w, both, damp=0, output_damp=0)
     assert weighted(f.dense()) == pytest.approx(float((sigma[6:] ** 2).sum()), rel=1e-6)
     assert weighted(f.dense()) < weighted(plain.dense())
 
@@ -216,7 +218,7 @@ def test_statistics_of_another_layer_and_broken_ones() -> None:
         assert code(CalibrationError, lambda broken=broken: whitened(w, 5, broken)) == "E-CAL-HESSIAN"
     assert code(CalibrationError, lambda: asvd(w, 5, zero)) == "E-CAL-HESSIAN"
     assert code(CalibrationError, lambda: whitened(w, 5, replace(m, cross=m.hessian * float("inf")))) == "E-CAL-HESSIAN"
-    assert code(CalibrationError, lambda: whitened(w, 5, m, outputs=torch.eye(7))) == "E-CAL-HESSIAN"
+    assert code(CalibrationError, lambda: whitened(w, 5, replace(m, outputs=torch.eye(7)))) == "E-CAL-HESSIAN"
     assert code(CalibrationError, lambda: afm(w, 5, replace(m, count=1))) == "E-CAL-SHORT"
 
 
@@ -236,3 +238,14 @@ def test_bad_weights() -> None:
     w[2, 3] = float("inf")
     assert code(WeightError, lambda: svd(w, 5)) == "E-WGT-NAN"
     assert code(WeightError, lambda: svd(torch.zeros(3), 1)) == "E-WGT-DIM"
+
+
+def test_by_name() -> None:
+    w, _, m = problem(20, 30)
+    m = replace(m, fisher=fisher(w))
+    for name, f in every(w, 5, m).items():
+        assert factorize(w, name, 5, m).a.shape == f.a.shape
+        torch.testing.assert_close(factorize(w, name, 5, m, pivots=True).dense(), factorize(w, name, 5, m).dense())
+    assert factorize(w, "afm", 5, m, pivots=True).shift is not None
+    assert code(CalibrationError, lambda: factorize(w, "whitened", 5)) == "E-CAL-NONE"
+    assert code(RecipeError, lambda: factorize(w, "whitend", 5, m)) == "E-RCP-METHOD"
