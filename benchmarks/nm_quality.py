@@ -43,16 +43,16 @@ def _dsnot(w: Tensor, x: Moments, n: int, m: int, guard: bool = True) -> Tensor:
     return w * nm.dsnot(w, x, nm.nm_mask(score, n, m), score, pattern=(n, m), guard=guard)
 
 
-def solvers(block: int, rounds: int) -> dict[str, Solver]:
+def solvers(block: int, rounds: int, damp: float) -> dict[str, Solver]:
     """Every row by name: (w, moments, n, m) to the new dense weight."""
     return {
         "wanda": lambda w, x, n, m: w * nm.nm_mask(nm.wanda(w, x), n, m),
         "nowag": lambda w, x, n, m: w * nm.nm_mask(nm.nowag(w, x), n, m),
-        "sparsegpt": lambda w, x, n, m: nm.sparsegpt(w, x, n, m).weight,
-        "sparsegpt-sorted": lambda w, x, n, m: nm.sparsegpt(w, x, n, m, sort=True).weight,
+        "sparsegpt": lambda w, x, n, m: nm.sparsegpt(w, x, n, m, damp=damp).weight,
+        "sparsegpt-sorted": lambda w, x, n, m: nm.sparsegpt(w, x, n, m, sort=True, damp=damp).weight,
         "dsnot": _dsnot,
         "dsnot-unguarded": lambda w, x, n, m: _dsnot(w, x, n, m, guard=False),
-        "armor": lambda w, x, n, m: nm.armor(w, x, n, m, block=block, rounds=rounds).dense(),
+        "armor": lambda w, x, n, m: nm.armor(w, x, n, m, block=block, rounds=rounds, damp=damp).dense(),
         "armor-diagonal": lambda w, x, n, m: nm.armor(w, x, n, m, block=block, rounds=rounds, metric="diagonal").dense(),
     }
 
@@ -135,7 +135,7 @@ def rows(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
     windows = texts.windows(tokenizer, source.text, 512, a.windows)
     calibration = texts.windows(tokenizer, texts.calibration_text(a.texts).text, 512, a.calibration)
     base = perplexity(dense, windows)
-    table = solvers(a.block, a.rounds)
+    table = solvers(a.block, a.rounds, a.damp)
     for pattern in a.patterns.split(","):
         n, m = map(int, pattern.split(":"))
         for entry in a.methods.split(","):
@@ -147,7 +147,7 @@ def rows(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 seconds, proxy = solve(model, calibration, table[method], n, m, to_output=aim == "output")
             value = perplexity(model, windows)
             row = {"pattern": pattern, "method": entry, "perplexity": value, "ratio": value / base, "log_ratio": math.log(value / base), "proxy": proxy}
-            row |= {"solve_seconds": seconds, "calibration_tokens": calibration.numel(), "tokens": windows.numel(), "text": source.name}
+            row |= {"solve_seconds": seconds, "calibration_tokens": calibration.numel(), "tokens": windows.numel(), "text": source.name, "damp": a.damp}
             yield row | ({"block": a.block, "rounds": a.rounds} if method.startswith("armor") else {}) | {"dense_perplexity": base}
 
 
@@ -161,11 +161,12 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=16, help="windows of 512 tokens that calibrate")
     parser.add_argument("--block", type=int, default=64, help="block of ARMOR's wrappers")
     parser.add_argument("--rounds", type=int, default=10, help="rounds of ARMOR's descent")
+    parser.add_argument("--damp", type=float, default=0.01, help="share of H's mean diagonal that SparseGPT and ARMOR add to it")
     a = parser.parse_args()
     for row in rows(a):
         print("  ".join(f"{k}={v:.5g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
         old = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
-        keep = [r for r in old if (r["pattern"], r["method"], r.get("rounds")) != (row["pattern"], row["method"], row.get("rounds"))]
+        keep = [r for r in old if any(r.get(k) != row.get(k) for k in ("pattern", "method", "rounds", "damp"))]
         RESULTS.write_text(json.dumps({"machine": describe(), "rows": [*keep, row]}, indent=1) + "\n")
 
 

@@ -75,9 +75,8 @@ def armor(
 ) -> Armor:
     """Factors of w (N, K); the loss is never above that of NoWag's mask in the same metric, "full" or "diagonal".
 
-    rounds=0 gives the start itself between identities. RecipeError: E-RCP-PATTERN, E-RCP-METRIC; WeightError: E-WGT-NM where m does not divide the
-    block, E-WGT-BLOCK where the block does not divide N and K;
-    CalibrationError (E-CAL-HESSIAN).
+    rounds=0 gives the start itself between identities. RecipeError: E-RCP-PATTERN, E-RCP-METRIC; WeightError: E-WGT-NM where m does not
+    divide the block, E-WGT-BLOCK where the block does not divide N and K; CalibrationError (E-CAL-HESSIAN).
     """
     check_pattern(n, m)
     check_weight(w, m)
@@ -123,11 +122,17 @@ def _descend(w: Tensor, h: Tensor, start: tuple[Tensor, Tensor], plan: tuple[int
     zero = max(float((w * wh).sum(dtype=torch.float64)), 1e-300)
     best = Armor(left, core, mask, right, [_loss(w - core, h) / zero])
     history = list(best.history)
-    for _ in range(rounds):
+    for count in range(rounds):
         left, eh = _left(left, times_right(core, right), h, wh)
         right, eh = _right(right, times_left(left, core), h, eh)
         core, mask = _core(left, core, mask, right, h, eh, n, m)
         loss = _loss(w - times_right(times_left(left, core), right), h) / zero
+        if count:  # steps by parts creep along narrow valleys: go further the same way where that is better
+            far = 1 + (count + 1) ** 0.5
+            ahead = (best.left.lerp(left, far), torch.where(mask & best.mask, best.core.lerp(core, far), core), best.right.lerp(right, far))
+            there = _loss(w - times_right(times_left(ahead[0], ahead[1]), ahead[2]), h) / zero
+            if there < loss:
+                (left, core, right), loss = ahead, there
         if not loss < history[-1]:
             break
         history.append(loss)

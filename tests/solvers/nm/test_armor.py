@@ -65,7 +65,7 @@ def test_never_above_nowag_in_output_error() -> None:
     for seed in range(4):
         w, moments, x = layer(seed=seed, k=128)
         start = loss(w, w * nm_mask(nowag(w, moments), 2, 4), x)
-        full, diagonal = (loss(w, armor(w, moments, 2, 4, block=32, metric=kind).dense(), x) for kind in ("full", "diagonal"))
+        full, diagonal = (loss(w, armor(w, moments, 2, 4, block=8, metric=kind).dense(), x) for kind in ("full", "diagonal"))
         assert full < diagonal < start
         assert full < 0.7 * loss(w, sparsegpt(w, moments, 2, 4).weight, x)
 
@@ -122,30 +122,30 @@ def embed(places: tuple[int, ...], values: Tensor, m: int) -> Tensor:
 
 
 def test_ends_below_the_published_steps() -> None:
-    """The paper's iteration (Adam on A, B and S, then an exact step on a sampled group per pair of blocks), 600 times."""
+    """The paper's iteration (Adam on A, B and S, then an exact step on a sampled group per pair of blocks), 150 times, against 10 rounds."""
     torch.manual_seed(0)
-    d, (w, moments, _) = 16, layer(n=32, k=32)
+    d, (w, moments, _) = 8, layer(n=32, k=32)
     bar, _, _ = normalize(w)
     weight = moments.hessian.diagonal() / moments.hessian.diagonal().mean()
     mask = nm_mask(nowag(w, moments), 2, 4)
-    a, b = (torch.eye(d).repeat(2, 1, 1).requires_grad_() for _ in range(2))
+    a, b = (torch.eye(d).repeat(4, 1, 1).requires_grad_() for _ in range(2))
     s = (bar * mask).requires_grad_()
     adam = torch.optim.Adam([a, b, s], lr=3e-3)  # thirty times the paper's rate: it takes as many steps
     zero = float((bar**2 * weight).sum())
     value = 1.0
-    for _ in range(600):
+    for _ in range(150):
         adam.zero_grad()
         error = times_right(times_left(a, s * mask), b) - bar
         lost = (error**2 * weight).sum()
-        value = min(value, float(lost) / zero)
+        value = min(value, float(lost.detach()) / zero)
         lost.backward()
         adam.step()
         with torch.no_grad():
             s.mul_(mask)
             error = (bar - times_right(times_left(a, s), b)) * weight
             pull = times_right(times_left(a.transpose(1, 2).contiguous(), error), b.transpose(1, 2).contiguous())
-            for i in range(2):
-                for j in range(2):
+            for i in range(4):
+                for j in range(4):
                     size = pull[i * d : i * d + d, j * d : j * d + d].reshape(d, d // 4, 4).abs().sum(-1)
                     at = int(torch.multinomial(size.flatten(), 1))
                     row, g = at // (d // 4), 4 * (at % (d // 4))
@@ -155,7 +155,7 @@ def test_ends_below_the_published_steps() -> None:
                     old, keep = s[i * d + row, columns, None], mask[i * d + row, columns, None]
                     new, kept = sweep(old, keep, pull[i * d + row, columns, None].clone(), c, curve, 2, 4)
                     s[rows][row, columns], mask[rows][row, columns] = new[:, 0], kept[:, 0]
-    ours = armor(w, moments, 2, 4, block=d, metric="diagonal", rounds=100, tolerance=0)
+    ours = armor(w, moments, 2, 4, block=d, metric="diagonal", rounds=10, tolerance=0)
     assert value < 0.8 * ours.history[0]  # the published steps do work
     assert ours.history[-1] < value
 

@@ -64,7 +64,7 @@ def test_target_is_the_dense_output_s_least_squares_weight() -> None:
     same = of_inputs(x, x)
     torch.testing.assert_close(target(w, same), w, rtol=1e-3, atol=1e-3)
     d = x + 0.3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(3)) * x.std(0)
-    new = target(w, of_inputs(x, d), damp=1e-6)
+    new = target(w, of_inputs(x.double(), d.double()), damp=1e-9)
     expected = torch.linalg.lstsq(x.double(), (d @ w.t()).double()).solution.t()
     torch.testing.assert_close(new.double(), expected, rtol=1e-3, atol=1e-3)
 
