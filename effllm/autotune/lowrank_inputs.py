@@ -29,11 +29,15 @@ def lowrank(problem: Problem, layout: str, copies: int, seed: int) -> Operands:
     many = problem.op.endswith("_many")
     sizes, ranks = zip(*siblings(n, rank), strict=True) if many else ([n], [rank])
     # rows over a wide range, so that swapped rows or ranks cannot hide
-    a = [_spread(size, r + count, g).to(factor) for size, r in zip(sizes, ranks, strict=True)]
+    pivoted = bool(detail.get("pivoted"))
+    if pivoted and any(r >= size for size, r in zip(sizes, ranks, strict=True)):
+        raise TuneError("E-TUN-SHAPE", f"{problem.op}: {detail}", "pivots need ranks below the numbers of outputs")
+    pivots = [torch.randperm(size, generator=g) for size in sizes] if pivoted else []
+    a = [_spread(size - r if pivoted else size, r + count, g).to(factor) for size, r in zip(sizes, ranks, strict=True)]
     b = [_spread(r, k, g).to(factor) for r in ranks]
     channels = torch.randperm(k, generator=g)[:count].sort().values if count else None
     dense = torch.zeros(n, k)
-    tail: tuple[Tensor | None, ...] = (channels, None, None)
+    tail: tuple[Tensor | None, ...] = (channels, pivots[0] if pivots else None, None)
     if problem.op == "sparse_lowrank_linear":
         at = torch.randperm(n * k, generator=g)[:nonzeros].sort().values
         values = torch.randn(nonzeros, generator=g).to(factor)
@@ -45,9 +49,9 @@ def lowrank(problem: Problem, layout: str, copies: int, seed: int) -> Operands:
     def put(value: Any) -> Any:
         return [put(v) for v in value] if isinstance(value, list) else None if value is None else value.to(device)
 
-    args = (put(x), put(a), put(b)) if many else (put(x), put(a[0]), put(b[0]), *(put(t) for t in tail))
+    args = (put(x), put(a), put(b), put(pivots)) if many else (put(x), put(a[0]), put(b[0]), *(put(t) for t in tail))
     nbytes = sum(t.numel() * t.element_size() for t in (*a, *b, *(t for t in tail if t is not None)))
-    made = Operands([args], nbytes, lambda: _expected(x, a, b, channels, dense if nonzeros else None, problem.dtype))
+    made = Operands([args], nbytes, lambda: _expected(x, a, b, channels, pivots, dense if nonzeros else None, problem.dtype))
     return made if copies == 1 else copied(made, copies)
 
 
@@ -89,9 +93,9 @@ def bipolar(problem: Problem, layout: str, copies: int, seed: int) -> Operands:
     if many:
         args = (x.to(problem.device), *([p[key] for p in of] if key in of[0] else [] for of in stored for key in keys), *tail)
     else:
-        args = (x.to(problem.device), *(of[0].get(key) for of in stored for key in keys), None, n, rank, *tail)
+        args = (x.to(problem.device), *(of[0].get(key) for of in stored for key in keys), None, None, n, rank, *tail)
     nbytes = sum(t.numel() * t.element_size() for of in stored for p in of for t in p.values())
-    made = Operands([args], nbytes, lambda: _expected(x, dense[0], dense[1], None, None, problem.dtype))
+    made = Operands([args], nbytes, lambda: _expected(x, dense[0], dense[1], None, [], None, problem.dtype))
     return made if copies == 1 else copied(made, copies)
 
 
@@ -107,16 +111,20 @@ def _spread(rows: int, columns: int, g: torch.Generator) -> Tensor:
     return torch.randn(rows, columns, generator=g) * 2.0 ** torch.randint(-3, 3, (rows, 1), generator=g) / columns**0.5
 
 
-def _expected(x: Tensor, a: list[Tensor], b: list[Tensor], channels: Tensor | None, sparse: Tensor | None, dtype: torch.dtype) -> list[Expected]:
+def _expected(
+    x: Tensor, a: list[Tensor], b: list[Tensor], channels: Tensor | None, pivots: list[Tensor], sparse: Tensor | None, dtype: torch.dtype
+) -> list[Expected]:  # fmt: skip
     def product(to: torch.dtype) -> Tensor:
         xs, found = x.to(to), []
-        for first, second in zip(b, a, strict=True):
+        for i, (first, second) in enumerate(zip(b, a, strict=True)):
             middle = linear(xs, first.to(to))
             if channels is not None:
                 middle = torch.cat([middle, xs[:, channels]], -1)
             found.append(linear(middle, second.to(to)))
+            if pivots:
+                found[-1] = torch.cat([middle, found[-1]], -1)[:, pivots[i].argsort()]
         y = torch.cat(found, -1)
         return y if sparse is None else y + linear(xs, sparse.to(to))
 
-    n = sum(f.shape[0] for f in a)
+    n = sum(p.shape[0] for p in pivots) or sum(f.shape[0] for f in a)
     return [Expected(lambda y: y.reshape(-1, n), product(torch.float64), product(dtype))]

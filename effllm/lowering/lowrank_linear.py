@@ -43,11 +43,14 @@ def placed(first: Tensor, rest: Tensor, pivots: Tensor, bias: Tensor | None) -> 
     return y if bias is None else y + bias.to(y.dtype)
 
 
-def lowrank_many_reference(x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+def lowrank_many_reference(x: Tensor, a: Sequence[Tensor], b: Sequence[Tensor], pivots: Sequence[Tensor]) -> Tensor:
     """Several low-rank weights that share x (..., K): their outputs side by side, (..., sum of N)."""
     ranks = [f.shape[0] for f in b]
     middle = linear(x, torch.cat([f.to(x.dtype) for f in b])).split(ranks, -1)
-    return torch.cat([linear(part, f.to(x.dtype)) for part, f in zip(middle, a, strict=True)], -1)
+    second = [linear(part, f.to(x.dtype)) for part, f in zip(middle, a, strict=True)]
+    if pivots:
+        second = [placed(z, rest, p, None) for z, rest, p in zip(middle, second, pivots, strict=True)]
+    return torch.cat(second, -1)
 
 
 def sparse_dense(values: Tensor, columns: Tensor, rows: Tensor, k: int) -> Tensor:
@@ -73,8 +76,8 @@ def problem_of(
     `second` is the number of values of the second factors; left out, of one factor, or of siblings as the input generator makes them.
     """
     if second is None:
-        rows = n - rank if pivoted else n
-        second = rows * (rank + channels) if not op.endswith("_many") else sum(size * r for size, r in inputs.siblings(n, rank))
+        pairs = inputs.siblings(n, rank) if op.endswith("_many") else [(n, rank + channels)]
+        second = sum((size - r if pivoted else size) * r for size, r in pairs)
     detail = (
         ("channels", channels), ("factor", str(factor).removeprefix("torch.")), ("nonzeros", nonzeros), ("pivoted", int(pivoted)), ("rank", rank),
         ("second", second),
@@ -93,8 +96,9 @@ def _problem(x, a, b, channels, pivots, bias, kernel):  # type: ignore[no-untype
     return (found if pivots is None else replace(found, n=int(pivots.shape[0]))), plain(kernel)
 
 
-def _problem_many(x, a, b, kernel):  # type: ignore[no-untyped-def]
-    return _of("lowrank_linear_many", x, a, b), plain(kernel)
+def _problem_many(x, a, b, pivots, kernel):  # type: ignore[no-untyped-def]
+    found = _of("lowrank_linear_many", x, a, b, pivoted=bool(pivots))
+    return (replace(found, n=found.n + sum(f.shape[0] for f in b)) if pivots else found), plain(kernel)
 
 
 def _problem_sparse(x, a, b, values, columns, rows, bias, kernel):  # type: ignore[no-untyped-def]
@@ -107,10 +111,10 @@ def _lowrank(x, a, b, channels, pivots, bias, kernel):  # type: ignore[no-untype
     return run("lowrank_linear", x, a, b, channels, pivots, bias, kernel)
 
 
-def _many(x, a, b, kernel):  # type: ignore[no-untyped-def]
+def _many(x, a, b, pivots, kernel):  # type: ignore[no-untyped-def]
     if gradient.wanted(x, a, b):
-        return lowrank_many_reference(x, a, b)
-    return run("lowrank_linear_many", x, a, b, kernel)
+        return lowrank_many_reference(x, a, b, pivots)
+    return run("lowrank_linear_many", x, a, b, pivots, kernel)
 
 
 def _sparse(x, a, b, values, columns, rows, bias, kernel):  # type: ignore[no-untyped-def]
@@ -131,7 +135,7 @@ def _define(schema: str, reference: Any, composite: Any, problem: Any) -> Op:
 LOWRANK = _define(
     "lowrank_linear(Tensor x, Tensor a, Tensor b, Tensor? channels, Tensor? pivots, Tensor? bias, str kernel)", lowrank_reference, _lowrank, _problem
 )
-LOWRANK_MANY = _define("lowrank_linear_many(Tensor x, Tensor[] a, Tensor[] b, str kernel)", lowrank_many_reference, _many, _problem_many)
+LOWRANK_MANY = _define("lowrank_linear_many(Tensor x, Tensor[] a, Tensor[] b, Tensor[] pivots, str kernel)", lowrank_many_reference, _many, _problem_many)
 SPARSE_LOWRANK = _define(
     "sparse_lowrank_linear(Tensor x, Tensor a, Tensor b, Tensor values, Tensor columns, Tensor rows, Tensor? bias, str kernel)",
     sparse_lowrank_reference, _sparse, _problem_sparse,

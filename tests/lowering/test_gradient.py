@@ -83,7 +83,7 @@ def test_lowrank_linear(kernel: str, compiled: str) -> None:
     channels = torch.tensor([3, 7])
 
     def op(x: Tensor, a: Tensor, b: Tensor, bias: Tensor) -> Tensor:
-        y: Tensor = torch.ops.effllm.lowrank_linear(x, a, b, channels, bias, kernel)
+        y: Tensor = torch.ops.effllm.lowrank_linear(x, a, b, channels, None, bias, kernel)
         return y
 
     leaves = [torch.randn(3, 20), torch.randn(12, 7), torch.randn(5, 20), torch.randn(12)]
@@ -93,7 +93,7 @@ def test_lowrank_linear(kernel: str, compiled: str) -> None:
 @COMPILED
 def test_siblings(compiled: str) -> None:
     def op(x: Tensor, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> Tensor:
-        y: Tensor = torch.ops.effllm.lowrank_linear_many(x, [a, c], [b, d], "cpu-portable")
+        y: Tensor = torch.ops.effllm.lowrank_linear_many(x, [a, c], [b, d], [], "cpu-portable")
         return y
 
     leaves = [torch.randn(3, 20), torch.randn(12, 5), torch.randn(5, 20), torch.randn(8, 3), torch.randn(3, 20)]
@@ -133,7 +133,7 @@ def test_bipolar_factors(compiled: str) -> None:
 def test_kernels_run_where_no_gradient_is_asked_for() -> None:
     x, a, b = torch.randn(1, 64).requires_grad_(), torch.randn(32, 8), torch.randn(8, 64)
     with torch.no_grad():
-        y = torch.ops.effllm.lowrank_linear(x, a, b, None, None, "cpu-portable")
+        y = torch.ops.effllm.lowrank_linear(x, a, b, None, None, None, "cpu-portable")
     assert not y.requires_grad
     own = torch.ops.effllm_cpu_portable.lowrank(x.detach(), [a], [b], None, None, None, None, None)
     assert torch.equal(y, own)

@@ -26,6 +26,8 @@ struct Pair {
   Matrix a, b;
   int64_t col, rows1, rows2, tasks1, tasks2;  // first column of y; rows a task, tasks, of either stage
   Vectors mid;
+  const int64_t* places;  // null, or where each of the outputs concat(z, A z) goes among the pair's columns
+  int64_t outputs() const { return a.n + (places ? b.n : 0); }
 };
 
 Matrix matrix_of(const Tensor& t) {
@@ -57,6 +59,22 @@ struct Call {
   void* y;
   Type type;
 };
+
+// Outputs of row m: `o` is `count` of a pair's concat(z, A z) from `first` on (without places: of A z).
+void write(const Call& c, const Pair& p, int64_t m, int64_t first, int64_t count, float* o) {
+  if (p.places) {
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t col = p.col + p.places[first + i];
+      effllm::store_from_float(c.y, m * c.n + col, c.type, o[i] + (c.bias ? c.bias[col] : 0.f));
+    }
+    return;
+  }
+  if (c.bias)
+    for (int64_t i = 0; i < count; ++i) o[i] += c.bias[p.col + first + i];
+  const int64_t here = m * c.n + p.col + first;
+  if (c.type == Type::f32) std::memcpy(static_cast<float*>(c.y) + here, o, static_cast<size_t>(count) * 4);
+  else for (int64_t i = 0; i < count; ++i) effllm::store_from_float(c.y, here + i, c.type, o[i]);
+}
 
 void fused(const Call& c, std::vector<Pair>& pairs, int64_t threads) {
   static thread_local Scratch inputs, middle;
@@ -104,14 +122,11 @@ void fused(const Call& c, std::vector<Pair>& pairs, int64_t threads) {
         if (phase == 0) {
           float* to_mid = p.mid.row(m);
           for (int64_t i = 0; i < rows; ++i) to_mid[effllm::place(from + i, p.a.type)] = o[i];
+          if (p.places) write(c, p, m, from, rows, o);
           continue;
         }
         if (c.sparse.nonzeros) c.sparse.add(from, to, plain.row(m), o);
-        if (c.bias)
-          for (int64_t i = 0; i < rows; ++i) o[i] += c.bias[p.col + from + i];
-        const int64_t here = m * c.n + p.col + from;
-        if (c.type == Type::f32) std::memcpy(static_cast<float*>(c.y) + here, o, static_cast<size_t>(rows) * 4);
-        else for (int64_t i = 0; i < rows; ++i) effllm::store_from_float(c.y, here + i, c.type, o[i]);
+        write(c, p, m, p.places ? p.b.n + from : from, rows, o);
       }
       return;
     }
@@ -130,11 +145,26 @@ void place_columns(const Tensor& part, const Tensor& y, int64_t col) {
   });
 }
 
+// Columns of `part` (m, width) to the columns places[0..width) of y (m, n), from `col` on.
+void scatter_columns(const Tensor& part, const Tensor& y, int64_t col, const int64_t* places, const float* bias, Type type) {
+  const int64_t m = part.size(0), width = part.size(1), n = y.size(1);
+  const void* from = part.const_data_ptr();
+  void* to = y.mutable_data_ptr();
+  torch::stable::parallel_for(0, m, 8, [&](int64_t i0, int64_t i1) {
+    for (int64_t i = i0; i < i1; ++i)
+      for (int64_t j = 0; j < width; ++j) {
+        const int64_t at = col + places[j];
+        effllm::store_from_float(to, i * n + at, type, effllm::load_as_float(from, i * width + j, type) + (bias ? bias[at] : 0.f));
+      }
+  });
+}
+
 Tensor products(const Call& c, const std::vector<Tensor>& a, const std::vector<Tensor>& b, const std::vector<Pair>& pairs, const std::optional<Tensor>& bias) {
   const auto dtype = c.x.scalar_type();
   const int64_t size = effllm::size_of(c.type);
   Tensor y;
-  if (a.size() > 1) y = torch::stable::new_empty(c.x, {c.m, c.n});
+  if (a.size() > 1 || pairs[0].places) y = torch::stable::new_empty(c.x, {c.m, c.n});
+  const std::vector<float> f = effllm::floats_of(bias, c.n);
   for (size_t i = 0; i < a.size(); ++i) {
     Tensor mid = effllm::dense_linear(c.x, as(b[i], dtype), std::nullopt);
     if (c.count) {
@@ -146,6 +176,12 @@ Tensor products(const Call& c, const std::vector<Tensor>& a, const std::vector<T
         for (int64_t j = 0; j < c.count; ++j) std::memcpy(to + (m * wide.size(1) + b[i].size(0) + j) * size, from + (m * c.k + c.channels[j]) * size, static_cast<size_t>(size));
       mid = wide;
     }
+    if (pairs[i].places) {
+      const float* added = bias ? f.data() : nullptr;
+      scatter_columns(mid, y, pairs[i].col, pairs[i].places, added, c.type);
+      scatter_columns(effllm::dense_linear(mid, as(a[i], dtype), std::nullopt), y, pairs[i].col, pairs[i].places + b[i].size(0), added, c.type);
+      continue;
+    }
     std::optional<Tensor> own;
     if (bias) own = as(*bias, dtype);
     const Tensor part = effllm::dense_linear(mid, as(a[i], dtype), own);
@@ -156,7 +192,7 @@ Tensor products(const Call& c, const std::vector<Tensor>& a, const std::vector<T
   return y;
 }
 
-Tensor lowrank(const Tensor x_in, std::vector<Tensor> a, std::vector<Tensor> b, std::optional<Tensor> channels, std::optional<Tensor> bias, std::optional<Tensor> values, std::optional<Tensor> columns,
+Tensor lowrank(const Tensor x_in, std::vector<Tensor> a, std::vector<Tensor> b, std::optional<Tensor> channels, std::vector<Tensor> pivots, std::optional<Tensor> bias, std::optional<Tensor> values, std::optional<Tensor> columns,
                std::optional<Tensor> rows, int64_t threads, int64_t products_from) {
   STD_TORCH_CHECK(!a.empty() && a.size() == b.size() && x_in.dim() >= 1, "effllm: a low-rank linear takes as many first as second factors");
   STD_TORCH_CHECK(a.size() == 1 || (!channels && !bias && !values), "effllm: merged low-rank linears have no channels, bias or sparse part");
@@ -174,9 +210,16 @@ Tensor lowrank(const Tensor x_in, std::vector<Tensor> a, std::vector<Tensor> b, 
   std::vector<Pair> pairs;
   for (size_t i = 0; i < a.size(); ++i) {
     a[i] = torch::stable::contiguous(a[i]), b[i] = torch::stable::contiguous(b[i]);
-    Pair p{matrix_of(a[i]), matrix_of(b[i]), c.n, 0, 0, 0, 0, {}};
+    Pair p{matrix_of(a[i]), matrix_of(b[i]), c.n, 0, 0, 0, 0, {}, nullptr};
     STD_TORCH_CHECK(p.b.k == c.k && p.a.k == p.b.n + c.count, "effllm: the factors do not fit the input, or one another");
-    c.n += p.a.n;
+    if (!pivots.empty()) {
+      STD_TORCH_CHECK(pivots.size() == a.size() && !channels && !values, "effllm: pivots come one per pair, and not beside channels or a sparse part");
+      pivots[i] = torch::stable::contiguous(pivots[i]);
+      STD_TORCH_CHECK(pivots[i].scalar_type() == torch::headeronly::ScalarType::Long && pivots[i].numel() == p.a.n + p.b.n, "effllm: pivots must be int64, one per output");
+      p.places = static_cast<const int64_t*>(pivots[i].const_data_ptr());
+      for (int64_t j = 0; j < p.outputs(); ++j) STD_TORCH_CHECK(p.places[j] >= 0 && p.places[j] < p.outputs(), "effllm: a pivot is not among the outputs");
+    }
+    c.n += p.outputs();
     pairs.push_back(p);
   }
   Tensor sparse[3];
@@ -205,7 +248,7 @@ Tensor lowrank(const Tensor x_in, std::vector<Tensor> a, std::vector<Tensor> b, 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
-  m.def("lowrank(Tensor x, Tensor[] a, Tensor[] b, Tensor? channels, Tensor? bias, Tensor? values, Tensor? columns, Tensor? rows, int threads=0, int products_from=0) -> Tensor");
+  m.def("lowrank(Tensor x, Tensor[] a, Tensor[] b, Tensor? channels, Tensor[] pivots, Tensor? bias, Tensor? values, Tensor? columns, Tensor? rows, int threads=0, int products_from=0) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { m.impl("lowrank", TORCH_BOX(&lowrank)); }

@@ -69,9 +69,9 @@ def arguments(problem: Problem, config: Config | None, isa: str) -> dict[str, in
     return {"threads": config["threads"], "products_from": 1 if config["path"] == "products" else 0}
 
 
-def fake(x, a, b, channels, bias, values, columns, rows, threads=0, products_from=0):  # type: ignore[no-untyped-def]
+def fake(x, a, b, channels, pivots, bias, values, columns, rows, threads=0, products_from=0):  # type: ignore[no-untyped-def]
     """Shape and dtype of the output."""
-    return x.new_empty(*x.shape[:-1], sum(f.shape[0] for f in a))
+    return x.new_empty(*x.shape[:-1], sum(f.shape[0] for f in a) + (sum(f.shape[0] for f in b) if pivots else 0))
 
 
 def supports(problem: Problem, isa: Isa) -> Verdict:
@@ -81,8 +81,6 @@ def supports(problem: Problem, isa: Isa) -> Verdict:
         return Verdict(False, f"processor lacks {', '.join(lacking)}")
     if problem.dtype not in _FLOATS:
         return Verdict(False, f"activations are {problem.dtype}, not float32, bfloat16 or float16")
-    if dict(problem.detail).get("pivoted"):
-        return Verdict(False, "rows with pivots")
     factor = dict(problem.detail).get("factor", "bfloat16")
     if factor not in ("float32", "bfloat16", "float16"):
         return Verdict(False, f"factors are {factor}, not float32, bfloat16 or float16")
@@ -92,7 +90,7 @@ def supports(problem: Problem, isa: Isa) -> Verdict:
 def provider(op: str, isa: Isa, rank: int, ensure: Callable[[Isa], None]) -> Provider:
     """The provider of an op on one instruction set."""
 
-    def run(x: Tensor, a: list[Tensor], b: list[Tensor], rest: tuple[Tensor | None, ...], problem: Problem, config: Config | None) -> Tensor:
+    def run(x: Tensor, a: list[Tensor], b: list[Tensor], rest: tuple[Any, ...], problem: Problem, config: Config | None) -> Tensor:
         ensure(isa)
         y: Tensor = getattr(torch.ops, isa.namespace).lowrank(x, a, b, *rest, **arguments(problem, config, isa.name))
         return y
@@ -100,15 +98,15 @@ def provider(op: str, isa: Isa, rank: int, ensure: Callable[[Isa], None]) -> Pro
     def one(
         x: Tensor, a: Tensor, b: Tensor, channels: Tensor | None, pivots: Tensor | None, bias: Tensor | None, *, problem: Problem, config: Config | None = None
     ) -> Tensor:  # fmt: skip
-        return run(x, [a], [b], (channels, bias, None, None, None), problem, config)
+        return run(x, [a], [b], (channels, [] if pivots is None else [pivots], bias, None, None, None), problem, config)
 
-    def many(x: Tensor, a: list[Tensor], b: list[Tensor], *, problem: Problem, config: Config | None = None) -> Tensor:
-        return run(x, list(a), list(b), (None,) * 5, problem, config)
+    def many(x: Tensor, a: list[Tensor], b: list[Tensor], pivots: list[Tensor], *, problem: Problem, config: Config | None = None) -> Tensor:
+        return run(x, list(a), list(b), (None, list(pivots), *(None,) * 4), problem, config)
 
     def sparse(
         x: Tensor, a: Tensor, b: Tensor, values: Tensor, columns: Tensor, rows: Tensor, bias: Tensor | None, *, problem: Problem, config: Config | None = None
     ) -> Tensor:
-        return run(x, [a], [b], (None, bias, values, columns, rows), problem, config)
+        return run(x, [a], [b], (None, [], bias, values, columns, rows), problem, config)
 
     call: Any = dict(zip(NAMES, (one, many, sparse), strict=True))[op]
     return Provider(f"cpu-{isa.name}", op, "cpu", "dense", lambda p: supports(p, isa), call, LowrankTuning(isa.name), lambda: ensure(isa), rank=rank)

@@ -19,6 +19,7 @@ from effllm.autotune.cost import Prediction, crossovers
 from effllm.kernels.cpu import build
 from effllm.kernels.cpu.build import Isa
 from effllm.kernels.cpu.choose import CpuTuning
+from effllm.lowering.lowrank_linear import placed
 from effllm.lowering.op import OPS, YES, Config, Problem, Provider, Verdict
 
 NAMES = ("lowrank_bipolar_linear", "lowrank_bipolar_linear_many")
@@ -95,8 +96,6 @@ def supports(problem: Problem, isa: Isa) -> Verdict:
         return Verdict(False, f"processor lacks {', '.join(lacking)}")
     if problem.dtype not in _FLOATS:
         return Verdict(False, f"activations are {problem.dtype}, not float32, bfloat16 or float16")
-    if dict(problem.detail).get("pivoted"):
-        return Verdict(False, "rows with pivots")
     bits = (problem.bits, int(dict(problem.detail)["b_bits"]))
     if not all(1 <= b <= 8 for b in bits):
         return Verdict(False, f"factors of {bits[1]} and {bits[0]} bits; the kernel takes 1 to 8 in both, run a mixed weight as two linears")
@@ -115,6 +114,11 @@ def provider(op: str, isa: Isa, rank: int, ensure: Callable[[Isa], None]) -> Pro
         def some(t: Tensor | None) -> list[Tensor]:
             return [] if t is None else [t]
 
+        if pivots is not None:  # the rows of B are outputs themselves: two linears, and one gather
+            ensure(isa)
+            linear = getattr(torch.ops, isa.namespace).linear
+            z = linear(x, bc, bs, bm, None, rank, *grids[3:])
+            return placed(z, linear(z, ac, as_, am, None, n, *grids[:3]), pivots, bias)
         return run(x, [ac], [as_], some(am), [bc], [bs], some(bm), bias, n, rank, *grids, problem=problem, config=config)
 
     def many(x, ac, as_, am, bc, bs, bm, *grids, problem, config=None):  # type: ignore[no-untyped-def]

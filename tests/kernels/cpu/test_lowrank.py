@@ -40,6 +40,8 @@ def problems(op: str) -> list[Problem]:
         nonzeros = n * k // 20 + i if op == "sparse_lowrank_linear" else 0
         for factor in (dtype, torch.bfloat16):
             found.append(dense.problem_of(op, n, k, rank, factor, m=m, dtype=dtype, channels=channels, nonzeros=nonzeros))
+        if op != "sparse_lowrank_linear" and rank < n:
+            found.append(dense.problem_of(op, n, k, rank, dtype, m=m, dtype=dtype, pivoted=True))
     return found
 
 
@@ -101,7 +103,7 @@ def test_nan_in_one_token_stays_there(op: str, provider: Provider) -> None:
 def test_bias_is_added_once(op: str, provider: Provider, path: str) -> None:
     problem, args = small(op, provider)
     config = {"path": "products", "threads": 0} if path == "products" and "bipolar" not in op else None
-    at = {"lowrank_linear": 4, "sparse_lowrank_linear": 6, "lowrank_bipolar_linear": 7}[op]
+    at = {"lowrank_linear": 5, "sparse_lowrank_linear": 6, "lowrank_bipolar_linear": 8}[op]
     without = call(provider, problem, tuple(args), config)
     bias = args[at] = torch.randn(problem.n).bfloat16()
     y = call(provider, problem, tuple(args), config)
@@ -152,8 +154,9 @@ def test_opcheck(op: str, provider: Provider) -> None:
     space = getattr(torch.ops, f"effllm_{provider.name.replace('-', '_')}")
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     if op == "lowrank_linear":
-        x, a, b, *rest = args
-        torch.library.opcheck(space.lowrank.default, (x, [a], [b], *rest, None, None, None), test_utils=tests)
+        x, a, b, channels, pivots, bias = args
+        operands = (x, [a], [b], channels, [] if pivots is None else [pivots], bias, None, None, None)
+        torch.library.opcheck(space.lowrank.default, operands, test_utils=tests)
     else:
         torch.library.opcheck(space.lowrank_bipolar.default, (*args[:7], None, 0, 0, *args[7:]), test_utils=tests)
 
@@ -165,7 +168,7 @@ def test_factors_that_do_not_fit_are_refused(provider: Provider) -> None:
         with pytest.raises(RuntimeError, match="do not fit"):
             call(provider, problem, (*wrong, *rest))
     with pytest.raises(RuntimeError, match="channel"):
-        call(provider, problem, (x, torch.cat([a, a[:, :1]], 1), b, torch.tensor([problem.k]), None))
+        call(provider, problem, (x, torch.cat([a, a[:, :1]], 1), b, torch.tensor([problem.k]), None, None))
 
 
 def test_sizes_that_cannot_be_are_refused() -> None:
