@@ -124,7 +124,7 @@ def test_bipolar_factors(compiled: str) -> None:
     first, second = arguments(b, "tile16"), arguments(a, "tile16")
 
     def op(x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.effllm.lowrank_bipolar_linear(x, *second[:3], *first[:3], None, 16, 24, 8, 32, second[3], 4, 32, first[3], "cpu-portable")
+        y: Tensor = torch.ops.effllm.lowrank_bipolar_linear(x, *second[:3], *first[:3], None, None, 16, 24, 8, 32, second[3], 4, 32, first[3], "cpu-portable")
         return y
 
     check(op, [torch.randn(2, 40)], compiled, lambda x: x @ wb.T @ wa.T)
@@ -135,5 +135,5 @@ def test_kernels_run_where_no_gradient_is_asked_for() -> None:
     with torch.no_grad():
         y = torch.ops.effllm.lowrank_linear(x, a, b, None, None, None, "cpu-portable")
     assert not y.requires_grad
-    own = torch.ops.effllm_cpu_portable.lowrank(x.detach(), [a], [b], None, None, None, None, None)
+    own = torch.ops.effllm_cpu_portable.lowrank(x.detach(), [a], [b], None, [], None, None, None, None)
     assert torch.equal(y, own)
