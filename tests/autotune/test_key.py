@@ -236,10 +236,12 @@ def test_the_kernels_of_this_package():
     compiled = {p.name for p in (source.KERNELS / "triton").glob("*.py") if "@triton.jit" in p.read_text()}
     chosen_by = [f"effllm.kernels.triton.{m}" for m in ("choose", "cost", "space")]
     triton = names("triton/launch.py", without=chosen_by)
-    assert compiled <= triton, "a Triton kernel that no hash covers"
+    chosen_by.append("effllm.kernels.triton.lowrank_cost")
+    assert compiled <= triton | names("triton/lowrank_launch.py", without=chosen_by), "a Triton kernel that no hash covers"
     assert "config.py" in triton and not {"choose.py", "cost.py", "space.py"} & triton
     assert provider_source("triton", "bipolar_linear") == source_hash([source.KERNELS / "triton" / "launch.py"], without=chosen_by)
     assert {"bipolar.cpp", "bipolar.h", "vector.h"} <= names("cpu/bipolar.cpp") and "attention.cpp" not in names("cpu/bipolar.cpp")
+    assert provider_source("triton", "lowrank_linear") == source_hash([source.KERNELS / "triton" / "lowrank_launch.py"], without=chosen_by)
     hashes = [provider_source(p, o) for p, o in (("triton", "bipolar_linear"), ("cpu-avx2", "bipolar_linear_a8"), ("cpu-avx2", "decode_attention"))]
     assert len(set(hashes)) == 3 and all(len(h) == 16 for h in hashes)
 
