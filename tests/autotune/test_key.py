@@ -237,13 +237,17 @@ def test_the_kernels_of_this_package():
     chosen_by = [f"effllm.kernels.triton.{m}" for m in ("choose", "cost", "space")]
     triton = names("triton/launch.py", without=chosen_by)
     monarch = names("triton/monarch_launch.py", without=["effllm.kernels.triton.monarch_choose"])
-    assert compiled <= triton | monarch, "a Triton kernel that no hash covers"
+    chosen_by.append("effllm.kernels.triton.lowrank_cost")
+    lowrank = names("triton/lowrank_launch.py", without=chosen_by)
+    nm = {p.name for p in (source.KERNELS / "triton").glob("nm*.py")}
+    assert compiled <= triton | monarch | lowrank | nm, "a Triton kernel that no hash covers"
     assert {"monarch_gemv.py", "monarch_gemm.py"} <= monarch and not {"monarch_choose.py", "cost.py", "choose.py", "gemv.py"} & monarch
     assert provider_source("triton", "monarch_linear") != provider_source("triton", "bipolar_linear")
     assert {"monarch.cpp", "monarch.h", "monarch_codes.h", "bipolar.h", "gemv.h", "phases.h"} <= names("cpu/monarch.cpp")
     assert "config.py" in triton and not {"choose.py", "cost.py", "space.py"} & triton
     assert provider_source("triton", "bipolar_linear") == source_hash([source.KERNELS / "triton" / "launch.py"], without=chosen_by)
     assert {"bipolar.cpp", "bipolar.h", "vector.h"} <= names("cpu/bipolar.cpp") and "attention.cpp" not in names("cpu/bipolar.cpp")
+    assert provider_source("triton", "lowrank_linear") == source_hash([source.KERNELS / "triton" / "lowrank_launch.py"], without=chosen_by)
     hashes = [provider_source(p, o) for p, o in (("triton", "bipolar_linear"), ("cpu-avx2", "bipolar_linear_a8"), ("cpu-avx2", "decode_attention"))]
     assert len(set(hashes)) == 3 and all(len(h) == 16 for h in hashes)
 
