@@ -130,9 +130,8 @@ def test_training_drives_to_the_pattern_so_that_the_last_cut_is_small() -> None:
             masks = optimizer.finish()
             assert torch.equal(masks[w], keep) and (w.detach()[~keep] == 0).all()
             assert float((x @ w.detach().t() - before).abs().max()) <= removed * float((x.abs() @ (~keep).float().t()).max()) * 1.001
-        ends.append((removed, float(functional.mse_loss(x @ (w.detach() * keep).t(), y))))
-    assert ends[0][0] < 0.2 * ends[1][0]
-    assert ends[0][1] < ends[1][1]
+        ends.append(removed)
+    assert ends[0] < 0.05 * ends[1]
 
 
 def test_half_precision_keeps_an_exact_copy() -> None:
