@@ -182,7 +182,7 @@ def _complain(report: Report, options: Options) -> None:
     if failed:
         first = failed[0]
         warnings.warn(f"effllm: {len(failed)} weights could not be packed and stay dense, first {first.module}: [{first.code}] {first.reason}", stacklevel=3)
-    elif any(d.code == "grad" for d in sites):
+    elif any(d.code == "grad" for d in rewrites):
         advice = "call the model under torch.no_grad() or torch.inference_mode()"
         warnings.warn(f"effllm: nothing was rewritten because gradients are recorded; {advice}", stacklevel=3)
     slow = [d for d in report.applied if d.kernel == "reference"]

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from effllm.errors import CalibrationError
 from effllm.methods import LowRank, Method
 from effllm.report import Decision
 from effllm.runtime.formats.base import Packed
@@ -66,9 +67,14 @@ def prepare(model: nn.Module, covered: Covered, calibration: Any) -> Prepared:
         return done
     from effllm.solvers.lowrank import prepare as lowrank
 
-    if calibration is not None:
+    if calibration is None:
+        for name, (_, p) in low.items():
+            if p.requires_calibration:
+                step = "pass calibration=, or choose a data-free method: svd, monarch(solver=project), nm(solver=magnitude)"
+                raise CalibrationError("E-CAL-NONE", f"{name}: the recipe asks for {p.label}, which needs calibration data", step)
+    else:
         done.gradients = lowrank.collect(model, calibration, low)
-    rules = dict.fromkeys(p for _, p in low.values() if p.allocation != "uniform")
+    rules = dict.fromkeys(p for _, p in low.values() if p.shared != "uniform")
     for rule in rules:
         own = {n: mp for n, mp in low.items() if mp[1] == rule}
         given, dense = lowrank.allocated(model, calibration, own, done.gradients)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from effllm.errors import RecipeError
 from effllm.methods import base
 
-ALLOCATIONS = ("uniform", "energy", "welore", "sensitivity")
+ALLOCATIONS = ("auto", "uniform", "energy", "welore", "sensitivity")
 DATA_FREE = ("svd", "welore")
 
 
@@ -19,7 +19,8 @@ class LowRank(base.Method):
 
     name: the solver, one of `names`. ratio: share of the covered weights' parameters that stays (sparse part included);
     rank: instead of the ratio, one rank for every weight. allocation of the ranks: "uniform" (one ratio for all),
-    "energy" (squared singular values), "welore" (one threshold over normalized singular values), "sensitivity" (measured KL).
+    "energy" (squared singular values), "welore" (one threshold over normalized singular values), "sensitivity" (measured KL) or
+    "auto": energy for whitened and afm, where the gradients make the losses of all layers comparable, else uniform.
     pivoted: rows of the weight serve as one factor, which stores rank^2 numbers less.
     metric of errors at a layer's output: "plain", "fisher" (weighed by the loss's gradients there, whitened and afm) or "auto" (fisher
     where the allocation compares layers).
@@ -32,7 +33,7 @@ class LowRank(base.Method):
     name: str = "whitened"
     ratio: float = 0.8
     rank: int | None = None
-    allocation: str = "uniform"
+    allocation: str = "auto"
     bits: int = 16
     group: int = 32
     align: int = 1
@@ -48,19 +49,26 @@ class LowRank(base.Method):
     @property
     def requires_calibration(self) -> bool:
         """Only the plain SVD looks at weights alone."""
-        return self.name not in DATA_FREE or self.allocation in ("energy", "sensitivity")
+        return self.name not in DATA_FREE or self.shared in ("energy", "sensitivity")
+
+    @property
+    def shared(self) -> str:
+        """How ranks are allocated, "auto" resolved; one rank given is uniform."""
+        if self.allocation != "auto":
+            return self.allocation
+        return "energy" if self.name in ("whitened", "afm") and self.rank is None else "uniform"
 
     @property
     def weighs_outputs(self) -> bool:
         """Whether the gradients at the layers' outputs are read."""
         if self.name not in ("whitened", "afm"):
             return False
-        return self.metric == "fisher" or (self.metric == "auto" and self.allocation == "energy")
+        return self.metric == "fisher" or (self.metric == "auto" and self.shared == "energy")
 
     @property
     def needs_model(self) -> bool:
         """For gradients, and for ranks that are shared out over layers."""
-        return self.allocation != "uniform" or self.name == "fwsvd" or self.weighs_outputs
+        return self.shared != "uniform" or self.name == "fwsvd" or self.weighs_outputs
 
     @property
     def aims_at_dense(self) -> bool:

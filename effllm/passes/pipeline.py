@@ -5,6 +5,7 @@ from __future__ import annotations
 from effllm.passes.base import Pass
 from effllm.passes.decode_attention import DecodeAttention
 from effllm.passes.merge_linear import MergeLinear
+from effllm.passes.merge_lowrank import MergeLowRank
 from effllm.passes.outline_layers import OutlineLayers
 from effllm.passes.packed_linear import PackLinear
 from effllm.passes.share_activation import ShareActivation
@@ -12,4 +13,4 @@ from effllm.passes.share_activation import ShareActivation
 
 def default() -> list[Pass]:
     """A fresh list of every pass."""
-    return [PackLinear(), ShareActivation(), MergeLinear(), DecodeAttention(), OutlineLayers()]
+    return [PackLinear(), ShareActivation(), MergeLinear(), MergeLowRank(), DecodeAttention(), OutlineLayers()]

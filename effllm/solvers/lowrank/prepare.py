@@ -30,6 +30,7 @@ from effllm.solvers.moments import Moments
 Covered = Mapping[str, tuple[nn.Module, LowRank]]
 _RATIOS = (0.6, 0.8, 0.9)  # at which a layer's sensitivity is measured
 _WINDOWS = 4  # windows that sensitivity is measured on
+_STEP = 8  # ranks that are compared
 _GRADIENT_WINDOWS = 16
 
 
@@ -53,11 +54,11 @@ def allocated(
     params = next(iter(covered.values()))[1]
     shapes = {n: (matrix(m).shape[0], matrix(m).shape[1]) for n, (m, _) in covered.items()}
     pivoted = params.pivoted
-    if params.allocation == "welore":
+    if params.shared == "welore":
         done = allocate.welore({n: torch.linalg.svdvals(matrix(m).double()) for n, (m, _) in covered.items()}, shapes, params.ratio, pivoted=pivoted)
-    elif params.allocation == "energy":
+    elif params.shared == "energy":
         relative = not params.weighs_outputs
-        done = allocate.energy(_spectra(model, calibration, covered, known), shapes, params.ratio, pivoted=pivoted, relative=relative)
+        done = allocate.energy(_spectra(model, calibration, covered, known), shapes, params.ratio, pivoted=pivoted, step=_STEP, relative=relative)
     else:
         groups = {n: [n] for n in covered}
         moments = _moments(model, calibration, covered, known)
