@@ -156,7 +156,7 @@ def test_bad_input():
     refused(RecoveryError, "E-REC-VOCABULARY", data=ids + 30)
     refused(RecoveryError, "E-REC-NOTHING", model=copy.deepcopy(teacher))
     refused(RecoveryError, "E-REC-NOTHING", what=["nothing.*"])
-    refused(OptionError, "E-OPT-WHAT.*did you mean 'factors'", what="factor")
+    refused(OptionError, r"(?s)E-OPT-WHAT.*did you mean 'factors'", what="factor")
     refused(OptionError, "E-OPT-LOSS", loss={"kd": 1})
     refused(OptionError, "E-OPT-LOSS", loss={"kl": 0, "features": 0})
     refused(OptionError, "E-OPT-LOSS", loss={"temperature": 0})
