@@ -3,8 +3,8 @@
     python benchmarks/structured_quality.py [--rows svd,whitened,...] [--ratios 0.9,0.8] [--texts WHEEL] [--calibration 16] [--windows 40] [--cache DIR]
 
 All 210 linears inside of the decoder blocks are covered; `ratio` is the share of their numbers that is stored (16 bits each, unless the
-row quantizes its factors), layers that stay dense counted in full. Calibration: windows of 512 tokens of the even articles; evaluation:
-the odd ones. Every row goes through the formats: factors are rounded to what is stored, then multiplied out into the dense model.
+row quantizes its factors), layers that stay dense counted in full. Calibration: windows of 512 tokens spread evenly over the even articles;
+evaluation: the odd ones. Every row goes through the formats: factors are rounded to what is stored, then multiplied out into the dense model.
 Rows of earlier runs stay in benchmarks/results/structured-quality.json.
 """
 
@@ -299,7 +299,8 @@ def main() -> None:
     torch.set_grad_enabled(False)
     model, tokenizer = load_demo()
     evaluation = texts.evaluation_text(a.texts)
-    calibration = texts.windows(tokenizer, texts.calibration_text(a.texts).text, 512, a.calibration)
+    everything = texts.windows(tokenizer, texts.calibration_text(a.texts).text, 512)
+    calibration = everything[:: len(everything) // a.calibration][: a.calibration]
     dense = copy.deepcopy(model)
     s = Subject(model, calibration, texts.windows(tokenizer, evaluation.text, 512, a.windows), a.cache)
     base = score({"m": dense}, None, s.evaluation)["m"]["perplexity"]
