@@ -1,6 +1,6 @@
 """Which parameters a recovery trains: pure functions from a model to named parameters, and the table of what was chosen.
 
-A compressed module says what of it can be trained by two class attributes, read here and nowhere else:
+A compressed module says what of it can be trained by two attributes, read here and nowhere else:
 
     recovery_factors: tuple[str, ...]      names of its own parameters that hold factors or sparse values
     recovery_pair: tuple[str, str] | None  the two of them whose product a (N, r) @ b (r, K) is a low-rank weight
@@ -113,7 +113,7 @@ def pairs(model: nn.Module) -> list[Pair]:
     """The low-rank weights of compressed modules, in the order of the model; a shared module once."""
     found = []
     for name, module in model.named_modules():
-        names = getattr(type(module), "recovery_pair", None)
+        names = getattr(module, "recovery_pair", None)
         if names is None:
             continue
         a, b = (getattr(module, leaf) for leaf in names)

@@ -29,7 +29,7 @@ class PackedWeight(functional.Refusing, nn.Module):
     """
 
     format: ClassVar[str]
-    trainable: ClassVar[tuple[str, ...]] = ()  # arranged tensors that are parameters where they are floating point
+    recovery_factors: ClassVar[tuple[str, ...]] = ()  # arranged tensors that are parameters where they are floating point
 
     def __init__(self, packed: Packed, *, act: str = "a16", dtype: torch.dtype = torch.float32, kernel: str | None = None) -> None:
         super().__init__()
@@ -75,7 +75,7 @@ class PackedWeight(functional.Refusing, nn.Module):
         trained = {name for name, p in self._parameters.items() if p is not None and p.requires_grad}
         tensors = self.arrange(packed, self.layout)
         for key in dict.fromkeys((*self.optional(packed), *tensors)):
-            if key in self.trainable and key in tensors and tensors[key].is_floating_point():
+            if key in self.recovery_factors and key in tensors and tensors[key].is_floating_point():
                 self.register_parameter(key, nn.Parameter(tensors[key], requires_grad=key in trained))
             else:
                 self.register_buffer(key, tensors.get(key))

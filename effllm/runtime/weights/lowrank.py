@@ -26,7 +26,19 @@ class LowRankWeight(StructuredWeight):
     """W = A B, see runtime/formats/lowrank.py."""
 
     format: ClassVar[str] = lowrank.name
-    trainable: ClassVar[tuple[str, ...]] = ("a", "b")
+    recovery_factors: ClassVar[tuple[str, ...]] = ("a", "b")
+
+    @property
+    def recovery_pair(self) -> tuple[str, str] | None:
+        """The factors whose product is the weight, in plain form alone."""
+        plain = _formats(self._meta) == (dense.name, dense.name) and not {"channels", "pivots"} & self._meta.tensors.keys()
+        return ("a", "b") if plain else None
+
+    def shrink(self, rank: int) -> None:
+        """Keep the first `rank` columns of a and rows of b (plain form)."""
+        now = self.packed()
+        a, b = (dense.make(parts.part(now, key).tensors["values"][cut]) for key, cut in (("a", (slice(None), slice(rank))), ("b", (slice(rank),))))
+        self._install(lowrank.make(a, b, shape=now.shape))
 
     @staticmethod
     def call(packed: Packed) -> Call:
@@ -93,7 +105,7 @@ class SparseLowRankWeight(StructuredWeight):
     """W = A B + S, see runtime/formats/sltrain.py."""
 
     format: ClassVar[str] = sltrain.name
-    trainable: ClassVar[tuple[str, ...]] = ("a", "b", "values")
+    recovery_factors: ClassVar[tuple[str, ...]] = ("a", "b", "values")
 
     @staticmethod
     def call(packed: Packed) -> Call:

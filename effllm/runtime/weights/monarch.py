@@ -25,7 +25,7 @@ class MonarchWeight(StructuredWeight):
     """Two block-diagonal factors around a permutation, dense or bipolar-INT."""
 
     format: ClassVar[str] = monarch.name
-    trainable: ClassVar[tuple[str, ...]] = ("w1", "w2")
+    recovery_factors: ClassVar[tuple[str, ...]] = ("w1", "w2")
 
     @staticmethod
     def call(packed: Packed) -> Call:

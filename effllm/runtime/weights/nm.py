@@ -58,7 +58,7 @@ class NMWeight(StructuredWeight):
     """At most n of every m neighbours along the input, values floating point or bipolar-INT."""
 
     format: ClassVar[str] = nm.name
-    trainable: ClassVar[tuple[str, ...]] = ("values",)
+    recovery_factors: ClassVar[tuple[str, ...]] = ("values",)
 
     @staticmethod
     def call(packed: Packed) -> Call:
@@ -93,7 +93,7 @@ class ArmorWeight(StructuredWeight):
     """A (S (B x)) with an N:M core S and block-diagonal A and B."""
 
     format: ClassVar[str] = armor.name
-    trainable: ClassVar[tuple[str, ...]] = ("values", "left", "right")
+    recovery_factors: ClassVar[tuple[str, ...]] = ("values", "left", "right")
 
     @staticmethod
     def call(packed: Packed) -> Call:
