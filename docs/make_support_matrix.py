@@ -9,9 +9,10 @@ from pathlib import Path
 
 from effllm.errors import OptionError
 from effllm.hf.variants import BASELINES
-from effllm.lowering import bipolar_linear, nm_linear, providers
+from effllm.lowering import providers
 from effllm.lowering.op import OPS
-from effllm.recipe import ACTS, OFFSETS, SOLVERS
+from effllm.methods import METHODS
+from effllm.methods.bipolar import ACTS, OFFSETS, SOLVERS
 from effllm.runtime.formats import FORMATS
 from effllm.runtime.formats.bipolar import GRIDS, GROUPS
 from effllm.runtime.layouts import LAYOUTS
@@ -24,13 +25,14 @@ def render() -> str:
     lines = ["# Support matrix", "", "Made by `make docs` from the registries; do not edit.", ""]
     lines += ["| what | values |", "|---|---|"]
     lines.append(f"| formats | {', '.join(f'{n} v{m.version}' for n, m in FORMATS.items())} |")
+    lines.append(f"| recipe methods | {', '.join(METHODS)} |")
     lines.append("| bits | 1 to 8 |")
     lines.append(f"| group | {', '.join(map(str, GROUPS))}, channel |")
     names = {"grids": GRIDS, "offset": OFFSETS, "activations": ACTS, "solvers": SOLVERS, "layouts": LAYOUTS, "bench baselines": BASELINES}
     for name, values in names.items():
         lines.append(f"| {name} | {', '.join(values)} |")
     lines += ["", "| op | kernel | device | reads layout |", "|---|---|---|---|"]
-    for op in (bipolar_linear.LINEAR.name, bipolar_linear.LINEAR_A8.name, nm_linear.NM.name, nm_linear.NM_BIPOLAR.name, nm_linear.ARMOR.name):
+    for op in sorted(OPS):
         for provider in sorted(OPS[op].providers.values(), key=lambda p: (p.device, p.name)):
             lines.append(f"| {op} | {provider.name} | {provider.device} | {provider.layout} |")
     lines += ["", "`effllm doctor` says which of these run on a machine, and why not the others.", ""]
