@@ -17,7 +17,7 @@ from torch import Tensor
 from effllm.coupling.dimension import Structure
 from effllm.errors import CouplingError
 
-_CELLS = 1 << 24  # elements of a temporary
+_SMALL = 1 << 18  # scores up to this many are searched in fp64
 
 
 class Improved(NamedTuple):
@@ -116,18 +116,22 @@ def _disturbed(order: Tensor, m: int, generator: torch.Generator) -> Tensor:
 
 def _descend(rows: Tensor, order: Tensor, n: int, m: int, deadline: float) -> tuple[Tensor, int, bool]:
     """Apply the best swaps until none helps. Swaps between different groups do not touch each other, so each round takes many of them."""
+    rows = rows.double() if rows.numel() <= _SMALL else rows
     order, swaps = order.clone(), 0
     table = _Table(rows[:, order], n, m)
     while True:
-        pairs = table.swaps()
+        pairs, value = table.swaps(), float(table.group.sum())
         if not len(pairs):
             return order, swaps, False
-        for i, j in pairs.tolist():
-            order[i], order[j] = order[j].item(), order[i].item()
-        swaps += len(pairs)
+        a, b = pairs.T
+        swapped = order.clone()
+        swapped[a], swapped[b] = order[b], order[a]
+        table.update(rows[:, swapped], torch.unique(pairs // m))
+        if float(table.group.sum()) <= value:  # gains that were rounding
+            return order, swaps, False
+        order, swaps = swapped, swaps + len(pairs)
         if time.monotonic() > deadline:
             return order, swaps, True
-        table.update(rows[:, order], torch.unique(pairs // m))
 
 
 class _Table:
@@ -157,12 +161,9 @@ class _Table:
             self.threshold[:, places] = top[..., -1]
             self.base[places] = top.sum((0, 2), dtype=torch.float64)
         places = (groups[:, None] * m + torch.arange(m)).reshape(-1)
-        step = max(1, _CELLS // max(1, columns.numel()))
-        for part in places.split(step):
-            self.value[part] = _excess(columns, self.threshold[:, part]).T + self.base[part, None]
+        self.value[places] = _excess(columns, self.threshold[:, places]).T + self.base[places, None]
         if len(groups) < columns.shape[1] // m:
-            for part in torch.arange(columns.shape[1]).split(max(1, _CELLS // max(1, count * len(places)))):
-                self.value[part[:, None], places] = _excess(columns[:, places], self.threshold[:, part]).T + self.base[part, None]
+            self.value[:, places] = _excess(columns[:, places], self.threshold).T + self.base[:, None]
         self.floor = 1e-7 * float(self.group.sum())  # fp32 scores: less is rounding
 
     def swaps(self) -> Tensor:
@@ -187,5 +188,6 @@ class _Table:
 
 
 def _excess(columns: Tensor, thresholds: Tensor) -> Tensor:
-    """sum over rows of max(0, s_j - t_i), (columns, thresholds)."""
-    return (columns[:, :, None] - thresholds[:, None, :]).clamp_min_(0).sum(0).double()
+    """sum over rows of max(0, s_j - t_i), (columns, thresholds), as half of |s_j - t_i| + s_j - t_i: an L1 distance has no temporaries."""
+    distance = torch.cdist(columns.T.contiguous(), thresholds.T.contiguous(), p=1).double()
+    return (distance + columns.sum(0, dtype=torch.float64)[:, None] - thresholds.sum(0, dtype=torch.float64)[None, :]) / 2
