@@ -124,7 +124,7 @@ def test_training_drives_to_the_pattern_so_that_the_last_cut_is_small() -> None:
             functional.mse_loss(x @ w.t(), y).backward()
             optimizer.step()
         keep = nm_mask(magnitude(w), 2, 4)
-        removed = float((w * ~keep).abs().max())
+        removed = float((w.detach() * ~keep).abs().max())
         before = x @ w.detach().t()
         if pattern is not None:
             masks = optimizer.finish()
