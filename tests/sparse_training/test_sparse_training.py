@@ -83,7 +83,7 @@ def test_at_alpha_zero_the_mask_has_no_say() -> None:
 
 
 def test_masked_weights_shrink_without_gradients_and_kept_ones_stay() -> None:
-    start = torch.randn(4, 8) + 0.5
+    start = torch.randn(4, 8, generator=torch.Generator().manual_seed(5)) + 0.5
     w = nn.Parameter(start.clone())
     optimizer = AdamS([w], total=1, lr=1e-3, pattern=(2, 4))
     keep = nm_mask(magnitude(w), 2, 4)
@@ -91,8 +91,8 @@ def test_masked_weights_shrink_without_gradients_and_kept_ones_stay() -> None:
     for _ in range(30):
         w.grad = torch.zeros_like(w)
         optimizer.step()
-        moving = ~keep & (last.abs() > 2e-3)
-        assert (w[moving].abs() < last[moving].abs()).all()
+        moving = ~keep & (last.abs() > 0.02)  # the first steps are about ten times lr, because v is of the mixed moment
+        assert moving.any() and (w[moving].abs() < last[moving].abs()).all()
         assert torch.equal(w[keep], start[keep])
         last = w.detach().clone()
 
@@ -124,7 +124,7 @@ def test_training_drives_to_the_pattern_so_that_the_last_cut_is_small() -> None:
             functional.mse_loss(x @ w.t(), y).backward()
             optimizer.step()
         keep = nm_mask(magnitude(w), 2, 4)
-        removed = float((w * ~keep).abs().max())
+        removed = float((w.detach() * ~keep).abs().max())
         before = x @ w.detach().t()
         if pattern is not None:
             masks = optimizer.finish()
