@@ -197,4 +197,5 @@ def test_decode_attention(kernel: str, dtype: torch.dtype, mask: str) -> None:
 
 def test_every_registered_op_is_covered_here() -> None:
     covered = {*LINEARS, "bipolar_linear_many", "bipolar_linear_a8_many", "bipolar_embedding", "quantize_activation", "decode_attention"}
+    covered |= {"nm_linear", "nm_bipolar_linear", "armor_linear"}  # test_nm_linear.py
     assert set(OPS) == covered and effllm.lowering.attention.ATTENTION.name in covered
