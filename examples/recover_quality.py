@@ -16,7 +16,9 @@ from effllm.hf.evaluate import score
 from effllm.hf.models import resolve
 
 
-def main(name: str = "demo", recipe: str = "whitened(ratio=0.8)", steps: int = 60, length: int = 256, windows: int = 4, text: str | None = None) -> dict[str, Any]:
+def main(
+    name: str = "demo", recipe: str = "whitened(ratio=0.8)", steps: int = 60, length: int = 256, windows: int = 4, text: str | None = None
+) -> dict[str, Any]:
     """Returns perplexity and KL of the dense model, the small one, and the small one after recovery."""
     dense, tokenizer = resolve(name)
     dense.requires_grad_(False)
