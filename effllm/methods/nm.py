@@ -72,8 +72,8 @@ class NM(base.Method):
 
     @property
     def aims_at_dense(self) -> bool:
-        """Yes: what these leave of a layer is far from it, and the next layers can make up for a part."""
-        return self.calibrates
+        """Where values are solved for: what is left of a layer is far from it, and the next layers can make up for a part."""
+        return self.calibrates and (self.name == "armor" or self.solver in ("auto", "sparsegpt"))
 
     @property
     def label(self) -> str:

@@ -34,8 +34,8 @@ def whole(shares: Mapping[str, float], sizes: Mapping[str, int], n: int, m: int)
     shares, sizes: by block. Rounded down, then raised (or lowered) where rounding took most (least), until no step
     comes nearer to the total.
     """
-    exact = {b: min(max((1 - share) * m, 1.0), float(m)) for b, share in shares.items()}
-    found = {b: int(x) for b, x in exact.items()}
+    exact = {b: (1 - share) * m for b, share in shares.items()}
+    found = {b: min(max(int(x), 1), m) for b, x in exact.items()}
     budget = n * sum(sizes.values())
     left = budget - sum(found[b] * sizes[b] for b in found)
     while True:  # every step comes nearer to the total, so this ends

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_who_loses_more_keeps_no_more(blocks: list[tuple[float, int]]) -> None:
     shares = {str(i): share for i, (share, _) in enumerate(blocks)}
     found = whole(shares, dict.fromkeys(shares, 64), 4, 8)
     order = sorted(shares, key=lambda b: shares[b])
-    assert all(found[a] >= found[b] for a, b in zip(order, order[1:], strict=False) if shares[a] < shares[b] - 1e-9)
+    assert all(found[a] >= found[b] for a, b in pairwise(order) if shares[a] < shares[b] - 1e-9)
 
 
 def stack(scale: float = 1.0) -> tuple[nn.Module, dict[str, nn.Module]]:
