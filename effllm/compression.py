@@ -137,6 +137,7 @@ class Swap:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.after_rollback: Callable[[], None] = lambda: None  # undoes what was done to the dense weights
         self._undo: list[tuple[nn.Module, str, nn.Module]] = []
         self._shared: dict[tuple[int, bool], tuple[Method, PackedWeight]] = {}
         self._places: dict[int, list[tuple[nn.Module, str]]] = {}  # one module may sit in several
@@ -174,6 +175,7 @@ class Swap:
         while self._undo:
             parent, leaf, dense = self._undo.pop()
             setattr(parent, leaf, dense)
+        self.after_rollback()
 
     def commit(self) -> None:
         """Let the dense weights go."""
@@ -235,7 +237,8 @@ def require(sites: list[Site], kept: list[Decision], strict: bool) -> None:
 
 def _run(model: nn.Module, sites: list[Site], swap: Swap, report: PassReport, calibration: Any, progress: Progress | None) -> None:
     ready = prepare(model, {s.name: (s.module, s.params) for s in sites if s.kind == "linear"}, calibration)
-    report.decisions += ready.kept
+    swap.after_rollback = ready.undo
+    report.decisions += [*ready.also, *ready.kept]
     dense = {d.module for d in ready.kept}
     sites = [replace(s, params=ready.params.get(s.name, s.params)) for s in sites if s.name not in dense]
     total, done = len(sites), 0
