@@ -105,7 +105,7 @@ def _input(swap: Swap, name: str, cut: Cut, plan: Plan) -> Decision:
         dtype = next(iter(stored.tensors.values())).dtype if not coded else _like(module)
         t["u"], t["v"] = t["u"].to(dtype), t["v"].to(dtype)
     device = next(iter(stored.tensors.values())).device
-    t = {key: x.to(device) for key, x in t.items()}
+    t = {"colnorm" if key == "norm" else key: x.to(device) for key, x in t.items()}
     made = _make(module, thresholded.make(stored, **t, limit=plan.method.rows, method=plan.method.name, target=cut.target, realised=cut.realised))
     swap.put(name, made)
     return _applied(name, made, cut, stored, f"{cut.realised:.1%} of its inputs skipped, {cut.skipped:.1%} of its weight not read")

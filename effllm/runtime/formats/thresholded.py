@@ -4,7 +4,7 @@ Layout (version 1):
 
     weight.*    part, dense or bipolar   (N, K)
     threshold   fp32 (1,) or (K,)  inputs with |x_k| at most this are skipped; -1 skips none    (side "in")
-    norm        fp32 (K,)  optional: |x_k| norm_k is compared instead
+    colnorm     fp32 (K,)  optional: |x_k| colnorm_k is compared instead
     u, v        floating point (N, r), (r, K)  optional, side "in": skipped inputs go through u v
 
 attrs: side "in" or "out" ("out": the projection whose outputs a gate multiplies; the thresholds belong to the gate), limit (calls of
@@ -26,17 +26,17 @@ from effllm.runtime.formats.base import Packed
 
 name = "thresholded"
 version = 1
-tensor_names: tuple[str, ...] = ("weight", "threshold", "norm", "u", "v")
+tensor_names: tuple[str, ...] = ("weight", "threshold", "colnorm", "u", "v")
 LIMIT = 4  # rows up to which skipping pays
 _PARTS = {"dense": dense, "bipolar": bipolar}
 
 
 def make(
-    weight: Packed, threshold: Tensor | None, *, norm: Tensor | None = None, u: Tensor | None = None, v: Tensor | None = None, side: str = "in", limit: int = LIMIT,
+    weight: Packed, threshold: Tensor | None, *, colnorm: Tensor | None = None, u: Tensor | None = None, v: Tensor | None = None, side: str = "in", limit: int = LIMIT,
     method: str = "", target: float = 0.0, realised: float = 0.0,
 ) -> Packed:  # fmt: skip
     """Join a dense or bipolar weight (N, K) with its thresholds."""
-    tensors = {key: t for key, t in (("threshold", threshold), ("norm", norm), ("u", u), ("v", v)) if t is not None}
+    tensors = {key: t for key, t in (("threshold", threshold), ("colnorm", colnorm), ("u", u), ("v", v)) if t is not None}
     if threshold is not None:
         tensors["threshold"] = threshold.detach().float().reshape(-1).contiguous()
     attrs = {"side": side, "limit": limit, "method": method, "target": float(target), "realised": float(realised)}
@@ -73,12 +73,12 @@ def validate(packed: Packed) -> None:
     if a.get("side") not in ("in", "out") or type(a.get("limit")) is not int or a["limit"] < -1:
         raise bad(f"side={a.get('side')!r}, limit={a.get('limit')!r}")
     own = {key: x for key, x in t.items() if "." not in key}
-    if set(own) - {"threshold", "norm", "u", "v"} or ("threshold" in own) != (a["side"] == "in") or ("u" in own) != ("v" in own) or (a["side"] == "out" and own):
+    if set(own) - {"threshold", "colnorm", "u", "v"} or ("threshold" in own) != (a["side"] == "in") or ("u" in own) != ("v" in own) or (a["side"] == "out" and own):
         raise bad(f"its tensors are {sorted(t)}")
     if "threshold" in own and (own["threshold"].dtype != torch.float32 or tuple(own["threshold"].shape) not in ((1,), (k,))):
         raise bad(f"threshold is {own['threshold'].dtype} {tuple(own['threshold'].shape)}")
-    if "norm" in own and (own["norm"].dtype != torch.float32 or tuple(own["norm"].shape) != (k,)):
-        raise bad(f"norm is {own['norm'].dtype} {tuple(own['norm'].shape)}")
+    if "colnorm" in own and (own["colnorm"].dtype != torch.float32 or tuple(own["colnorm"].shape) != (k,)):
+        raise bad(f"colnorm is {own['colnorm'].dtype} {tuple(own['colnorm'].shape)}")
     if "threshold" in own and not own["threshold"].is_meta and bool(own["threshold"].isnan().any()):
         raise bad("a threshold is NaN")
     if "u" in own and (own["u"].dim() != 2 or tuple(own["v"].shape) != (own["u"].shape[1], k) or own["u"].shape[0] != n):

@@ -18,7 +18,7 @@ from effllm.runtime.formats.base import Packed
 from effllm.runtime.weights.structured import Call, StructuredWeight
 
 _CODED = ("codes", "scale", "minimum")
-_OWN = ("threshold", "norm", "u", "v")
+_OWN = ("threshold", "colnorm", "u", "v")
 
 
 def op_of(packed: Packed) -> str:
@@ -45,7 +45,7 @@ class ThresholdedWeight(StructuredWeight):
         op, limit, (n, _) = op_of(packed), packed.attrs["limit"], packed.shape
         first = ("gate", "threshold") if packed.attrs["side"] == "out" else ("threshold",)
         if packed.attrs["weight"]["format"] != bipolar.name:
-            names = {"sparse_linear": ("weight_t",), "rsparse_linear": ("norm", "weight_t", "u", "v"), "sparse_up_linear": ("weight",)}[op]
+            names = {"sparse_linear": ("weight_t",), "rsparse_linear": ("colnorm", "weight_t", "u", "v"), "sparse_up_linear": ("weight",)}[op]
             return Call(op, (*first, *names), (limit,))
         a = packed.attrs["weight"]["attrs"]
         grid = (a["bits"], a["group"], bipolar.zero_point(a["bits"], a["grid"], a["source_bits"]))
