@@ -20,6 +20,7 @@ from effllm.runtime.packed import PackedLinear
 from effllm.runtime.weights.thresholded import ThresholdedWeight
 
 EVERY_ROW = -1
+NEUTRAL = Decision("", "", "kept", "neutral", "no activation is to be skipped: sparsity or rows is 0")
 
 
 class Swap:
@@ -54,7 +55,7 @@ def install(model: nn.Module, found: Calibration, plan: Plan) -> tuple[PassRepor
     found.check(model)
     report, swap = PassReport("activation_sparsity"), Swap(model)
     if plan.method.sparsity == 0 or plan.method.rows == 0:
-        report.decisions.append(Decision("", "", "kept", "neutral", "no activation is to be skipped: sparsity or rows is 0"))
+        report.decisions.append(NEUTRAL)
         return report, swap
     try:
         for name, cut in plan.inputs.items():

@@ -44,25 +44,7 @@ def calibrate(model: nn.Module, data: Any, methods: Methods = "chess(sparsity=0.
     tokens = sum(_tokens(b) for b in inputs)
     if tokens < TOKENS:
         raise CalibrationError("E-CAL-SHORT", f"{tokens} tokens; tails of activations need {TOKENS}", "give more windows of text")
-    tell = progress or (lambda _: None)
-    job = _Job(model, inputs, wanted)
-    tell("recording activations")
-    job.first()
-    if any(m.name == "chess" for m in wanted):
-        tell("recording pooled importance")
-        job.second()
-    found = Calibration(job.graph, structure(model), tokens, job.sites, job.gates, histograms=job.counts())
-    for method in wanted:
-        tell(f"solving {method.label}")
-        if method.gated:
-            plan = gates.solve(method, job.sites, job.gates, job.inputs, job.acts, job.pooled, job.up)
-        else:
-            plan = projections.solve(model, method, inputs, job.sites, job.inputs, job.weighted)
-        if not plan.inputs and not plan.gates:
-            why = "; ".join(f"{n}: {r}" for n, r in list(plan.kept.items())[:2]) or "no linear in a list of layers was found"
-            raise CalibrationError("E-CAL-NONE", f"{method.name} has nothing to make sparse: {why}", "try teal, or another model")
-        found.plans.append(plan)
-    return found
+    return Recording(model, inputs, tokens, wanted, progress or (lambda _: None)).solve(wanted)
 
 
 def parse(methods: Methods) -> list[Activation]:
@@ -89,11 +71,11 @@ def _tokens(batch: Batch) -> int:
     return ids.numel()
 
 
-class _Job:
-    """What the passes over the data leave behind."""
+class Recording:
+    """What the passes over the data leave behind: enough for every parameter of the methods that were wanted."""
 
-    def __init__(self, model: nn.Module, inputs: list[Batch], wanted: Sequence[Activation]) -> None:
-        self.model, self.batches = model, inputs
+    def __init__(self, model: nn.Module, inputs: list[Batch], tokens: int, wanted: Sequence[Activation], tell: Progress) -> None:
+        self.model, self.batches, self.tokens, self.tell = model, inputs, tokens, tell
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.weigh = any(m.name == "rsparse" for m in wanted)
         self.chess = any(m.name == "chess" for m in wanted)
@@ -105,6 +87,26 @@ class _Job:
         self.acts: dict[str, Histogram] = {}  # |act(gate)| by down projection
         self.pooled: dict[str, Histogram] = {}  # c |act(gate)| by down projection
         self.up: dict[str, Moment] = {}  # up projections by down projection
+        tell("recording activations")
+        self.first()
+        if self.chess:
+            tell("recording pooled importance")
+            self.second()
+
+    def solve(self, wanted: Sequence[Activation]) -> Calibration:
+        """A plan for each method."""
+        found = Calibration(self.graph, structure(self.model), self.tokens, self.sites, self.gates, histograms=self.counts())
+        for method in wanted:
+            self.tell(f"solving {method.label}")
+            if method.gated:
+                plan = gates.solve(method, self.sites, self.gates, self.inputs, self.acts, self.pooled, self.up)
+            else:
+                plan = projections.solve(self.model, method, self.batches, self.sites, self.inputs, self.weighted)
+            if not plan.inputs and not plan.gates:
+                why = "; ".join(f"{n}: {r}" for n, r in list(plan.kept.items())[:2]) or "no linear in a list of layers was found"
+                raise CalibrationError("E-CAL-NONE", f"{method.name} has nothing to make sparse: {why}", "try teal, or another model")
+            found.plans.append(plan)
+        return found
 
     def first(self) -> None:
         """Histograms of inputs and activated gates, second moments of up projections."""
@@ -169,4 +171,4 @@ def _named(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
 
 
-__all__ = ["TOKENS", "Calibration", "calibrate", "graph_hash", "parse"]
+__all__ = ["TOKENS", "Calibration", "Recording", "calibrate", "graph_hash", "parse"]
