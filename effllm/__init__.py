@@ -16,6 +16,8 @@ from effllm.recipe import Recipe
 from effllm.report import Decision, Report
 
 if TYPE_CHECKING:
+    from effllm.activation.calibrate import calibrate
+    from effllm.activation.calibration import Calibration
     from effllm.backend import explain, last_report, refresh
     from effllm.compression import compress
     from effllm.hf.demo import load_demo
@@ -24,9 +26,11 @@ if TYPE_CHECKING:
     from effllm.tuning import tune
 
 __version__ = "0.1.0"
-__all__ = ["Decision", "EffllmError", "Recipe", "Report", "compress", "explain", "last_report", "load", "load_demo", "recover", "refresh", "save", "tune"]
+__all__ = ["Calibration", "Decision", "EffllmError", "Recipe", "Report", "calibrate", "compress", "explain", "last_report", "load", "load_demo", "recover", "refresh", "save", "tune"]
 
 _WHERE = {
+    "Calibration": "effllm.activation.calibration",
+    "calibrate": "effllm.activation.calibrate",
     "explain": "effllm.backend",
     "last_report": "effllm.backend",
     "refresh": "effllm.backend",

@@ -283,3 +283,10 @@ def is_stop(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
+
+
+def is_capture_error(error: BaseException) -> bool:
+    """Whether Dynamo raised it: a graph break under fullgraph, or a backend that failed."""
+    from torch._dynamo import exc
+
+    return isinstance(error, exc.TorchDynamoException)
