@@ -55,6 +55,10 @@ class RecoveryError(EffllmError):
     """A recovery that cannot start or has to stop (codes E-REC-*)."""
 
 
+class CacheError(EffllmError):
+    """A key-value cache that does not fit, is full, or cannot be cropped, saved or loaded (codes E-KVC-*)."""
+
+
 class OptionError(EffllmError):
     """An option of the backend or the command line that does not exist or has a wrong value (codes E-OPT-*)."""
 

@@ -29,12 +29,13 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "effllm.solvers": (*_DATA, "effllm.solvers", "effllm.runtime.dense"),
     "effllm.sparse_training": (*_BASE, "effllm.solvers.nm", "effllm.sparse_training"),
     "effllm.recovery": (*_DATA, "effllm.recovery", "effllm.solvers", "effllm.runtime.dense", "effllm.runtime.atomic"),
-    "effllm.lowering": (*_DATA, "effllm.lowering", "effllm.compat", "effllm.kernels", "effllm.autotune"),
+    "effllm.runtime.caches": (*_DATA, "effllm.runtime.caches", "effllm.lowering"),
+    "effllm.lowering": (*_DATA, "effllm.runtime.caches", "effllm.lowering", "effllm.compat", "effllm.kernels", "effllm.autotune"),
     "effllm.runtime.host": (),
     # tuning lies below the kernels, which ask it for configurations; it reaches them through the registry of ops
     "effllm.autotune": _TUNING,
     "effllm.autotune.bench": (*_TUNING, "effllm.__version__"),
-    "effllm.kernels": (*_DATA, "effllm.lowering", "effllm.kernels", "effllm.autotune", "effllm.compat", "effllm.runtime.atomic", "effllm.runtime.host"),
+    "effllm.kernels": (*_DATA, "effllm.runtime.caches", "effllm.lowering", "effllm.kernels", "effllm.autotune", "effllm.compat", "effllm.runtime.atomic", "effllm.runtime.host"),
     "effllm.coupling": (*_BASE, "effllm.coupling", "effllm.compat"),
     "effllm.passes": (
         *_BASE, "effllm.coupling", "effllm.methods", "effllm.runtime", "effllm.lowering.op", "effllm.lowering", "effllm.passes", "effllm.compat",
