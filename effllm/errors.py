@@ -47,6 +47,10 @@ class CouplingError(EffllmError):
     """Channels of several parameters that cannot be reordered together (codes E-CPL-*)."""
 
 
+class CacheError(EffllmError):
+    """A key/value cache that cannot hold, restore or compress what it is given (codes E-KV-*)."""
+
+
 class TuneError(EffllmError):
     """A tuning result that cannot be kept, read or looked up (codes E-TUN-*)."""
 
