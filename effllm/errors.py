@@ -47,16 +47,16 @@ class CouplingError(EffllmError):
     """Channels of several parameters that cannot be reordered together (codes E-CPL-*)."""
 
 
-class CacheError(EffllmError):
-    """A key/value cache that cannot hold, restore or compress what it is given (codes E-KV-*)."""
-
-
 class TuneError(EffllmError):
     """A tuning result that cannot be kept, read or looked up (codes E-TUN-*)."""
 
 
 class RecoveryError(EffllmError):
     """A recovery that cannot start or has to stop (codes E-REC-*)."""
+
+
+class CacheError(EffllmError):
+    """A key-value cache that does not fit, is full, or cannot be cropped, saved or loaded (codes E-KVC-*)."""
 
 
 class OptionError(EffllmError):

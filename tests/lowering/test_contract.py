@@ -12,7 +12,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import effllm.lowering.attention
 import effllm.lowering.bipolar_linear as ops
 from effllm.lowering import providers
 from effllm.lowering.op import OPS, Config, Problem, Provider

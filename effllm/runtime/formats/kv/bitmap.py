@@ -35,9 +35,9 @@ class Bitmap(NamedTuple):
 
 
 def keep_count(dim: int, sparsity: float) -> int:
-    """Channels that a token keeps: D - floor(sparsity * D). Raises CacheError (E-KV-SPARSITY)."""
+    """Channels that a token keeps: D - floor(sparsity * D). Raises CacheError (E-KVC-SPARSITY)."""
     if not 0 <= sparsity < 1:
-        raise CacheError("E-KV-SPARSITY", f"sparsity={sparsity!r}", "sparsity is a number from 0 (keep all) to below 1")
+        raise CacheError("E-KVC-SPARSITY", f"sparsity={sparsity!r}", "sparsity is a number from 0 (keep all) to below 1")
     return dim - math.floor(sparsity * dim + 1e-9)
 
 
@@ -80,9 +80,9 @@ def _value_tiles(x: Tensor) -> Tensor:
 def encode(x: Tensor, sparsity: float, *, keys: bool, bits: int = 16) -> Bitmap:
     """Prune and pack x (..., P * 256, D). `bits` 16 keeps the dtype of x. Raises CacheError for part of a page or other bits."""
     if x.shape[-2] % PAGE:
-        raise CacheError("E-KV-PAGE", f"{x.shape[-2]} tokens are no whole number of pages", f"a page has {PAGE} tokens")
+        raise CacheError("E-KVC-PAGE", f"{x.shape[-2]} tokens are no whole number of pages", f"a page has {PAGE} tokens")
     if bits not in BITS:
-        raise CacheError("E-KV-BITS", f"bits={bits!r}", f"kept values are stored in {', '.join(map(str, BITS))} bits")
+        raise CacheError("E-KVC-BITS", f"bits={bits!r}", f"kept values are stored in {', '.join(map(str, BITS))} bits")
     mask = keep_mask(x, keep := keep_count(x.shape[-1], sparsity))
     payload, scale = (x, None) if bits == 16 else _levels(x, mask, bits)
     tiles = _key_tiles if keys else _value_tiles

@@ -119,10 +119,10 @@ def test_constant_tokens_quantize_exactly(keys: bool) -> None:
 
 def test_bad_input() -> None:
     for code, call in (
-        ("E-KV-SPARSITY", lambda: bitmap.keep_count(64, 1.0)),
-        ("E-KV-SPARSITY", lambda: bitmap.keep_count(64, -0.1)),
-        ("E-KV-PAGE", lambda: bitmap.encode(torch.zeros(255, 64), 0.5, keys=True)),
-        ("E-KV-BITS", lambda: bitmap.encode(torch.zeros(256, 64), 0.5, keys=True, bits=3)),
+        ("E-KVC-SPARSITY", lambda: bitmap.keep_count(64, 1.0)),
+        ("E-KVC-SPARSITY", lambda: bitmap.keep_count(64, -0.1)),
+        ("E-KVC-PAGE", lambda: bitmap.encode(torch.zeros(255, 64), 0.5, keys=True)),
+        ("E-KVC-BITS", lambda: bitmap.encode(torch.zeros(256, 64), 0.5, keys=True, bits=3)),
     ):
         with pytest.raises(CacheError) as caught:
             call()
