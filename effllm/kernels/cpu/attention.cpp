@@ -9,66 +9,22 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <optional>
 
-#include "activation.h"
+#include "attention.h"
 
 namespace {
 
+using effllm::exp_negative;
+using effllm::Mask;
+using effllm::mask_of;
 using effllm::Type;
-using torch::headeronly::ScalarType;
+using effllm::type_of;
+using effllm::View;
+using effllm::view_of;
+using effllm::widen;
 using torch::stable::Tensor;
-
-// exp for x <= 0, relative error below 2e-7: 2^round(x log2 e) times a degree-6 polynomial of the rest.
-inline float exp_negative(float x) {
-  x = std::max(x, -87.0f);
-  const float n = std::nearbyint(x * 1.44269504f);
-  const float r = std::fma(n, -1.90465421e-9f, std::fma(n, -0.693147180f, x));  // ln 2 in two parts
-  float p = 1.f / 720;
-  p = p * r + 1.f / 120; p = p * r + 1.f / 24; p = p * r + 1.f / 6; p = p * r + 0.5f; p = p * r + 1.f; p = p * r + 1.f;
-  const int32_t bits = (static_cast<int32_t>(n) + 127) << 23;
-  float two; std::memcpy(&two, &bits, 4);
-  return p * two;
-}
-
-template <Type T> inline void widen(const void* base, int64_t at, int64_t d, float* out) {
-  if constexpr (T == Type::f32) std::memcpy(out, static_cast<const float*>(base) + at, static_cast<size_t>(d) * 4);
-  else
-#pragma omp simd
-    for (int64_t i = 0; i < d; ++i) out[i] = effllm::load_as_float(base, at + i, T);
-}
-
-struct View {
-  const void* data;
-  int64_t s0, s1, s2;
-  int64_t at(int64_t b, int64_t h, int64_t i) const { return b * s0 + h * s1 + i * s2; }
-};
-View view_of(const Tensor& t) {
-  STD_TORCH_CHECK(t.dim() == 4 && (t.stride(3) == 1 || t.size(3) == 1), "effllm: attention takes 4-dimensional tensors with a dense last dimension");
-  return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
-}
-
-struct Mask {
-  const void* data = nullptr;
-  bool boolean = false;
-  Type type = Type::f32;
-  int64_t s0 = 0, s1 = 0, s2 = 0, s3 = 0;
-  // What is added to a score; -inf leaves the key out.
-  float operator()(int64_t b, int64_t h, int64_t q, int64_t s) const {
-    if (!data) return 0.f;
-    const int64_t at = b * s0 + h * s1 + q * s2 + s * s3;
-    if (boolean) return static_cast<const bool*>(data)[at] ? 0.f : -INFINITY;
-    return effllm::load_as_float(data, at, type);
-  }
-};
-
-Type type_of(ScalarType t) {
-  STD_TORCH_CHECK(t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half, "effllm: attention takes float32, bfloat16 or float16");
-  return t == ScalarType::Float ? Type::f32 : t == ScalarType::BFloat16 ? Type::bf16 : Type::f16;
-}
 
 // The queries of one key head: `rows` = R * Q of them, heads h0 .. h0 + R.
 template <Type T>
@@ -135,15 +91,7 @@ Tensor decode_attention(const Tensor q, const Tensor k, const Tensor v, std::opt
   STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), "effllm: q, k and v differ in dtype");
   const Type type = type_of(q.scalar_type());
   Tensor out = torch::stable::new_empty(q, {batch, heads, queries, d}, q.scalar_type());
-  Mask m;
-  if (mask) {
-    STD_TORCH_CHECK(mask->dim() == 4 && mask->size(3) == keys, "effllm: the mask must be (batch, heads, queries, keys)");
-    m.data = mask->const_data_ptr();
-    m.boolean = mask->scalar_type() == ScalarType::Bool;
-    if (!m.boolean) m.type = type_of(mask->scalar_type());
-    auto step = [&](int64_t dim, int64_t want) { STD_TORCH_CHECK(mask->size(dim) == 1 || mask->size(dim) == want, "effllm: the mask does not broadcast"); return mask->size(dim) == 1 ? 0 : mask->stride(dim); };
-    m.s0 = step(0, batch), m.s1 = step(1, heads), m.s2 = step(2, queries), m.s3 = mask->stride(3);
-  }
+  const Mask m = mask_of(mask, batch, heads, queries, keys);
   const View qv = view_of(q), kvw = view_of(k), vv = view_of(v);
   const int64_t repeat = heads / kv;
   // about 8 multiply-adds a nanosecond and 3 us to wake a thread
