@@ -136,6 +136,7 @@ def test_bad_input() -> None:
     q, k, v = inputs()
     with pytest.raises(CacheError, match="E-KVC-BUDGET"):
         evict.compress(k, v, score_of(q, k), budget=30, window=32)
-    for call in (lambda: evict.attention_scores(q, k, 1.0, window=4, kind="x"), lambda: evict.combine(k[..., 0], k[..., 0], how="x"), lambda: evict.combine(k[..., 0], k[..., 0], pool=4)):
+    s = k[..., 0]
+    for call in (lambda: evict.attention_scores(q, k, 1.0, window=4, kind="x"), lambda: evict.combine(s, s, how="x"), lambda: evict.combine(s, s, pool=4)):
         with pytest.raises(CacheError, match="E-KVC-SCORE"):
             call()

@@ -1,10 +1,11 @@
 """Bitmap format of keys and values pruned by magnitude, token by token (Mustafar, arXiv:2505.22913).
 
 Every token of every head keeps exactly `keep_count(D, sparsity)` of its D channels. A page holds 256 tokens and stands alone: because the
-count is exact, every page has the same size and starts at `page * size`, so nothing is ever re-packed and no offsets are stored.
+count is exact, every page has the same size and starts at `page * size`, so nothing is ever re-packed and no offsets are stored. Pages of
+another multiple of 64 tokens work alike.
 
-    keys    tiles of 64 tokens of one channel; bitmap (..., P, 4, D) int64, values (..., P, 4, 64 * keep): block of 64 tokens, channel, token
-    values  tiles of 64 channels of one token; bitmap (..., P, 256, ceil(D / 64)) int64, values (..., P, 256, keep): token, channel
+    keys    tiles of 64 tokens of one channel; bitmap (..., P, 4, D) int64, values (..., P, 256 * keep): block of 64 tokens, channel, token
+    values  tiles of 64 channels of one token; bitmap (..., P, 256, ceil(D / 64)) int64, values (..., P, 256 * keep): token, channel
 
 Bit i (value 2^i, so bit 63 is the sign) of a tile is its element i; the kept elements follow in that order. A kept element may be zero.
 With `bits` of 4 or 8 the kept elements of a token are sign and level, x = +-(least + level * step), `least` and `step` fp16 per token, level
@@ -66,40 +67,38 @@ def bits_of(bitmap: Tensor) -> Tensor:
     return ((bitmap[..., None] >> torch.arange(TILE, device=bitmap.device)) & 1).bool()
 
 
-def _key_tiles(x: Tensor) -> Tensor:
-    """(..., P * 256, D) -> (..., P, 4, D, 64)."""
-    return x.unflatten(-2, (-1, PAGE // TILE, TILE)).transpose(-1, -2)
+def _key_tiles(x: Tensor, page: int) -> Tensor:
+    """(..., P * page, D) -> (..., P, page / 64, D, 64)."""
+    return x.unflatten(-2, (-1, page // TILE, TILE)).transpose(-1, -2)
 
 
-def _value_tiles(x: Tensor) -> Tensor:
-    """(..., P * 256, D) -> (..., P, 256, ceil(D / 64), 64), missing channels zero."""
+def _value_tiles(x: Tensor, page: int) -> Tensor:
+    """(..., P * page, D) -> (..., P, page, ceil(D / 64), 64), missing channels zero."""
     pad = -x.shape[-1] % TILE
-    return torch.nn.functional.pad(x, (0, pad)).unflatten(-2, (-1, PAGE)).unflatten(-1, (-1, TILE))
+    return torch.nn.functional.pad(x, (0, pad)).unflatten(-2, (-1, page)).unflatten(-1, (-1, TILE))
 
 
-def encode(x: Tensor, sparsity: float, *, keys: bool, bits: int = 16) -> Bitmap:
-    """Prune and pack x (..., P * 256, D). `bits` 16 keeps the dtype of x. Raises CacheError for part of a page or other bits."""
-    if x.shape[-2] % PAGE:
-        raise CacheError("E-KVC-PAGE", f"{x.shape[-2]} tokens are no whole number of pages", f"a page has {PAGE} tokens")
+def encode(x: Tensor, sparsity: float, *, keys: bool, bits: int = 16, page: int = PAGE) -> Bitmap:
+    """Prune and pack x (..., P * page, D). `bits` 16 keeps the dtype of x. Raises CacheError for part of a page or other bits."""
+    if page % TILE or x.shape[-2] % page:
+        raise CacheError("E-KVC-PAGE", f"{x.shape[-2]} tokens are no whole number of pages of {page}", f"a page is a multiple of {TILE} tokens")
     if bits not in BITS:
         raise CacheError("E-KVC-BITS", f"bits={bits!r}", f"kept values are stored in {', '.join(map(str, BITS))} bits")
     mask = keep_mask(x, keep := keep_count(x.shape[-1], sparsity))
     payload, scale = (x, None) if bits == 16 else _levels(x, mask, bits)
     tiles = _key_tiles if keys else _value_tiles
-    inside = tiles(mask)
-    outer = (*x.shape[:-2], x.shape[-2] // PAGE, *((PAGE // TILE, TILE * keep) if keys else (PAGE, keep)))
-    kept = tiles(payload)[inside].reshape(outer)
-    if bits == 4:
-        kept = nibbles(kept if keys else kept.flatten(-2))
-    return Bitmap(words(inside), kept, None if scale is None else scale.unflatten(-2, (-1, PAGE)))
+    inside = tiles(mask, page)
+    kept = tiles(payload, page)[inside].reshape(*x.shape[:-2], x.shape[-2] // page, page * keep)
+    return Bitmap(words(inside), nibbles(kept) if bits == 4 else kept, None if scale is None else scale.unflatten(-2, (-1, page)))
 
 
 def decode(stored: Bitmap, dim: int, *, keys: bool, bits: int = 16, dtype: torch.dtype = torch.float32) -> Tensor:
-    """The pruned tensor (..., P * 256, D), zeros filled in."""
+    """The pruned tensor (..., P * page, D), zeros filled in. A page that was never written is zero."""
     kept = stored.values if bits != 4 else unnibbles(stored.values)
     inside = bits_of(stored.bitmap)
-    tiles = torch.zeros(inside.shape, dtype=kept.dtype, device=kept.device)
-    tiles[inside] = kept.reshape(-1)
+    flat = inside.flatten(-3)
+    place = (flat.cumsum(-1) - 1).clamp_min(0)
+    tiles = torch.where(flat, kept.gather(-1, place), torch.zeros((), dtype=kept.dtype, device=kept.device)).unflatten(-1, inside.shape[-3:])
     if keys:
         dense, mask = (t.transpose(-1, -2).flatten(-4, -2) for t in (tiles, inside))
     else:
@@ -135,8 +134,8 @@ def unnibbles(packed: Tensor) -> Tensor:
     return torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
 
 
-def page_bytes(dim: int, sparsity: float, *, keys: bool, bits: int = 16) -> int:
+def page_bytes(dim: int, sparsity: float, *, keys: bool, bits: int = 16, page: int = PAGE) -> int:
     """Bytes of one page of one head: bitmaps, kept values, and 4 bytes a token of scales where quantized."""
     keep = keep_count(dim, sparsity)
-    maps = 8 * (PAGE // TILE * dim if keys else PAGE * math.ceil(dim / TILE))
-    return maps + PAGE * keep * bits // 8 + (0 if bits == 16 else 4 * PAGE)
+    maps = 8 * (page // TILE * dim if keys else page * math.ceil(dim / TILE))
+    return maps + page * keep * bits // 8 + (0 if bits == 16 else 4 * page)
