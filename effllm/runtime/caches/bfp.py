@@ -55,7 +55,7 @@ class Bfp(CacheFormat):
 
     def encode(self, k: Tensor, v: Tensor, tables: Sequence[Tensor]) -> Mapping[str, Tensor]:
         """Sort and quantize."""
-        out = {}
+        out: dict[str, Tensor] = {}
         for side, x, bits, order in (("k", k, self.bits, tables[0]), ("v", v, self.vbits, tables[1])):
             made = bfp.encode(x.gather(-1, order[:, None].expand(x.shape)), bits, self.block, self.rule)
             out |= {f"{side}codes": made.codes, f"{side}exp": made.exponent}

@@ -59,7 +59,7 @@ class Mustafar(CacheFormat):
 
     def encode(self, k: Tensor, v: Tensor, tables: Sequence[Tensor]) -> Mapping[str, Tensor]:
         """Prune and pack."""
-        out = {}
+        out: dict[str, Tensor] = {}
         for side, x in (("k", k), ("v", v)):
             made = bitmap.encode(x, self.sparsity, keys=side == "k", bits=self.bits, page=self.page)
             out |= {f"{side}val": made.values.squeeze(-2), f"{side}map": made.bitmap.squeeze(-3)}

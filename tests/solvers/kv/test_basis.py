@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -33,7 +35,7 @@ def test_pca_is_orthogonal_and_monotone() -> None:
     u, mean = fitted(x)
     torch.testing.assert_close(u.mT @ u, torch.eye(D, dtype=torch.float64).expand(G, D, D), rtol=0, atol=1e-12)
     errors = [float((basis.restore(basis.project(x, u, mean, r), u, mean) - x).norm()) for r in range(D + 1)]
-    assert all(a > b for a, b in zip(errors, errors[1:], strict=False)) and errors[-1] < 1e-10
+    assert all(a > b for a, b in itertools.pairwise(errors)) and errors[-1] < 1e-10
     # the best any projection of that rank can do
     flat = (x - mean[:, None]).movedim(1, 0).flatten(1, 2)
     bound = torch.linalg.svdvals(flat)[:, 5:].square().sum().sqrt()
