@@ -9,6 +9,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <optional>
 
@@ -20,10 +22,10 @@ using effllm::exp_negative;
 using effllm::Mask;
 using effllm::mask_of;
 using effllm::Type;
-using effllm::type_of;
 using effllm::View;
 using effllm::view_of;
 using effllm::widen;
+using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 // The queries of one key head: `rows` = R * Q of them, heads h0 .. h0 + R.
@@ -89,7 +91,7 @@ Tensor decode_attention(const Tensor q, const Tensor k, const Tensor v, std::opt
   const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), d = q.size(3), kv = k.size(1), keys = k.size(2);
   STD_TORCH_CHECK(kv > 0 && heads % kv == 0 && k.size(3) == d && v.size(3) == d && v.size(2) == keys && v.size(1) == kv && k.size(0) == batch, "effllm: attention shapes do not fit");
   STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), "effllm: q, k and v differ in dtype");
-  const Type type = type_of(q.scalar_type());
+  const Type type = effllm::type_of(q.scalar_type());
   Tensor out = torch::stable::new_empty(q, {batch, heads, queries, d}, q.scalar_type());
   const Mask m = mask_of(mask, batch, heads, queries, keys);
   const View qv = view_of(q), kvw = view_of(k), vv = view_of(v);

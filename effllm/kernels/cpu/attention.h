@@ -1,19 +1,8 @@
-// What attention kernels share: exp, operands of any strides, masks.
+// What the attention kernels share: exponentials, strided views, masks.
 #pragma once
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <optional>
-
-#include "activation.h"
+#include "operands.h"
 
 namespace effllm {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 // exp for x <= 0, relative error below 2e-7: 2^round(x log2 e) times a degree-6 polynomial of the rest.
 inline float exp_negative(float x) {
@@ -39,7 +28,7 @@ struct View {
   int64_t s0, s1, s2;
   int64_t at(int64_t b, int64_t h, int64_t i) const { return b * s0 + h * s1 + i * s2; }
 };
-inline View view_of(const Tensor& t) {
+inline View view_of(const torch::stable::Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 4 && (t.stride(3) == 1 || t.size(3) == 1), "effllm: attention takes 4-dimensional tensors with a dense last dimension");
   return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
@@ -58,21 +47,15 @@ struct Mask {
   }
 };
 
-inline Type type_of(ScalarType t) {
-  STD_TORCH_CHECK(t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half, "effllm: attention takes float32, bfloat16 or float16");
-  return t == ScalarType::Float ? Type::f32 : t == ScalarType::BFloat16 ? Type::bf16 : Type::f16;
-}
-
-inline Mask mask_of(const std::optional<Tensor>& mask, int64_t batch, int64_t heads, int64_t queries, int64_t keys) {
+inline Mask mask_of(const std::optional<torch::stable::Tensor>& mask, int64_t batch, int64_t heads, int64_t queries, int64_t keys) {
   Mask m;
-  if (mask) {
-    STD_TORCH_CHECK(mask->dim() == 4 && mask->size(3) == keys, "effllm: the mask must be (batch, heads, queries, keys)");
-    m.data = mask->const_data_ptr();
-    m.boolean = mask->scalar_type() == ScalarType::Bool;
-    if (!m.boolean) m.type = type_of(mask->scalar_type());
-    auto step = [&](int64_t dim, int64_t want) { STD_TORCH_CHECK(mask->size(dim) == 1 || mask->size(dim) == want, "effllm: the mask does not broadcast"); return mask->size(dim) == 1 ? 0 : mask->stride(dim); };
-    m.s0 = step(0, batch), m.s1 = step(1, heads), m.s2 = step(2, queries), m.s3 = mask->stride(3);
-  }
+  if (!mask) return m;
+  STD_TORCH_CHECK(mask->dim() == 4 && mask->size(3) == keys, "effllm: the mask must be (batch, heads, queries, keys)");
+  m.data = mask->const_data_ptr();
+  m.boolean = mask->scalar_type() == torch::headeronly::ScalarType::Bool;
+  if (!m.boolean) m.type = type_of(mask->scalar_type());
+  auto step = [&](int64_t dim, int64_t want) { STD_TORCH_CHECK(mask->size(dim) == 1 || mask->size(dim) == want, "effllm: the mask does not broadcast"); return mask->size(dim) == 1 ? 0 : mask->stride(dim); };
+  m.s0 = step(0, batch), m.s1 = step(1, heads), m.s2 = step(2, queries), m.s3 = mask->stride(3);
   return m;
 }
 

@@ -21,6 +21,9 @@
 
 namespace effllm {
 
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
 constexpr int64_t BLOCK = 64;
 
 struct Paged {
