@@ -29,7 +29,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "effllm.solvers": (*_DATA, "effllm.solvers", "effllm.runtime.dense"),
     "effllm.sparse_training": (*_BASE, "effllm.solvers.nm", "effllm.sparse_training"),
     "effllm.recovery": (*_DATA, "effllm.recovery", "effllm.solvers", "effllm.runtime.dense", "effllm.runtime.atomic"),
-    "effllm.runtime.caches": (*_DATA, "effllm.runtime.caches", "effllm.lowering"),
+    "effllm.runtime.caches": (*_DATA, "effllm.runtime.caches", "effllm.lowering", "effllm.solvers.kv"),
     "effllm.lowering": (*_DATA, "effllm.runtime.caches", "effllm.lowering", "effllm.compat", "effllm.kernels", "effllm.autotune"),
     "effllm.runtime.host": (),
     # tuning lies below the kernels, which ask it for configurations; it reaches them through the registry of ops

@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from effllm.runtime.caches import dense, gear, kivi
+from effllm.runtime.caches import bfp, dense, gear, kivi, matryoshka, mustafar
 
-__all__ = ["dense", "gear", "kivi"]
+__all__ = ["bfp", "dense", "gear", "kivi", "matryoshka", "mustafar"]

@@ -15,6 +15,11 @@ CASES = [
     "kivi(bits=2,page=32,group=16,window=8)",
     "kivi(bits=4,page=64,group=32,window=0)",
     "kivi(bits=8,page=32,group=32,window=40)",
+    "mustafar(sparsity=0.7,page=64,window=8)",
+    "mustafar(sparsity=0.5,bits=4,page=64,window=0)",
+    "bfp(bits=4,block=16,page=16,window=8)",
+    "bfp(bits=8,vbits=5,block=32,page=32,window=0)",
+    "matryoshka(k=full,v=full,page=16,window=8)",
 ]
 
 
