@@ -55,6 +55,10 @@ class RecoveryError(EffllmError):
     """A recovery that cannot start or has to stop (codes E-REC-*)."""
 
 
+class EditError(EffllmError):
+    """An edit that does not fit the text, or a model whose cache cannot be edited (codes E-EDT-*)."""
+
+
 class OptionError(EffllmError):
     """An option of the backend or the command line that does not exist or has a wrong value (codes E-OPT-*)."""
 

@@ -26,10 +26,12 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "effllm.runtime.formats": (*_BASE, "effllm.runtime.formats"),
     "effllm.runtime.layouts": _DATA,
     "effllm.runtime.dense": ("effllm.compat",),
+    "effllm.runtime.rotary": _BASE,
+    "effllm.runtime.edit": (*_BASE, "effllm.runtime.rotary", "effllm.runtime.edit"),
     "effllm.solvers": (*_DATA, "effllm.solvers", "effllm.runtime.dense"),
     "effllm.sparse_training": (*_BASE, "effllm.solvers.nm", "effllm.sparse_training"),
     "effllm.recovery": (*_DATA, "effllm.recovery", "effllm.solvers", "effllm.runtime.dense", "effllm.runtime.atomic"),
-    "effllm.lowering": (*_DATA, "effllm.lowering", "effllm.compat", "effllm.kernels", "effllm.autotune"),
+    "effllm.lowering": (*_DATA, "effllm.runtime.rotary", "effllm.lowering", "effllm.compat", "effllm.kernels", "effllm.autotune"),
     "effllm.runtime.host": (),
     # tuning lies below the kernels, which ask it for configurations; it reaches them through the registry of ops
     "effllm.autotune": _TUNING,

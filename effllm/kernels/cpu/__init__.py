@@ -9,7 +9,7 @@ from torch import Tensor
 
 from effllm.autotune import use
 from effllm.errors import KernelError
-from effllm.kernels.cpu import build, lowrank, lowrank_bipolar, monarch, nm
+from effllm.kernels.cpu import build, lowrank, lowrank_bipolar, monarch, nm, pie
 from effllm.kernels.cpu.build import ISAS, Isa
 from effllm.kernels.cpu.choose import CpuTuning, arguments, thresholds
 from effllm.lowering.op import OPS, Config, Problem, Provider, Verdict
@@ -43,7 +43,7 @@ def ensure(isa: Isa) -> None:
     def decode_attention(q, k, v, mask, scale):  # type: ignore[no-untyped-def]
         return q.new_empty(q.shape)
 
-    fakes: tuple[Any, ...] = (decode_attention, linear, linear_a8, linear_many, linear_a8_many, *monarch.FAKES, *nm.fakes())
+    fakes: tuple[Any, ...] = (decode_attention, linear, linear_a8, linear_many, linear_a8_many, *monarch.FAKES, *nm.fakes(), *pie.FAKES)
     for fake in fakes:
         torch.library.register_fake(f"{isa.namespace}::{fake.__name__}", fake)
     torch.library.register_fake(f"{isa.namespace}::lowrank", lowrank.fake)
@@ -103,3 +103,4 @@ def register() -> None:
         for op in monarch.OPS:
             OPS[op].register(_monarch(op, isa, rank))
     nm.register(ensure)
+    pie.register(ensure)
