@@ -70,6 +70,13 @@ class Slots:
             stored[slot] = p
         return Slots(self.size, order, stored), encode
 
+    def extended(self, slots: Sequence[int]) -> Slots:
+        """The text with more tokens at its end, in slots that they were encoded into."""
+        stored = list(self.stored)
+        for p, slot in enumerate(slots, start=len(self.order)):
+            stored[slot] = p
+        return Slots(self.size, [*self.order, *slots], stored)
+
     def shifts(self) -> list[int]:
         """Distinct shifts, 0 first, in order of appearance: one table row each."""
         return list(dict.fromkeys([0, *(p - self.stored[s] for p, s in enumerate(self.order))]))
