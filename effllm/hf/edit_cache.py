@@ -77,10 +77,12 @@ class EditLayer(CacheLayerMixin):
 
     def grow(self, size: int) -> None:
         """Make room for `size` slots."""
+        more = size - self.size
+        if more <= 0:
+            return
         self.size = size
         if self.is_initialized:
             assert self.keys is not None and self.values is not None
-            more = size - self.keys.shape[2]
             self.keys, self.values = (torch.cat((t, t.new_zeros(*t.shape[:2], more, t.shape[3])), 2) for t in (self.keys, self.values))
 
     def moved(self, source: Tensor, row: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:

@@ -99,6 +99,8 @@ def _checked(apply: Apply, block: int, epsilon: float, layout: str, width: int, 
         if off:
             varies = True
             _check_alone(apply, positions, layout, width, factor)
+        elif not stored and not varies:
+            omega = _refine(turn, omega, positions)
     return Fit(omega, layout, factor, limit, varies)
 
 
