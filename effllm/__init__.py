@@ -21,12 +21,30 @@ if TYPE_CHECKING:
     from effllm.backend import explain, last_report, refresh
     from effllm.compression import compress
     from effllm.hf.demo import load_demo
+    from effllm.hf.edit import EditSession
     from effllm.recovery.run import recover
     from effllm.runtime.checkpoint import load, save
     from effllm.tuning import tune
 
 __version__ = "0.1.0"
-__all__ = ["Calibration", "Decision", "EffllmError", "Recipe", "Report", "calibrate", "compress", "explain", "last_report", "load", "load_demo", "recover", "refresh", "save", "tune"]
+__all__ = [
+    "Calibration",
+    "Decision",
+    "EditSession",
+    "EffllmError",
+    "Recipe",
+    "Report",
+    "calibrate",
+    "compress",
+    "explain",
+    "last_report",
+    "load",
+    "load_demo",
+    "recover",
+    "refresh",
+    "save",
+    "tune",
+]
 
 _WHERE = {
     "Calibration": "effllm.activation.calibration",
@@ -38,6 +56,7 @@ _WHERE = {
     "load": "effllm.runtime.checkpoint",
     "save": "effllm.runtime.checkpoint",
     "load_demo": "effllm.hf.demo",
+    "EditSession": "effllm.hf.edit",
     "recover": "effllm.recovery.run",
     "tune": "effllm.tuning",
 }

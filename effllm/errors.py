@@ -59,6 +59,10 @@ class CacheError(EffllmError):
     """A key-value cache that does not fit, is full, or cannot be cropped, saved or loaded (codes E-KVC-*)."""
 
 
+class EditError(EffllmError):
+    """An edit that does not fit the text, or a model whose cache cannot be edited (codes E-EDT-*)."""
+
+
 class OptionError(EffllmError):
     """An option of the backend or the command line that does not exist or has a wrong value (codes E-OPT-*)."""
 

@@ -19,6 +19,7 @@ _FAMILIES = (
     "sparse_bipolar_linear",
     "sparsify",
     "kv_cache",
+    "pie",
 )
 _loaded: set[str] = set()
 _problems: dict[str, str] = {}  # device -> why its kernels are missing

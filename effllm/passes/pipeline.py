@@ -9,9 +9,10 @@ from effllm.passes.merge_linear import MergeLinear
 from effllm.passes.merge_lowrank import MergeLowRank
 from effllm.passes.outline_layers import OutlineLayers
 from effllm.passes.packed_linear import PackLinear
+from effllm.passes.query_rotation import QueryRotation
 from effllm.passes.share_activation import ShareActivation
 
 
 def default() -> list[Pass]:
     """A fresh list of every pass."""
-    return [PackLinear(), ShareActivation(), MergeLinear(), MergeLowRank(), CompressedAttention(), DecodeAttention(), OutlineLayers()]
+    return [PackLinear(), ShareActivation(), MergeLinear(), MergeLowRank(), QueryRotation(), CompressedAttention(), DecodeAttention(), OutlineLayers()]

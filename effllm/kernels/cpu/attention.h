@@ -1,4 +1,4 @@
-// What the attention kernels share: exponentials, strided views, masks.
+// What the attention kernels share: strided views, masks, and softmax with the weighted sum of values.
 #pragma once
 #include "operands.h"
 
@@ -20,7 +20,7 @@ template <Type T> inline void widen(const void* base, int64_t at, int64_t d, flo
   if constexpr (T == Type::f32) std::memcpy(out, static_cast<const float*>(base) + at, static_cast<size_t>(d) * 4);
   else
 #pragma omp simd
-    for (int64_t i = 0; i < d; ++i) out[i] = load_as_float(base, at + i, T);
+    for (int64_t i = 0; i < d; ++i) out[i] = effllm::load_as_float(base, at + i, T);
 }
 
 struct View {
@@ -43,7 +43,17 @@ struct Mask {
     if (!data) return 0.f;
     const int64_t at = b * s0 + h * s1 + q * s2 + s * s3;
     if (boolean) return static_cast<const bool*>(data)[at] ? 0.f : -INFINITY;
-    return load_as_float(data, at, type);
+    return effllm::load_as_float(data, at, type);
+  }
+  // Key s of the rows (head, query) of one key head into scores[row * keys + s]; false where no row attends to it.
+  bool load(int64_t b, int64_t h0, int64_t repeat, int64_t queries, int64_t s, int64_t keys, float* scores) const {
+    bool any = false;
+    for (int64_t r = 0; r < repeat * queries; ++r) {
+      const float m = (*this)(b, h0 + r / queries, r % queries, s);
+      scores[r * keys + s] = m;
+      any |= m > -INFINITY;
+    }
+    return any;
   }
 };
 
@@ -59,4 +69,63 @@ inline Mask mask_of(const std::optional<torch::stable::Tensor>& mask, int64_t ba
   return m;
 }
 
+namespace attention {
+
+using effllm::Mask;
+using effllm::mask_of;
+using effllm::View;
+using effllm::view_of;
+using effllm::widen;
+using torch::stable::Tensor;
+
+// The dtype of q, k and v, whose shapes must fit.
+inline Type check(const Tensor& q, const Tensor& k, const Tensor& v) {
+  const int64_t kv = k.size(1);
+  STD_TORCH_CHECK(kv > 0 && q.size(1) % kv == 0 && k.size(3) == q.size(3) && v.size(3) == q.size(3) && v.size(2) == k.size(2) && v.size(1) == kv && k.size(0) == q.size(0) && v.size(0) == q.size(0), "effllm: attention shapes do not fit");
+  STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), "effllm: q, k and v differ in dtype");
+  return type_of(q.scalar_type());
+}
+
+// About 8 multiply-adds a nanosecond, and 3 us to wake a thread.
+inline int64_t grain_of(int64_t work) { return std::max<int64_t>(1, 24000 / std::max<int64_t>(1, work)); }
+
+// Softmax over the scores (rows, keys) of one key head, and the weighted sum of its values into out.
+template <Type T>
+void finish(float* scores, const View& v, int64_t b, int64_t hk, int64_t repeat, int64_t queries, int64_t keys, int64_t d, void* out, int64_t heads) {
+  const int64_t rows = repeat * queries;
+  std::vector<float> acc(static_cast<size_t>(rows * d), 0.f), line(static_cast<size_t>(d));
+  std::vector<float> total(static_cast<size_t>(rows));
+  for (int64_t r = 0; r < rows; ++r) {
+    float* p = scores + r * keys;
+    float top = -INFINITY, sum = 0;
+    for (int64_t s = 0; s < keys; ++s) top = std::max(top, p[s]);
+    if (top == -INFINITY) top = 0;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t s = 0; s < keys; ++s) {
+      const float e = p[s] == -INFINITY ? 0.f : exp_negative(p[s] - top);
+      p[s] = e;
+      sum += e;
+    }
+    total[static_cast<size_t>(r)] = sum > 0 ? 1.f / sum : (sum == 0 ? 0.f : sum);
+  }
+  for (int64_t s = 0; s < keys; ++s) {
+    bool any = false;
+    for (int64_t r = 0; r < rows; ++r) any |= scores[r * keys + s] != 0.f;
+    if (!any) continue;
+    widen<T>(v.data, v.at(b, hk, s), d, line.data());
+    for (int64_t r = 0; r < rows; ++r) {
+      const float w = scores[r * keys + s];
+      float* a = acc.data() + r * d;
+      const float* y = line.data();
+#pragma omp simd
+      for (int64_t i = 0; i < d; ++i) a[i] += w * y[i];
+    }
+  }
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t to = ((b * heads + hk * repeat + r / queries) * queries + r % queries) * d;
+    for (int64_t i = 0; i < d; ++i) effllm::store_from_float(out, to + i, T, acc[static_cast<size_t>(r * d + i)] * total[static_cast<size_t>(r)]);
+  }
+}
+
+}  // namespace attention
 }  // namespace effllm
