@@ -18,13 +18,18 @@ from effllm.report import Decision, Report
 if TYPE_CHECKING:
     from effllm.backend import explain, last_report, refresh
     from effllm.compression import compress
+    from effllm.hf.decoding import generate, stream
     from effllm.hf.demo import load_demo
     from effllm.recovery.run import recover
     from effllm.runtime.checkpoint import load, save
+    from effllm.runtime.prepack import prepack
     from effllm.tuning import tune
 
 __version__ = "0.1.0"
-__all__ = ["Decision", "EffllmError", "Recipe", "Report", "compress", "explain", "last_report", "load", "load_demo", "recover", "refresh", "save", "tune"]
+__all__ = [
+    "Decision", "EffllmError", "Recipe", "Report", "compress", "explain", "generate", "last_report", "load", "load_demo", "prepack", "recover", "refresh",
+    "save", "stream", "tune",
+]  # fmt: skip
 
 _WHERE = {
     "explain": "effllm.backend",
@@ -36,6 +41,9 @@ _WHERE = {
     "load_demo": "effllm.hf.demo",
     "recover": "effllm.recovery.run",
     "tune": "effllm.tuning",
+    "generate": "effllm.hf.decoding",
+    "stream": "effllm.hf.decoding",
+    "prepack": "effllm.runtime.prepack",
 }
 
 

@@ -55,6 +55,10 @@ class RecoveryError(EffllmError):
     """A recovery that cannot start or has to stop (codes E-REC-*)."""
 
 
+class PromptError(EffllmError):
+    """Prompts or requests that cannot be run (codes E-PRM-*)."""
+
+
 class OptionError(EffllmError):
     """An option of the backend or the command line that does not exist or has a wrong value (codes E-OPT-*)."""
 
