@@ -107,7 +107,8 @@ def plan(lengths: Sequence[int], capacity: int, exact: bool = False) -> tuple[li
             step = "raise the capacity; a prompt is never split (chunked prefill does that: effllm.hf.serving)"
             raise PromptError("E-PRM-CAPACITY", f"prompt {i} has {n} tokens, and a bin holds {capacity}", step)
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])  # stable: equal lengths keep their order
-    bins, free = [], []
+    bins: list[list[int]] = []
+    free: list[int] = []
     for i in order:
         at = next((b for b, room in enumerate(free) if room >= lengths[i]), len(bins))
         if at == len(bins):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from effllm.autotune import use
 from effllm.errors import KernelError
-from effllm.kernels.cpu import build, lowrank, lowrank_bipolar, monarch, nm
+from effllm.kernels.cpu import build, lowrank, lowrank_bipolar, monarch, nm, segments
 from effllm.kernels.cpu.build import ISAS, Isa
 from effllm.kernels.cpu.choose import CpuTuning, arguments, thresholds
 from effllm.lowering.op import OPS, Config, Problem, Provider, Verdict
@@ -48,6 +48,7 @@ def ensure(isa: Isa) -> None:
         torch.library.register_fake(f"{isa.namespace}::{fake.__name__}", fake)
     torch.library.register_fake(f"{isa.namespace}::lowrank", lowrank.fake)
     torch.library.register_fake(f"{isa.namespace}::lowrank_bipolar", lowrank_bipolar.fake)
+    torch.library.register_fake(f"{isa.namespace}::segment_attention", segments.fake)
     _loaded.add(isa.name)
 
 
@@ -100,6 +101,7 @@ def register() -> None:
             OPS[op].register(_provider(op, isa, rank))
         lowrank.register(isa, rank, ensure)
         lowrank_bipolar.register(isa, rank, ensure)
+        segments.register(isa, rank, ensure)
         for op in monarch.OPS:
             OPS[op].register(_monarch(op, isa, rank))
     nm.register(ensure)
