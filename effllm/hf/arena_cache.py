@@ -53,6 +53,12 @@ class ArenaLayer(CacheLayerMixin):
         assert self._k is not None and self._v is not None
         return tuple(x[start : start + length].transpose(0, 1)[None] for x in (self._k, self._v))  # type: ignore[return-value]
 
+    def copy(self, start: int, to: int, length: int) -> None:
+        """Keys and values of an extent to another that does not overlap it."""
+        for x in (self._k, self._v):
+            if x is not None:
+                x[to : to + length] = x[start : start + length]
+
     def get_seq_length(self) -> int:
         """0: sequences have lengths, the arena has none; positions are always given."""
         return 0
@@ -80,6 +86,11 @@ class ArenaCache(Cache):
     def read(self, layer: int, start: int, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values (1, heads, length, size) of an extent in a layer; views."""
         return self.own[layer].read(start, length)
+
+    def copy(self, start: int, to: int, length: int) -> None:
+        """The same in every layer."""
+        for layer in self.own:
+            layer.copy(start, to, length)
 
     def reset(self) -> None:
         """Nothing: a slot is written before it is read."""

@@ -98,7 +98,7 @@ class _Run:
             raise OptionError("E-OPT-VALUE", "an empty stop text", "leave it out")
         ids = [checked(tokenizer(p)["input_ids"] if isinstance(p, str) else p, i) for i, p in enumerate(prompts)]
         inner = getattr(model, "_orig_mod", model)
-        self.eos = _eos(inner, eos_token_id)
+        self.eos = eos_of(inner, eos_token_id)
         longest = limit(inner.config.get_text_config(decoder=True)) if hasattr(inner, "config") else 1 << 30
         streams = generators(self.sampling, seed, len(ids))
         # positions may run out: what is written last is the token before the last new one
@@ -152,7 +152,8 @@ class _Run:
         return Event(i, token, text, done)
 
 
-def _eos(model: Any, given: int | Sequence[int] | None) -> frozenset[int]:
+def eos_of(model: Any, given: int | Sequence[int] | None = None) -> frozenset[int]:
+    """The ids that end a sequence: those given, else the model's own."""
     found = given
     if found is None:
         found = getattr(getattr(model, "generation_config", None), "eos_token_id", None)

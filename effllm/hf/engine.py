@@ -82,6 +82,18 @@ class Engine:
         """Give a sequence's slots back."""
         self._extents.give(row.start)
 
+    def grow(self, row: Row, capacity: int) -> bool:
+        """Room for `capacity` tokens of a sequence, where it lies or, copied, elsewhere; False where there is no such room."""
+        if not self._extents.extend(row.start, capacity):
+            start = self._extents.take(capacity)
+            if start is None:
+                return False
+            self.cache.copy(row.start, start, row.length)
+            self._extents.give(row.start)
+            row.start = start
+        row.capacity = max(capacity, row.capacity)
+        return True
+
     @torch.no_grad()
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """Logits (wanted pieces, V) after each wanted piece's last token. Rows grow only when the forward succeeded.
@@ -105,7 +117,7 @@ class Engine:
         if total > end:
             zeros = torch.zeros(total - end, dtype=torch.int64)
             ids, positions, where = [*ids, zeros], [*positions, zeros], [*where, zeros + self.cache.slots]
-        logits = self._forward(torch.cat(ids), torch.cat(positions), torch.cat(where), table(found, total, self.cache.slots), torch.tensor(last))
+        logits = self._forward(torch.cat(ids), torch.cat(positions), torch.cat(where), table(found, total, self.cache.slots), torch.tensor(last, dtype=torch.int64))
         for p in pieces:
             p.row.length += len(p.ids)
         return logits

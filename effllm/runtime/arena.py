@@ -31,10 +31,21 @@ class Extents:
         insort(self._taken, (at, length))
         return at
 
+    def extend(self, start: int, length: int) -> bool:
+        """Make the extent that starts there at least `length` long, where it lies; False where the next one is in the way. KeyError as `give`."""
+        i = self._index(start)
+        after = self._taken[i + 1][0] if i + 1 < len(self._taken) else self.size
+        if start + length > after:
+            return False
+        self._taken[i] = (start, max(length, self._taken[i][1]))
+        return True
+
     def give(self, start: int) -> None:
         """Free the extent that starts there; KeyError where none does."""
+        del self._taken[self._index(start)]
+
+    def _index(self, start: int) -> int:
         for i, (at, _) in enumerate(self._taken):
             if at == start:
-                del self._taken[i]
-                return
+                return i
         raise KeyError(start)

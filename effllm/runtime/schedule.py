@@ -15,7 +15,7 @@ from typing import Protocol
 from effllm.errors import OptionError
 
 
-@dataclass
+@dataclass(eq=False)
 class Request:
     """A prompt of `prompt` tokens and at most `new` tokens to follow. `done` of the prompt are computed, `made` tokens exist."""
 
@@ -59,6 +59,10 @@ class Step:
 class Memory(Protocol):
     """Where keys and values go."""
 
+    def fits(self, request: Request) -> bool:
+        """Whether a request with all its tokens fits while nothing else is there."""
+        ...
+
     def admit(self, request: Request) -> bool:
         """Make room to begin a request; False where there is none now."""
         ...
@@ -78,6 +82,10 @@ class Counted:
     def __init__(self, slots: int) -> None:
         self.slots = slots
         self.held: dict[int, int] = {}
+
+    def fits(self, request: Request) -> bool:
+        """The last token is chosen and never computed."""
+        return request.prompt + request.new - 1 <= self.slots
 
     def _fits(self, more: int) -> bool:
         return sum(self.held.values()) + more <= self.slots
@@ -122,18 +130,18 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, request: Request) -> None:
-        """A request arrives. OptionError (E-OPT-REQUEST) for one without tokens or with an id in use."""
+        """A request arrives. OptionError: E-OPT-REQUEST for one without tokens or with an id in use, E-OPT-MEMORY where it can never fit."""
         if request.prompt < 1 or request.new < 1 or request.done or request.made:
             raise OptionError("E-OPT-REQUEST", f"request {request.id}: {request.prompt} prompt tokens, {request.new} new ones", "give at least one of each")
         if any(r.id == request.id for r in (*self.waiting, *self.running)):
             raise OptionError("E-OPT-REQUEST", f"request {request.id} is there already", "number the requests")
+        if not self.memory.fits(request):
+            cause = f"request {request.id} needs {request.prompt} + {request.new} tokens, more than the whole memory"
+            raise OptionError("E-OPT-MEMORY", cause, "give more slots, a shorter prompt, or ask for fewer tokens")
         self.waiting.append(request)
 
     def step(self) -> Step:
-        """The next forward, which the caller must run: progress is counted here. Empty where nothing is left to do.
-
-        OptionError (E-OPT-MEMORY) where a request alone is too large for the memory.
-        """
+        """The next forward, which the caller must run, or `undo`: progress is counted here. Empty where nothing is left to do."""
         step = Step()
         for request in [r for r in self.running if r.decoding]:
             if request in self.running and self._room(request, step):
@@ -145,14 +153,20 @@ class Scheduler:
         while self.waiting and len(self.running) < self.most and step.tokens < self.budget and not step.preempted:
             request = self.waiting[0]
             if not self.memory.admit(request):
-                if not self.running:
-                    cause = f"request {request.id} needs room for {request.prompt} tokens and does not fit an empty memory"
-                    raise OptionError("E-OPT-MEMORY", cause, "give more slots, or a shorter prompt")
                 break  # in order: a small one behind a large one waits
             self.running.append(self.waiting.popleft())
             step.admitted.append(request.id)
             self._take(request, step)
         return step
+
+    def undo(self, step: Step) -> None:
+        """The step's forward failed: its tokens are to be computed again. Who was admitted or preempted stays so."""
+        found = {r.id: r for r in self.running}
+        for id in step.decodes:
+            found[id].made -= 1
+        for chunk in step.chunks:
+            found[chunk.id].done -= chunk.length
+            found[chunk.id].made -= chunk.last
 
     def finish(self, id: int) -> None:
         """A request has its last token (or was cancelled, wherever it is). KeyError where there is none of that id."""
@@ -185,9 +199,6 @@ class Scheduler:
             self.waiting.appendleft(victim)
             step.preempted.append(victim.id)
             if victim is request:
-                if not self.running:
-                    cause = f"request {request.id} has {request.prompt} tokens and cannot grow in an empty memory"
-                    raise OptionError("E-OPT-MEMORY", cause, "give more slots, or ask for fewer tokens")
                 return False
         return True
 
