@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from effllm.errors import OptionError
-from effllm.hf.engine import Engine, Piece, Row, limit
+from effllm.hf.engine import Engine, Piece, Row, limit, vocabulary
 from effllm.hf.sampling import Sampling, generators
 from effllm.runtime.prepack import checked, prepack
 
@@ -72,7 +72,8 @@ class _Sequence:
     new: list[int]
     generator: torch.Generator | None
     row: Row | None = None
-    shown: int = 0  # characters of its text that were streamed
+    text: str = ""  # what was streamed
+    seen: tuple[int, int] = (0, 0)  # tokens new[a:b] were streamed last; a decoder needs some before the next to place spaces
 
 
 class _Run:
@@ -96,8 +97,9 @@ class _Run:
             raise OptionError("E-OPT-TOKENIZER", "texts are given and no tokenizer", "pass tokenizer=, or token ids and no stop texts")
         if any(not s for s in self.stop):
             raise OptionError("E-OPT-VALUE", "an empty stop text", "leave it out")
-        ids = [checked(tokenizer(p)["input_ids"] if isinstance(p, str) else p, i) for i, p in enumerate(prompts)]
         inner = getattr(model, "_orig_mod", model)
+        known = vocabulary(inner)
+        ids = [checked(tokenizer(p)["input_ids"] if isinstance(p, str) else p, i, known) for i, p in enumerate(prompts)]
         self.eos = eos_of(inner, eos_token_id)
         longest = limit(inner.config.get_text_config(decoder=True)) if hasattr(inner, "config") else 1 << 30
         streams = generators(self.sampling, seed, len(ids))
@@ -144,12 +146,20 @@ class _Run:
         done: Literal["", "eos", "stop", "length"] = "eos" if token in self.eos else "length" if len(s.new) >= s.most else ""
         text = ""
         if self.tokenizer is not None:
-            whole = str(self.tokenizer.decode(s.new, skip_special_tokens=True))
-            if done != "eos" and any(t in whole for t in self.stop):
+            text = self._more(s, flush=bool(done))
+            if done != "eos" and any(t in s.text[-len(text) - len(t) :] for t in self.stop if text):
                 done = "stop"
-            if done or not whole.endswith("\ufffd"):  # half of a character: wait for the rest
-                text, s.shown = whole[s.shown :], len(whole)
         return Event(i, token, text, done)
+
+
+    def _more(self, s: _Sequence, flush: bool) -> str:
+        """The text since the last call; none while the last token is half of a character."""
+        start, end = s.seen
+        before, now = (str(self.tokenizer.decode(s.new[start:to], skip_special_tokens=True)) for to in (end, len(s.new)))
+        if now.endswith("\ufffd") and not flush:
+            return ""
+        s.seen, s.text = (end, len(s.new)), s.text + now[len(before) :]
+        return now[len(before) :]
 
 
 def eos_of(model: Any, given: int | Sequence[int] | None = None) -> frozenset[int]:

@@ -55,12 +55,12 @@ class Engine:
         """`pad_to(tokens)` gives the number of tokens to compute. Raises PromptError (E-PRM-MODEL, E-PRM-ATTENTION)."""
         self.model = model
         self.inner = getattr(model, "_orig_mod", model)
-        self.config = self.inner.config.get_text_config(decoder=True)
         why = refusal(self.inner)
         if why:
             raise PromptError("E-PRM-MODEL", why, _ALONE)
+        self.config = self.inner.config.get_text_config(decoder=True)
         self.device = device_of(self.inner)
-        self.limit = limit(self.config)
+        self.limit, self.vocabulary = limit(self.config), vocabulary(self.inner)
         self.cache = ArenaCache(self.config.num_hidden_layers, slots)
         self._extents = Extents(slots)
         self._attending = segments.Attending(self.inner)
@@ -150,6 +150,13 @@ def limit(config: Any) -> int:
         if scaling.get("rope_type") in _BY_LENGTH:
             most = min(most, scaling.get("original_max_position_embeddings") or getattr(config, "original_max_position_embeddings", None) or most)
     return int(most)
+
+
+def vocabulary(model: Any) -> int | None:
+    """Rows of the model's embedding, where it tells."""
+    find = getattr(model, "get_input_embeddings", None)
+    found: int | None = getattr(find() if find is not None else None, "num_embeddings", None)
+    return found
 
 
 def refusal(model: Any) -> str:

@@ -104,7 +104,7 @@ class Loop:
 
     def submit(self, prompt: Tensor | Sequence[int], new: int, seed: int = 0) -> int:
         """A request for at most `new` tokens; its id. Raises PromptError and OptionError (E-OPT-REQUEST, E-OPT-MEMORY), and is then not there."""
-        ids = checked(prompt, self._next)
+        ids = checked(prompt, self._next, self.engine.vocabulary)
         if len(ids) + new - 1 > self.engine.limit:
             cause = f"{len(ids)} tokens and {new} more, where the model's positions end at {self.engine.limit}"
             raise PromptError("E-PRM-CAPACITY", cause, "give a shorter prompt, or ask for fewer tokens")

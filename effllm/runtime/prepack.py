@@ -85,8 +85,8 @@ def prepack(prompts: Sequence[Tensor | Sequence[int]], capacity: int | None = No
     return Packing(rows, capacity, tuple(map(tuple, bins)), tuple(p for p in places if p is not None), proven)
 
 
-def checked(prompt: Tensor | Sequence[int], index: int) -> Tensor:
-    """A prompt as an int64 vector on the CPU. Raises PromptError (E-PRM-EMPTY, E-PRM-IDS)."""
+def checked(prompt: Tensor | Sequence[int], index: int, vocabulary: int | None = None) -> Tensor:
+    """A prompt as an int64 vector on the CPU, its ids below `vocabulary`. Raises PromptError (E-PRM-EMPTY, E-PRM-IDS)."""
     try:
         ids = prompt.detach().cpu() if isinstance(prompt, Tensor) else torch.tensor(list(prompt), dtype=None if len(prompt) else torch.int64)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -97,6 +97,10 @@ def checked(prompt: Tensor | Sequence[int], index: int) -> Tensor:
         raise PromptError("E-PRM-IDS", f"prompt {index} is {tuple(ids.shape)} of {ids.dtype}", "give each prompt as a vector of token ids")
     if not len(ids):
         raise PromptError("E-PRM-EMPTY", f"prompt {index} has no token", "leave it out, or begin it with the model's start token")
+    low, high = int(ids.min()), int(ids.max())
+    if low < 0 or (vocabulary is not None and high >= vocabulary):
+        wrong = low if low < 0 else high
+        raise PromptError("E-PRM-IDS", f"prompt {index} has the id {wrong}, and the model knows {vocabulary or 'ids from 0'}", "use the model's own tokenizer")
     return ids.to(torch.int64)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from effllm.runtime.trace import KINDS, generate, read, write
 @pytest.mark.parametrize("kind", KINDS)
 def test_lengths_and_gaps_follow_the_kind(kind: str) -> None:
     trace = generate(4000, 5.0, kind, seed=3, longest=10**9)
-    gaps = [b.arrival - a.arrival for a, b in zip(trace, trace[1:], strict=False)]
+    gaps = [b.arrival - a.arrival for a, b in itertools.pairwise(trace)]
     # the standard error of the mean of 4000 exponentials is 1.6 %; of a median of log-normals with sigma 0.9, 1.8 %
     assert statistics.mean(gaps) == pytest.approx(0.2, rel=0.08)
     assert statistics.median(a.prompt for a in trace) == pytest.approx(KINDS[kind][0], rel=0.08)
@@ -33,7 +34,8 @@ def test_same_seed_same_trace_and_the_longest_is_kept(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "line",
-    ["x", "[]", '{"arrival": 0, "prompt": 1}', '{"arrival": 0, "prompt": 0, "new": 1}', '{"arrival": -1, "prompt": 1, "new": 1}', '{"arrival": 0, "prompt": 1.5, "new": 1}',
+    ["x", "[]", '{"arrival": 0, "prompt": 1}', '{"arrival": 0, "prompt": 0, "new": 1}', '{"arrival": -1, "prompt": 1, "new": 1}',
+     '{"arrival": 0, "prompt": 1.5, "new": 1}',
      '{"arrival": 0, "prompt": 1, "new": 1, "x": 1}', '{"arrival": NaN, "prompt": 1, "new": 1}', '{"arrival": true, "prompt": 1, "new": 1}'],
 )  # fmt: skip
 def test_bad_lines_are_named(tmp_path: Path, line: str) -> None:
