@@ -117,7 +117,8 @@ class Engine:
         if total > end:
             zeros = torch.zeros(total - end, dtype=torch.int64)
             ids, positions, where = [*ids, zeros], [*positions, zeros], [*where, zeros + self.cache.slots]
-        logits = self._forward(torch.cat(ids), torch.cat(positions), torch.cat(where), table(found, total, self.cache.slots), torch.tensor(last, dtype=torch.int64))
+        rows = table(found, total, self.cache.slots)
+        logits = self._forward(torch.cat(ids), torch.cat(positions), torch.cat(where), rows, torch.tensor(last, dtype=torch.int64))
         for p in pieces:
             p.row.length += len(p.ids)
         return logits
