@@ -66,7 +66,6 @@ class Engine:
         self._attending = segments.Attending(self.inner)
         self._pad = pad_to
         self._proved = False
-        segments.kernel(self.device.type, self.inner.dtype)
 
     @property
     def free(self) -> int:

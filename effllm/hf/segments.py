@@ -27,17 +27,18 @@ from effllm.runtime.segments import COLUMNS
 
 PREFIX = "effllm+"
 _REFUSED = {"s_aux": "attention sinks", "position_bias": "a position bias", "head_mask": "a head mask"}
-_kernels: dict[tuple[str, torch.dtype], str] = {}
+_kernels: dict[tuple[str, torch.dtype, int], str] = {}
 _lock = threading.Lock()
 _users: WeakKeyDictionary[Any, int] = WeakKeyDictionary()  # model -> calls that are inside `attending`
 _seen = threading.local()
 
 
-def kernel(device: str, dtype: torch.dtype) -> str:
-    """The kernel of segment attention for a device type; chosen once, outside of any graph."""
-    if (device, dtype) not in _kernels:
-        _kernels[device, dtype] = providers.select(Problem("segment_attention", 0, 0, 0, 0, False, dtype=dtype, device=device))[0].name
-    return _kernels[device, dtype]
+def kernel(device: str, dtype: torch.dtype, size: int) -> str:
+    """The kernel for a device type and a head size; chosen in the first forward, which is eager, and then known to graphs."""
+    key = (device, dtype, size)
+    if key not in _kernels:
+        _kernels[key] = providers.select(Problem("segment_attention", 0, size, 0, 0, False, dtype=dtype, device=device))[0].name
+    return _kernels[key]
 
 
 def calls() -> int:
@@ -64,7 +65,7 @@ def _attend(base: str, module: Any, query: Tensor, key: Tensor, value: Tensor, a
     scale = more.get("scaling")
     y = torch.ops.effllm.segment_attention(
         query, key, value, attention_mask[0, 0], query.shape[-1] ** -0.5 if scale is None else float(scale),
-        int(more.get("sliding_window") or 0), float(more.get("softcap") or 0.0), _kernels[query.device.type, query.dtype],
+        int(more.get("sliding_window") or 0), float(more.get("softcap") or 0.0), kernel(query.device.type, query.dtype, query.shape[-1]),
     )  # fmt: skip
     return y, None
 
