@@ -20,10 +20,12 @@ if TYPE_CHECKING:
     from effllm.activation.calibration import Calibration
     from effllm.backend import explain, last_report, refresh
     from effllm.compression import compress
+    from effllm.hf.decoding import generate, stream
     from effllm.hf.demo import load_demo
     from effllm.hf.edit import EditSession
     from effllm.recovery.run import recover
     from effllm.runtime.checkpoint import load, save
+    from effllm.runtime.prepack import prepack
     from effllm.tuning import tune
 
 __version__ = "0.1.0"
@@ -37,12 +39,15 @@ __all__ = [
     "calibrate",
     "compress",
     "explain",
+    "generate",
     "last_report",
     "load",
     "load_demo",
+    "prepack",
     "recover",
     "refresh",
     "save",
+    "stream",
     "tune",
 ]
 
@@ -59,6 +64,9 @@ _WHERE = {
     "EditSession": "effllm.hf.edit",
     "recover": "effllm.recovery.run",
     "tune": "effllm.tuning",
+    "generate": "effllm.hf.decoding",
+    "stream": "effllm.hf.decoding",
+    "prepack": "effllm.runtime.prepack",
 }
 
 

@@ -296,3 +296,19 @@ def is_capture_error(error: BaseException) -> bool:
     from torch._dynamo import exc
 
     return isinstance(error, exc.TorchDynamoException)
+
+
+def attention_implementation(config: Any) -> str:
+    """The name of the attention implementation that a transformers config selects."""
+    return str(getattr(config, "_attn_implementation", None) or "eager")
+
+
+def set_attention_implementation(config: Any, name: str) -> None:
+    """Select another one for this config alone. transformers' public setter walks all modules of the model, milliseconds a call."""
+    config._attn_implementation_internal = name
+
+
+def takes_attention(model: Any) -> bool:
+    """Whether a transformers model looks its attention up in the registry, by transformers' own test."""
+    test = getattr(type(model), "_can_set_attn_implementation", None)
+    return bool(test()) if test is not None else False

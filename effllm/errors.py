@@ -63,6 +63,10 @@ class EditError(EffllmError):
     """An edit that does not fit the text, or a model whose cache cannot be edited (codes E-EDT-*)."""
 
 
+class PromptError(EffllmError):
+    """Prompts or requests that cannot be run (codes E-PRM-*)."""
+
+
 class OptionError(EffllmError):
     """An option of the backend or the command line that does not exist or has a wrong value (codes E-OPT-*)."""
 

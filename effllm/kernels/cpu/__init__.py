@@ -9,7 +9,7 @@ from torch import Tensor
 
 from effllm.autotune import use
 from effllm.errors import KernelError
-from effllm.kernels.cpu import build, kv, kv_formats, lowrank, lowrank_bipolar, monarch, nm, pie, skip
+from effllm.kernels.cpu import build, kv, kv_formats, lowrank, lowrank_bipolar, monarch, nm, pie, segments, skip
 from effllm.kernels.cpu.build import ISAS, Isa
 from effllm.kernels.cpu.choose import CpuTuning, arguments, thresholds
 from effllm.lowering.op import OPS, Config, Problem, Provider, Verdict
@@ -49,6 +49,7 @@ def ensure(isa: Isa) -> None:
         torch.library.register_fake(f"{isa.namespace}::{fake.__name__}", fake)
     torch.library.register_fake(f"{isa.namespace}::lowrank", lowrank.fake)
     torch.library.register_fake(f"{isa.namespace}::lowrank_bipolar", lowrank_bipolar.fake)
+    torch.library.register_fake(f"{isa.namespace}::segment_attention", segments.fake)
     _loaded.add(isa.name)
 
 
@@ -103,6 +104,7 @@ def register() -> None:
         kv_formats.register(isa, rank, ensure)
         lowrank.register(isa, rank, ensure)
         lowrank_bipolar.register(isa, rank, ensure)
+        segments.register(isa, rank, ensure)
         for op in monarch.OPS:
             OPS[op].register(_monarch(op, isa, rank))
     nm.register(ensure)
