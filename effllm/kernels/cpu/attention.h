@@ -73,6 +73,7 @@ namespace attention {
 
 using effllm::Mask;
 using effllm::mask_of;
+using effllm::type_of;
 using effllm::View;
 using effllm::view_of;
 using effllm::widen;
