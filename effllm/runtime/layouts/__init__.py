@@ -12,10 +12,11 @@ from __future__ import annotations
 from types import ModuleType
 
 from effllm.errors import KernelError, nearest
-from effllm.runtime.layouts import nm_plain, nm_rows, nm_tiles, nm_words, planes, tile16, words
+from effllm.runtime.layouts import nm_plain, nm_rows, nm_semi, nm_tiles, nm_words, planes, tile16, words
 
 LAYOUTS: dict[str, ModuleType] = {
     "planes": planes, "tile16": tile16, "words": words, "nm_plain": nm_plain, "nm_rows": nm_rows, "nm_tiles": nm_tiles, "nm_words": nm_words,
+    "nm_semi": nm_semi,
 }  # fmt: skip
 
 
