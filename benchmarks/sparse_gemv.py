@@ -70,10 +70,7 @@ def variant(name: str, p: Problem, share: float) -> Variant:
 def variants(n: int, k: int, side: str, bits: int, densities: list[float]) -> list[Variant]:
     """The baselines first, then the sparse kernel at every density."""
     op = {("in", 0): "sparse_linear", ("up", 0): "sparse_up_linear", ("in", 4): "sparse_bipolar_linear", ("up", 4): "sparse_up_bipolar_linear"}[side, bits]
-    if bits:
-        found = [variant("dense w4", Problem("bipolar_linear", n, k, bits, GROUP, False, "a16", 1, BF16), 1.0)]
-    else:
-        found = [dense(n, k)]
+    found = [variant("dense w4", Problem("bipolar_linear", n, k, bits, GROUP, False, "a16", 1, BF16), 1.0) if bits else dense(n, k)]
     return found + [variant(f"sparse {1 - d:.0%}", problem(op, n, k, m=1, bits=bits, group=GROUP if bits else 0, density=d), d) for d in densities]
 
 

@@ -24,10 +24,7 @@ def passes(v, threshold, norm, at, inside, EACH: tl.constexpr):  # type: ignore[
     size = tl.abs(v)
     if norm is not None:
         size *= tl.load(norm + at, mask=inside, other=0.0)
-    if EACH:
-        t = tl.load(threshold + at, mask=inside, other=0.0)
-    else:
-        t = tl.load(threshold)
+    t = tl.load(threshold + at, mask=inside, other=0.0) if EACH else tl.load(threshold)
     # a comparison with NaN is false, so NaN is not below
     return inside & ((size <= t) == 0)
 
@@ -69,7 +66,7 @@ def skip_input_kernel(  # type: ignore[no-untyped-def]
             at = weight + k.to(tl.int64)[:, None] * N + n[None, :]
             w = tl.load(at, mask=on[:, None] & (n < N)[None, :], other=0.0, eviction_policy="evict_first").to(tl.float32)
             acc += tl.sum(w * v[:, None], 0)
-    if z is not None:
+    if z is not None:  # noqa: SIM102 - decided when compiled, the inner one by the program
         if split == 0:
             for first in range(0, rank, BR):
                 r = first + tl.arange(0, BR)

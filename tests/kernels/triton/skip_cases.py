@@ -7,7 +7,8 @@ import os
 
 KINDS: tuple[tuple[str, int, int, bool], ...] = (
     ("sparse_linear", 0, 0, False), ("sparse_up_linear", 0, 0, False), ("rsparse_linear", 0, 0, False),
-    ("sparse_bipolar_linear", 4, 32, False), ("sparse_bipolar_linear", 8, 16, True), ("sparse_bipolar_linear", 3, 0, False), ("sparse_bipolar_linear", 4, 128, True),
+    ("sparse_bipolar_linear", 4, 32, False), ("sparse_bipolar_linear", 8, 16, True), ("sparse_bipolar_linear", 3, 0, False),
+    ("sparse_bipolar_linear", 4, 128, True),
     ("sparse_up_bipolar_linear", 4, 32, True), ("sparse_up_bipolar_linear", 8, 64, False), ("sparse_up_bipolar_linear", 4, 0, False),
 )  # fmt: skip
 SHAPES = ((1, 37, 200, 0.5), (3, 140, 70, 0.3), (4, 16, 64, 1.0), (1, 130, 33, 0.0), (6, 20, 40, 0.5))
