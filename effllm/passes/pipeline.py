@@ -9,8 +9,9 @@ from effllm.passes.merge_lowrank import MergeLowRank
 from effllm.passes.outline_layers import OutlineLayers
 from effllm.passes.packed_linear import PackLinear
 from effllm.passes.share_activation import ShareActivation
+from effllm.passes.sparse_gate import SparseGate
 
 
 def default() -> list[Pass]:
     """A fresh list of every pass."""
-    return [PackLinear(), ShareActivation(), MergeLinear(), MergeLowRank(), DecodeAttention(), OutlineLayers()]
+    return [PackLinear(), ShareActivation(), MergeLinear(), MergeLowRank(), SparseGate(), DecodeAttention(), OutlineLayers()]
