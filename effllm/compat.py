@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+import types
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -290,3 +291,9 @@ def is_capture_error(error: BaseException) -> bool:
     from torch._dynamo import exc
 
     return isinstance(error, exc.TorchDynamoException)
+
+
+def fresh(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a code object of its own: Dynamo counts recompilations per code object."""
+    assert isinstance(function, types.FunctionType)
+    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__)
