@@ -99,14 +99,14 @@ def test_saved_and_read(tmp_path: Path) -> None:
 
 def test_stale_thresholds_are_refused_with_what_differs() -> None:
     other = decoder(seed=1)
-    with pytest.raises(CalibrationError, match="E-CAL-STALE.*14 of 14 weights"):
+    with pytest.raises(CalibrationError, match=r"E-CAL-STALE.*14 of 14 weights"):
         install(other, found(), found().plans[0])
     one = decoder()
     with torch.no_grad():
         one.layers[1].up.weight[0, 0] += 1e-3
-    with pytest.raises(CalibrationError, match="1 of 14 weights changed.*layers.1.up"):
+    with pytest.raises(CalibrationError, match=r"1 of 14 weights changed.*layers\.1\.up"):
         install(one, found(), found().plans[0])
-    with pytest.raises(CalibrationError, match="E-CAL-STALE.*another model"):
+    with pytest.raises(CalibrationError, match=r"E-CAL-STALE.*another model"):
         install(torch.nn.Linear(3, 3), found(), found().plans[0])
     changed = decoder()
     changed.layers[0].act = torch.nn.GELU()
@@ -121,7 +121,7 @@ def test_stale_thresholds_are_refused_with_what_differs() -> None:
 
 
 def test_bad_data() -> None:
-    with pytest.raises(CalibrationError, match="E-CAL-SHORT.*16384"):
+    with pytest.raises(CalibrationError, match=r"E-CAL-SHORT.*16384"):
         effllm.calibrate(decoder(), windows(4))
     constant = decoder()
     with torch.no_grad():
@@ -129,7 +129,7 @@ def test_bad_data() -> None:
             layer.gate.weight.zero_()
             layer.second.weight.zero_()
             layer.second.bias.fill_(1.0)
-    with pytest.raises(CalibrationError, match="E-CAL-CONSTANT.*layers.0"):
+    with pytest.raises(CalibrationError, match=r"E-CAL-CONSTANT.*layers\.0"):
         effllm.calibrate(constant, windows(), "teal(sparsity=0.5, allocation=uniform)")
     broken = decoder()
     with torch.no_grad():
