@@ -15,6 +15,7 @@ CASES = [
     "kivi(bits=2,page=32,group=16,window=8)",
     "kivi(bits=4,page=64,group=32,window=0)",
     "kivi(bits=8,page=32,group=32,window=40)",
+    "gear(bits=2,page=32,group=16,window=8,rank=2,outliers=0.05)",
     "mustafar(sparsity=0.7,page=64,window=8)",
     "mustafar(sparsity=0.5,bits=4,page=64,window=0)",
     "bfp(bits=4,block=16,page=16,window=8)",
