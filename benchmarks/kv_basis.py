@@ -47,7 +47,8 @@ def main() -> None:
 
     how = BasisTraining(steps=args.steps, kl=args.kl, rate=args.rate, high=args.high, prompt=args.prompt)
     trained = train_basis(model, windows, pca, how, report)
-    flat = {f"{name}.{layer}.{i}": t.contiguous() for name, part in (("pca", pca), ("trained", trained)) for layer, ts in part.items() for i, t in enumerate(ts)}
+    named = [(f"{name}.{layer}.{i}", t) for name, part in (("pca", pca), ("trained", trained)) for layer, ts in part.items() for i, t in enumerate(ts)]
+    flat = {name: t.contiguous() for name, t in named}
     save_file(flat, args.out, {"text": text.name, "how": repr(how)})
 
 

@@ -27,6 +27,8 @@ class _Held(CacheLayerMixin):  # type: ignore[misc]
 
     is_compileable = False
     is_sliding = False
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         super().__init__()
@@ -147,10 +149,11 @@ def _loss(model: Any, ids: Tensor, bases: Bases, how: BasisTraining, g: torch.Ge
     dim = u.shape[-1]
     grid = torch.arange(max(1, round(how.low * dim / how.interval)), int(how.high * dim / how.interval) + 1) * how.interval
     ranks = grid[torch.randint(len(grid), u.shape[:3], generator=g)]
-    layers = []
+    layers: list[Any] = []
     for n, layer in enumerate(bases.layers):
         stored = []
-        for side, x in enumerate((dense.layers[layer].keys, dense.layers[layer].values)):
+        exact: Any = dense.layers[layer]
+        for side, x in enumerate((exact.keys, exact.values)):
             old, new = x[:, :, : how.prompt - how.window], x[:, :, how.prompt - how.window : how.prompt]
             basis = u[n, side] * bases.signs[2 * n + side]
             stored.append(torch.cat((truncate(old, basis, bases.means[2 * n + side], ranks[n, side]), new), 2))

@@ -37,7 +37,8 @@ def collect(model: Any, windows: Iterable[Tensor]) -> list[States]:
         cache = DynamicCache(config=model.config)
         model(input_ids=ids.reshape(-1, ids.shape[-1]), past_key_values=cache, use_cache=True)
         states = states or [States() for _ in cache.layers]
-        for own, layer in zip(states, cache.layers, strict=True):
+        layers: list[Any] = list(cache.layers)
+        for own, layer in zip(states, layers, strict=True):
             own.keys.add(layer.keys)
             own.values.add(layer.values)
     if not states:

@@ -53,7 +53,7 @@ class EvictingCacheLayer(EvictingLayer, CacheLayerMixin):  # type: ignore[misc]
         """Allocate."""
         self.allocate(key_states, key_states if value_states is None else value_states)
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kw: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kw: Any) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Append; the keys know whose they are, so that attention can report back."""
         keys, values = EvictingLayer.update(self, key_states, value_states)
         setattr(keys, _OWNER, self)
@@ -137,7 +137,7 @@ def _attention(
     mask: Tensor | None = causal
     if extra is not None:
         wide = extra.repeat_interleave(query.shape[1] // key.shape[1], 1)[:, :, None].to(query.dtype)
-        mask = torch.zeros((), dtype=query.dtype, device=query.device).expand(wide.shape[0], wide.shape[1], n, t).masked_fill(~causal, -torch.inf) + wide
+        mask = wide.expand(-1, -1, n, -1).masked_fill(~causal, -torch.inf)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     out = torch.nn.functional.scaled_dot_product_attention(query, key, value, mask, scale=scale, enable_gqa=query.shape[1] != key.shape[1])
     layer.observe(query, scale)

@@ -89,7 +89,7 @@ class EvictingLayer:
         if (k.shape[0], k.shape[1], k.shape[3], k.dtype) != (held.shape[0], held.shape[1], held.shape[3], held.dtype):
             raise CacheError("E-KVC-SHAPE", f"the cache is for {tuple(held.shape)}, {held.dtype}; the keys are {tuple(k.shape)}, {k.dtype}", "use one cache for one model and batch")
         n, at = k.shape[2], self.count
-        both = tuple(torch.cat((self.held[name][:, :, :at], x), 2) for name, x in (("keys", k), ("values", v)))
+        both = (torch.cat((self.held["keys"][:, :, :at], k), 2), torch.cat((self.held["values"][:, :, :at], v), 2))
         if at + n > held.shape[2]:
             self.pending = both
         else:
