@@ -132,7 +132,7 @@ def _attention(
     if attention_mask is not None:
         given = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
         if not bool((given == causal).all()):
-            raise CacheError("E-KVC-PADDING", "the batch is padded, or its mask is not causal", "evicting caches take prompts of one length; run them one by one")
+            raise CacheError("E-KVC-PADDING", "the batch is padded, or its mask is not causal", "evicting caches take prompts of one length")
     extra = layer.bias()
     mask: Tensor | None = causal
     if extra is not None:

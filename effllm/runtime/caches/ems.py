@@ -87,7 +87,8 @@ class EvictingLayer:
             raise CacheError("E-KVC-OBSERVE", cause, "run the model inside `with effllm.hf.kv_evict.observing(model):`")
         held = self.held["keys"]
         if (k.shape[0], k.shape[1], k.shape[3], k.dtype) != (held.shape[0], held.shape[1], held.shape[3], held.dtype):
-            raise CacheError("E-KVC-SHAPE", f"the cache is for {tuple(held.shape)}, {held.dtype}; the keys are {tuple(k.shape)}, {k.dtype}", "use one cache for one model and batch")
+            cause = f"the cache is for {tuple(held.shape)}, {held.dtype}; the keys are {tuple(k.shape)}, {k.dtype}"
+            raise CacheError("E-KVC-SHAPE", cause, "use one cache for one model and batch")
         n, at = k.shape[2], self.count
         both = (torch.cat((self.held["keys"][:, :, :at], k), 2), torch.cat((self.held["values"][:, :, :at], v), 2))
         if at + n > held.shape[2]:
@@ -148,7 +149,8 @@ class EvictingLayer:
         if count >= self.length:
             self.reset()
         elif self.count - count < self.fixed:
-            raise CacheError("E-KVC-CROP", f"{count} tokens, of which only {self.count - self.fixed} came after the last compression", "crop less, or use a larger slack")
+            cause = f"{count} tokens, of which only {self.count - self.fixed} came after the last compression"
+            raise CacheError("E-KVC-CROP", cause, "crop less, or use a larger slack")
         else:
             self.count, self.length = self.count - count, self.length - count
 
@@ -175,7 +177,8 @@ class EvictingLayer:
     def load(self, about: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Take over another layer's state. Raises CacheError (E-KVC-METHOD) where the format differs."""
         if (about.get("format"), about.get("version")) != (self.format.spec, 1):
-            raise CacheError("E-KVC-METHOD", f"the file holds {about.get('format')!r}, this cache is {self.format.spec!r}", "load it into a cache of the same format")
+            cause = f"the file holds {about.get('format')!r}, this cache is {self.format.spec!r}"
+            raise CacheError("E-KVC-METHOD", cause, "load it into a cache of the same format")
         self.held = {name: tensors[name].clone() for name in _SLOTS}
         self.count, self.length, self.fixed = about["count"], about["length"], about["fixed"]
         self.pending, self.ready = None, True
