@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from benchmarks import kv_calibrated
 from effllm.autotune.machine import describe
 from effllm.hf import texts
 from effllm.hf.cache import CompressedCache
@@ -53,6 +54,13 @@ METHODS: dict[str, Method] = {
     "gear-2-l": Method("gear(bits=2,outliers=0)"),
     "gear-2-r4": Method("gear(bits=2,rank=4,outliers=0)"),
     "gear-2-g32": Method("gear(bits=2,group=32)"),
+    "mustafar-50": Method("mustafar(sparsity=0.5)"),
+    "mustafar-70": Method("mustafar(sparsity=0.7)"),
+    "mustafar-50-b8": Method("mustafar(sparsity=0.5,bits=8)"),
+    "mustafar-50-b4": Method("mustafar(sparsity=0.5,bits=4)"),
+    "bfp-8": Method("bfp(bits=8,vbits=8)"),
+    "bfp-4": Method("bfp(bits=4,vbits=4)"),
+    "bfp-4-g16": Method("bfp(bits=4,vbits=4,block=16)"),
 }
 
 
@@ -95,7 +103,7 @@ def run(names: list[str], wheel: str | None, count: int) -> list[dict[str, Any]]
             own, cache = method.make(model, PROMPT + SCORED) if method.make else (model, CompressedCache(model, method.spec))
             if own is model:
                 fill(cache, prompt)
-            else:
+            else:  # permuted, or attention that reports to the cache
                 own(input_ids=ids[None, :PROMPT], past_key_values=cache, use_cache=True, logits_to_keep=1)
             seconds[name] += time.perf_counter() - start
             sums[name] += nll(own, ids, cache)
@@ -107,8 +115,9 @@ def run(names: list[str], wheel: str | None, count: int) -> list[dict[str, Any]]
     for name in names:
         figures = {"perplexity": math.exp(sums[name] / tokens), "ratio": math.exp((sums[name] - base) / tokens), "compress_s": seconds[name] / len(windows)}
         of = {"text": text.name, "tokens": tokens, "dense_perplexity": math.exp(base / tokens)}
-        about = {"method": name, "spec": parse(METHODS[name].spec).spec}
-        rows.append(about | figures | of | sizes(METHODS[name].spec, heads, dim, torch.bfloat16))
+        spec = METHODS[name].spec
+        size = kv_calibrated.evicting_sizes(spec, heads, dim) if spec.startswith("ems") else sizes(spec, heads, dim, torch.bfloat16)
+        rows.append({"method": name, "spec": spec if spec.startswith("ems") else parse(spec).spec} | figures | of | size)
     return rows
 
 
@@ -119,8 +128,10 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--only", default="")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--basis", help="a file of benchmarks/kv_basis.py, for Matryoshka with trained bases")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    METHODS.update(kv_calibrated.methods(args.texts, args.basis, Method))
     names = [n for n in args.only.split(",") if n] or list(METHODS)
     rows = run(names, args.texts, args.windows)
     kept = [r for r in (json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []) if r["method"] not in names]
