@@ -59,8 +59,8 @@ def exact(model: Any) -> Any:
     for m in model.modules():
         if hasattr(m, "inv_freq") and hasattr(m, "attention_scaling"):
 
-            def forward(x: torch.Tensor, positions: torch.Tensor, m: Any = m) -> tuple[torch.Tensor, torch.Tensor]:
-                angles = positions[..., None].double() * m.inv_freq.double()
+            def forward(x: torch.Tensor, position_ids: torch.Tensor, m: Any = m) -> tuple[torch.Tensor, torch.Tensor]:
+                angles = position_ids[..., None].double() * m.inv_freq.double()
                 both = torch.cat((angles, angles), -1)
                 return (both.cos() * m.attention_scaling).to(x.dtype), (both.sin() * m.attention_scaling).to(x.dtype)
 
