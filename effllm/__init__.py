@@ -25,7 +25,10 @@ if TYPE_CHECKING:
     from effllm.tuning import tune
 
 __version__ = "0.1.0"
-__all__ = ["Decision", "EditSession", "EffllmError", "Recipe", "Report", "compress", "explain", "last_report", "load", "load_demo", "recover", "refresh", "save", "tune"]
+__all__ = [
+    "Decision", "EditSession", "EffllmError", "Recipe", "Report", "compress", "explain", "last_report", "load", "load_demo", "recover", "refresh",
+    "save", "tune",
+]  # fmt: skip
 
 _WHERE = {
     "explain": "effllm.backend",

@@ -88,11 +88,12 @@ class EditLayer(CacheLayerMixin):
     def moved(self, source: Tensor, row: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Copies in another order, keys turned once and for all: slot t holds what source[t] held, nothing where that is negative."""
         assert self.keys is not None and self.values is not None
-        keys = torch.ops.effllm.pie_apply(self.keys, source, row, cos, sin, self.tables.layout, self.tables.kernel) if self.turns else _gather(self.keys, source)
-        pair = []
-        for t in (keys, _gather(self.values, source)):
-            pair.append(torch.cat((t, t.new_zeros(*t.shape[:2], max(0, self.size - t.shape[2]), t.shape[3])), 2))
-        return pair[0], pair[1]
+        t = self.tables
+        keys = torch.ops.effllm.pie_apply(self.keys, source, row, cos, sin, t.layout, t.kernel) if self.turns else _gather(self.keys, source)
+        return self._padded(keys), self._padded(_gather(self.values, source))
+
+    def _padded(self, t: Tensor) -> Tensor:
+        return torch.cat((t, t.new_zeros(*t.shape[:2], max(0, self.size - t.shape[2]), t.shape[3])), 2)
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         """(keys, offset) of the mask of a first pass; later passes bring their own mask."""

@@ -75,4 +75,5 @@ def _site(graph: fx.Graph, node: fx.Node, given: dict[str, Any], turned: fx.Node
         before = None if dead is turned else dead.all_input_nodes[0]
         graph.erase_node(dead)
         dead = before
-    return Decision(new.name, module, "applied", "applied", why, kernel=provider.name, config={"queries": query.shape[2], "table": compat.example_value(cos).shape[0]})
+    config = {"queries": query.shape[2], "table": compat.example_value(cos).shape[0]}
+    return Decision(new.name, module, "applied", "applied", why, kernel=provider.name, config=config)

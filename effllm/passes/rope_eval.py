@@ -106,7 +106,7 @@ class Evaluator:
         names = set()
         while todo:
             node = todo.pop()
-            if node in seen or node is part.root or self.colour[node] & CONTENT and node not in part.nodes:
+            if node in seen or node is part.root or (self.colour[node] & CONTENT and node not in part.nodes):
                 continue
             seen.add(node)
             if node.op == "placeholder" and node not in self.positions:

@@ -40,7 +40,8 @@ def apart(a: Tensor, b: Tensor) -> float:
 
 
 @pytest.mark.parametrize("form", ["lazy", "eager"])
-@pytest.mark.parametrize(("name", "bound"), [("llama", 1e-11), ("yarn", 1e-11), ("llama3", 1e-11), ("gpt_neox", 1e-11), ("phi", 1e-11), ("cohere", 1e-4), ("gptj", 1e-4)])
+@pytest.mark.parametrize(("name", "bound"), [("llama", 1e-11), ("yarn", 1e-11), ("llama3", 1e-11), ("gpt_neox", 1e-11), ("phi", 1e-11), ("cohere", 1e-4),
+                                            ("gptj", 1e-4)])  # fmt: skip
 def test_keys_of_the_first_layer_are_those_of_the_new_text(name: str, bound: float, form: str) -> None:
     """Layer 0 knows nothing but its tokens, so there PIE is full recomputation. Cohere and GPT-J compute cosines in fp32 themselves."""
     model = made(name, torch.float64)
@@ -186,9 +187,12 @@ def test_the_session_is_unchanged_after_any_error(form: str, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("make", "code"),
     [
-        (lambda m: EditSession(m, []), "E-EDT-EMPTY"), (lambda m: EditSession(m, [[1, 2], [3, 4]]), "E-EDT-FORM"), (lambda m: EditSession(m, [99]), "E-EDT-TOKEN"),
-        (lambda m: EditSession(m, [3], form="fast"), "E-EDT-FORM"), (lambda m: EditSession(m, [3], cache="what"), "E-EDT-CACHE"), (lambda m: EditSession(m, "w1"), "E-EDT-TEXT"),
-        (lambda m: EditSession(m, [3]).text, "E-EDT-TEXT"), (lambda m: EditSession(m, [3]).generate(0), "E-EDT-FORM"), (lambda m: EditSession(m, [3], refresh=-1), "E-EDT-FORM"),
+        (lambda m: EditSession(m, []), "E-EDT-EMPTY"), (lambda m: EditSession(m, [[1, 2], [3, 4]]), "E-EDT-FORM"),
+        (lambda m: EditSession(m, [99]), "E-EDT-TOKEN"),
+        (lambda m: EditSession(m, [3], form="fast"), "E-EDT-FORM"), (lambda m: EditSession(m, [3], cache="what"), "E-EDT-CACHE"),
+        (lambda m: EditSession(m, "w1"), "E-EDT-TEXT"),
+        (lambda m: EditSession(m, [3]).text, "E-EDT-TEXT"), (lambda m: EditSession(m, [3]).generate(0), "E-EDT-FORM"),
+        (lambda m: EditSession(m, [3], refresh=-1), "E-EDT-FORM"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(make: Callable[[Any], Any], code: str) -> None:
