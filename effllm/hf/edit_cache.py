@@ -121,18 +121,23 @@ class EditCache(Cache):
     def __init__(self, tables: Tables, size: int, turning: tuple[bool, ...]) -> None:
         super().__init__(layers=[EditLayer(tables, size, t) for t in turning])
 
+    @property
+    def own(self) -> list[EditLayer]:
+        """The layers."""
+        return [layer for layer in self.layers if isinstance(layer, EditLayer)]
+
     def use(self, tables: Tables) -> None:
         """Let the next pass write and turn by these tables."""
-        for layer in self.layers:
+        for layer in self.own:
             layer.tables = tables
 
     def snapshot(self) -> list[tuple[Tensor | None, Tensor | None]]:
         """The tensors of all layers, to be put back by `restore`."""
-        return [(layer.keys, layer.values) for layer in self.layers]
+        return [(layer.keys, layer.values) for layer in self.own]
 
     def restore(self, held: list[tuple[Tensor | None, Tensor | None]]) -> None:
         """Put tensors back."""
-        for layer, (keys, values) in zip(self.layers, held, strict=True):
+        for layer, (keys, values) in zip(self.own, held, strict=True):
             layer.keys, layer.values = keys, values
 
 
