@@ -16,7 +16,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include "attend.h"
+#include "attention.h"
 #include "phases.h"
 
 namespace {
