@@ -15,7 +15,7 @@ from torch import fx
 from effllm import compat
 from effllm.lowering import kv_cache, providers
 from effllm.passes.base import Context, call, is_op, replace
-from effllm.passes.decode_attention import _NAMES, MAX_QUERIES, _grouped
+from effllm.passes.decode_attention import NAMES, MAX_QUERIES, grouped
 from effllm.report import Decision, PassReport
 from effllm.runtime.caches.base import parse
 
@@ -114,8 +114,8 @@ def _attention(read: fx.Node) -> tuple[fx.Node, dict[str, Any]] | str:
             return f"the {('keys', 'values')[i]} have {len(node.users)} users"
     if ends[0] is not ends[1]:
         return "keys and values go to different attentions"
-    given: dict[str, Any] = dict(zip(_NAMES, ends[0].args, strict=False)) | dict(ends[0].kwargs)
-    if _grouped(given["key"]) is not parts[0] or _grouped(given["value"]) is not parts[1]:
+    given: dict[str, Any] = dict(zip(NAMES, ends[0].args, strict=False)) | dict(ends[0].kwargs)
+    if grouped(given["key"]) is not parts[0] or grouped(given["value"]) is not parts[1]:
         return "something other than the repetition of key heads lies between the cache and the attention"
     return ends[0], given
 
