@@ -1,18 +1,22 @@
 """Perplexity of the demo model under structured recipes, before and after recovery steps, through effllm.compress and effllm.recover.
 
-    python benchmarks/structured_recovery.py [--recipes "whitened(ratio=0.9);whitened(ratio=0.8)"] [--steps 300] [--calibration 16] [--windows 16]
-                                             [--texts WHEEL]
+    python benchmarks/structured_recovery.py [--rows whitened,monarch,...] [--ratios 0.9,0.8] [--steps 300] [--calibration 16] [--windows 16]
+                                             [--length 256] [--texts WHEEL] [--targets DIR] [--table]
 
-Calibration and recovery read even articles, evaluation odd ones, windows of 512 tokens; heads and embeddings stay dense. Results stay in
-benchmarks/results/structured-recovery.json.
+Calibration (windows of 512 tokens) and recovery (one window of `length` tokens a step, each read once) use even articles, evaluation odd
+ones; heads and embeddings stay dense. The teacher's answers are computed once for all rows and kept in DIR where one is given. Rows are
+written to benchmarks/results/structured-recovery.json as they come, first without recovery; --steps 0 leaves it there. Rows that are there
+already are not measured again. --table prints what is there and measures nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,61 +24,159 @@ import torch
 
 import effllm
 from effllm.autotune.machine import describe
+from effllm.errors import CheckpointError
 from effllm.hf import texts
 from effllm.hf.demo import load_demo
 from effllm.hf.evaluate import perplexity
+from effllm.recovery.targets import Targets, cache_targets, load_targets
 
 RESULTS = Path(__file__).parent / "results" / "structured-recovery.json"
-RECIPES = "whitened(ratio=0.9);whitened(ratio=0.8)"
-_WINDOW = 256  # tokens of a recovery window
+Row = dict[str, Any]
+PLAIN = "allocation=uniform, pivoted=false"
+ROWS: dict[str, str] = {  # recipes without their ratio, as published unless named otherwise
+    "whitened": "whitened()",
+    "whitened, uniform ranks": f"whitened({PLAIN}, metric=plain)",
+    "afm": f"afm({PLAIN}, metric=plain)",
+    "asvd": f"asvd({PLAIN})",
+    "fwsvd": f"fwsvd({PLAIN})",
+    "svd": f"svd({PLAIN})",
+    "monarch, plain": "monarch(solver=project)",
+    "monarch, whitened": "monarch(solver=whitened)",
+    "monarch, descent": "monarch(solver=descent)",
+    "sltrain": "sltrain()",
+    "lost": "lost()",
+}
 
 
-def row(recipe: str, steps: int, calibration: torch.Tensor, training: torch.Tensor, windows: torch.Tensor) -> dict[str, Any]:
-    """Compress, score, recover, score."""
-    dense, _ = load_demo(torch.bfloat16)
-    model, _ = load_demo(torch.bfloat16)
-    base = perplexity(dense, windows)
-    start = time.perf_counter()
-    report = effllm.compress(model, recipe, calibration)
-    packed = time.perf_counter() - start
-    before = perplexity(model, windows)
-    saved = sum(d.bytes_before - d.bytes_after for d in report.decisions)
-    found: dict[str, Any] = {"recipe": recipe, "dense": base, "ratio": before / base, "compress_s": packed, "bytes_saved": saved}
-    print(f"{recipe}: dense {base:.2f}, compressed {before:.2f} ({before / base:.3f}x) in {packed:.0f} s", flush=True)
-    if steps:
+def recipe_of(row: str, ratio: float) -> str:
+    """The recipe of a row with its ratio."""
+    name, _, rest = ROWS[row].partition("(")
+    return f"{name}(ratio={ratio:g}{', ' if rest != ')' else ''}{rest}"
 
-        def progress(done: int, total: int, text: str) -> None:
+
+def stored() -> list[Row]:
+    """The rows measured so far."""
+    return json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
+
+
+def keep(new: Row) -> None:
+    """Put a row in the place of the older one of its settings; several runs may write at once."""
+    with RESULTS.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        rows = [r for r in stored() if (r["row"], r["share"]) != (new["row"], new["share"])] + [new]
+        RESULTS.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1) + "\n")
+
+
+class Run:
+    """The texts, the dense model and its answers; measures one row after another."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.dense, tokenizer = load_demo(torch.bfloat16)
+        everything = texts.calibration_text(args.texts)
+        evaluation = texts.evaluation_text(args.texts)
+        spread = texts.windows(tokenizer, everything.text, 512)
+        self.calibration = spread[:: len(spread) // args.calibration][: args.calibration]
+        self.training = texts.windows(tokenizer, everything.text, args.length, max(1, args.steps))
+        self.windows = texts.windows(tokenizer, evaluation.text, 512, args.windows)
+        self.base = perplexity(self.dense, self.windows)
+        self.text = evaluation.name
+        self._targets: Targets | None = None
+        print(f"dense {self.base:.3f} on {self.text}, {self.windows.shape[0] * 511} targets", flush=True)
+
+    def targets(self) -> Targets:
+        """The dense model's answers to the training text."""
+        if self._targets is None:
+            folder = self.args.targets
+            try:
+                self._targets = load_targets(folder)
+            except (CheckpointError, TypeError):
+                self._targets = cache_targets(self.dense, self.training, directory=folder)
+        return self._targets
+
+    def measure(self, row: str, share: float) -> None:
+        """Compress, score, recover, score; stored after both scores."""
+        recipe, args = recipe_of(row, share), self.args
+        model, _ = load_demo(torch.bfloat16)
+        start = time.perf_counter()
+        report = effllm.compress(model, recipe, None if row == "svd" or "project" in recipe else self.calibration)
+        packed = time.perf_counter() - start
+        before = perplexity(model, self.windows)
+        covered = [d for d in report.decisions if d.bytes_before]
+        sizes = [sum(getattr(d, f"bytes_{when}") for d in covered if ".layers." in d.module) for when in ("before", "after")]
+        found: Row = {"row": row, "share": share, "recipe": recipe, "text": self.text, "dense": self.base, "perplexity": before, "ratio": before / self.base}
+        found |= {"stored": sizes[1] / max(1, sizes[0]), "bytes_saved": sizes[0] - sizes[1], "compress_s": packed}
+        found["calibration_tokens"] = self.calibration.numel()
+        keep(found)
+        print(f"{recipe}: {before:.2f} ({before / self.base:.4g}x), {found['stored']:.4f} stored, {packed:.0f} s", flush=True)
+        if not args.steps:
+            return
+        done = effllm.recover(model, self.targets(), self.training, args.steps, batch=1, lr=args.lr, progress=self._progress(start + packed))
+        after = perplexity(model, self.windows)
+        left = math.log(after / self.base) / math.log(before / self.base)
+        found |= {"steps": args.steps, "lr": args.lr, "tokens": args.steps * args.length, "recovered": after / self.base, "gap_left": left}
+        found["recover_s"] = done.seconds
+        keep(found)
+        print(f"{recipe}: after {args.steps} steps {after:.2f} ({after / self.base:.4g}x), {left:.2f} of the log gap left, {done.seconds:.0f} s", flush=True)
+
+    @staticmethod
+    def _progress(start: float) -> Callable[[int, int, str], None]:
+        def show(done: int, total: int, text: str) -> None:
             if done % 25 == 0:
-                print(f"  {done}/{total} {text} {time.perf_counter() - start - packed:.0f} s", flush=True)
+                print(f"  {done}/{total} {text} {time.perf_counter() - start:.0f} s", flush=True)
 
-        done = effllm.recover(model, dense, training, steps, progress=progress)
-        after = perplexity(model, windows)
-        left = math.log(after / base) / math.log(before / base)
-        found |= {"steps": steps, "recovered": after / base, "gap_left": left, "recover_s": done.seconds}
-        print(f"{recipe}: after {steps} steps {after:.2f} ({after / base:.3f}x), {left:.2f} of the log gap left, {done.seconds:.0f} s", flush=True)
-    return found
+        return show
+
+
+def table() -> str:
+    """The rows as Markdown."""
+
+    def times(value: float) -> str:
+        return f"{value:.3f}x" if value < 100 else f"{value:.1e}x".replace("e+0", "e").replace("e+", "e")
+
+    shares = sorted({r["share"] for r in stored()}, reverse=True)
+    head = [f"{1 - s:.0%} removed{after}" for s in shares for after in ("", f", {_steps(s)} steps")]
+    lines = ["| row | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
+    for row in ROWS:
+        cells = []
+        for share in shares:
+            found = next((r for r in stored() if (r["row"], r["share"]) == (row, share)), None)
+            cells += ["" if found is None else times(found["ratio"])]
+            cells += ["" if found is None or "recovered" not in found else f"{times(found['recovered'])} ({found['gap_left']:.2f})"]
+        if any(cells):
+            lines.append(f"| {row} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def _steps(share: float) -> int:
+    return max((r.get("steps", 0) for r in stored() if r["share"] == share), default=0)
 
 
 def main() -> None:
     """Run the chosen rows and merge them into the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipes", default=RECIPES, help="separated by semicolons")
+    parser.add_argument("--rows", default=";".join(ROWS), help="names separated by semicolons")
+    parser.add_argument("--ratios", default="0.9,0.8", help="shares of the numbers that stay")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a recovery window")
     parser.add_argument("--calibration", type=int, default=16)
     parser.add_argument("--windows", type=int, default=16)
-    parser.add_argument("--texts")
+    parser.add_argument("--texts", metavar="WHEEL")
+    parser.add_argument("--targets", type=Path, metavar="DIR")
+    parser.add_argument("--table", action="store_true")
     args = parser.parse_args()
-    _, tokenizer = load_demo(torch.bfloat16)
-    read = texts.calibration_text(args.texts).text
-    calibration = texts.windows(tokenizer, read, 512, args.calibration)
-    training = texts.windows(tokenizer, read, _WINDOW, 2 * args.steps)
-    windows = texts.windows(tokenizer, texts.evaluation_text(args.texts).text, 512, args.windows)
-    data = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"rows": []}
-    for recipe in args.recipes.split(";"):
-        made = row(recipe.strip(), args.steps, calibration, training, windows)
-        data["rows"] = [r for r in data["rows"] if (r["recipe"], r.get("steps", 0)) != (made["recipe"], made.get("steps", 0))] + [made]
-        data["machine"] = describe()
-        RESULTS.write_text(json.dumps(data, indent=1) + "\n")
+    if args.table:
+        print(table())
+        return
+    run: Run | None = None
+    for row in (name.strip() for name in args.rows.split(";")):
+        for share in (float(s) for s in args.ratios.split(",")):
+            known = next((r for r in stored() if (r["row"], r["share"]) == (row, share)), None)
+            if known is not None and known.get("steps", 0) >= args.steps:
+                continue
+            run = run or Run(args)
+            run.measure(row, share)
 
 
 if __name__ == "__main__":

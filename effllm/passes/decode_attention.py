@@ -23,7 +23,7 @@ class DecodeAttention:
 
     name = "decode_attention"
     requires: tuple[str, ...] = ()
-    after: tuple[str, ...] = ("query_rotation",)
+    after: tuple[str, ...] = ("query_rotation", "compressed_attention")
 
     def run(self, graph: fx.Graph, context: Context) -> PassReport:
         """Replace where the number of queries is static and small and a kernel exists for the device."""

@@ -64,7 +64,7 @@ def _site(graph: fx.Graph, node: fx.Node, given: dict[str, Any], turned: fx.Node
     scale = given.get("scale")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     with graph.inserting_before(node):
-        new = call(graph, torch.ops.effllm.segment_attention.default, (q, stored, v, mask, row, cos, sin, layout, scale, provider.name), node)
+        new = call(graph, torch.ops.effllm.rotated_attention.default, (q, stored, v, mask, row, cos, sin, layout, scale, provider.name), node)
     context.changed.append(new)
     if tuple(compat.example_value(new).stride()) == tuple(compat.example_value(node).stride()):
         replace(context, node, new)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,16 +72,30 @@ def batches(calibration: Any) -> list[Batch]:
     return found
 
 
-def run(model: nn.Module, batch: Batch) -> None:
-    """One forward pass without a cache; `Stop` raised by a hook ends it early."""
+def check_ids(model: nn.Module, found: Iterable[Batch]) -> None:
+    """Raise CalibrationError (E-CAL-VOCAB) where token ids lie outside of the model's embedding: they are of another model's tokenizer."""
+    table = model.get_input_embeddings() if callable(getattr(model, "get_input_embeddings", None)) else None
+    count = getattr(table, "num_embeddings", None)
+    for item in found if count else ():
+        ids = item if isinstance(item, Tensor) else item.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.is_floating_point() or not ids.numel():
+            continue
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= count:
+            cause = f"the calibration data has the token {low if low < 0 else high}, and the model's vocabulary has {count}"
+            raise CalibrationError("E-CAL-VOCAB", cause, "tokenize the text with the tokenizer of this model")
+
+
+def run(model: nn.Module, batch: Batch, call: Callable[..., Any] | None = None) -> None:
+    """One forward pass without a cache; `Stop` raised by a hook ends it early. `call` is called in the model's place, where given."""
     # parameters on meta: a skeleton whose blocks are loaded one after another
     device = next((t.device for t in (*model.parameters(), *model.buffers()) if not t.is_meta), torch.device("cpu"))
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     try:
         if isinstance(batch, Tensor):
-            model(batch.to(device), **extra)
+            (call or model)(batch.to(device), **extra)
         else:
-            model(**extra | {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+            (call or model)(**extra | {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
     except Stop:
         return
 

@@ -1,19 +1,8 @@
 // What the attention kernels share: strided views, masks, and softmax with the weighted sum of values.
 #pragma once
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
+#include "operands.h"
 
-#include <optional>
-
-#include "activation.h"
-
-namespace effllm::attention {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+namespace effllm {
 
 // exp for x <= 0, relative error below 2e-7: 2^round(x log2 e) times a degree-6 polynomial of the rest.
 inline float exp_negative(float x) {
@@ -39,7 +28,7 @@ struct View {
   int64_t s0, s1, s2;
   int64_t at(int64_t b, int64_t h, int64_t i) const { return b * s0 + h * s1 + i * s2; }
 };
-inline View view_of(const Tensor& t) {
+inline View view_of(const torch::stable::Tensor& t) {
   STD_TORCH_CHECK(t.dim() == 4 && (t.stride(3) == 1 || t.size(3) == 1), "effllm: attention takes 4-dimensional tensors with a dense last dimension");
   return {t.const_data_ptr(), t.stride(0), t.stride(1), t.stride(2)};
 }
@@ -68,11 +57,27 @@ struct Mask {
   }
 };
 
-inline Type type_of(ScalarType t) {
-  STD_TORCH_CHECK(t == ScalarType::Float || t == ScalarType::BFloat16 || t == ScalarType::Half, "effllm: attention takes float32, bfloat16 or float16");
-  return t == ScalarType::Float ? Type::f32 : t == ScalarType::BFloat16 ? Type::bf16 : Type::f16;
+inline Mask mask_of(const std::optional<torch::stable::Tensor>& mask, int64_t batch, int64_t heads, int64_t queries, int64_t keys) {
+  Mask m;
+  if (!mask) return m;
+  STD_TORCH_CHECK(mask->dim() == 4 && mask->size(3) == keys, "effllm: the mask must be (batch, heads, queries, keys)");
+  m.data = mask->const_data_ptr();
+  m.boolean = mask->scalar_type() == torch::headeronly::ScalarType::Bool;
+  if (!m.boolean) m.type = type_of(mask->scalar_type());
+  auto step = [&](int64_t dim, int64_t want) { STD_TORCH_CHECK(mask->size(dim) == 1 || mask->size(dim) == want, "effllm: the mask does not broadcast"); return mask->size(dim) == 1 ? 0 : mask->stride(dim); };
+  m.s0 = step(0, batch), m.s1 = step(1, heads), m.s2 = step(2, queries), m.s3 = mask->stride(3);
+  return m;
 }
 
+namespace attention {
+
+using effllm::Mask;
+using effllm::mask_of;
+using effllm::type_of;
+using effllm::View;
+using effllm::view_of;
+using effllm::widen;
+using torch::stable::Tensor;
 
 // The dtype of q, k and v, whose shapes must fit.
 inline Type check(const Tensor& q, const Tensor& k, const Tensor& v) {
@@ -80,18 +85,6 @@ inline Type check(const Tensor& q, const Tensor& k, const Tensor& v) {
   STD_TORCH_CHECK(kv > 0 && q.size(1) % kv == 0 && k.size(3) == q.size(3) && v.size(3) == q.size(3) && v.size(2) == k.size(2) && v.size(1) == kv && k.size(0) == q.size(0) && v.size(0) == q.size(0), "effllm: attention shapes do not fit");
   STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(), "effllm: q, k and v differ in dtype");
   return type_of(q.scalar_type());
-}
-
-inline Mask mask_of(const std::optional<Tensor>& mask, int64_t batch, int64_t heads, int64_t queries, int64_t keys) {
-  Mask m;
-  if (!mask) return m;
-  STD_TORCH_CHECK(mask->dim() == 4 && mask->size(3) == keys, "effllm: the mask must be (batch, heads, queries, keys)");
-  m.data = mask->const_data_ptr();
-  m.boolean = mask->scalar_type() == ScalarType::Bool;
-  if (!m.boolean) m.type = type_of(mask->scalar_type());
-  auto step = [&](int64_t dim, int64_t want) { STD_TORCH_CHECK(mask->size(dim) == 1 || mask->size(dim) == want, "effllm: the mask does not broadcast"); return mask->size(dim) == 1 ? 0 : mask->stride(dim); };
-  m.s0 = step(0, batch), m.s1 = step(1, heads), m.s2 = step(2, queries), m.s3 = mask->stride(3);
-  return m;
 }
 
 // About 8 multiply-adds a nanosecond, and 3 us to wake a thread.
@@ -135,4 +128,5 @@ void finish(float* scores, const View& v, int64_t b, int64_t hk, int64_t repeat,
   }
 }
 
-}  // namespace effllm::attention
+}  // namespace attention
+}  // namespace effllm

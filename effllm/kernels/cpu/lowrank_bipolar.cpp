@@ -41,14 +41,14 @@ double nanoseconds(const Weight& w, int64_t bits, int64_t m, int digits) {
 void fused(const Tensor& x, int64_t m, int64_t k, std::vector<Pair>& pairs, const Factors& a, const Factors& b, const float* bias, void* y, const Plan& how) {
   const Type type = effllm::type_of(x.scalar_type());
   const int digits = type == Type::f32 ? 3 : 2;
-  static thread_local Activations input;
+  static thread_local Activations held;
+  Activations& input = held;  // the calling thread's, also inside the tasks: a thread-local name there would be the worker's own
   const Weight& w0 = pairs[0].b;
   input.shape(m, k, w0.blocks * 32, b.group == 16 ? 16 : 32, digits);
   const float first_factor = b.factor(), second_factor = a.factor();
   torch::stable::parallel_for(0, m, 8, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) input.take_float(i, x.const_data_ptr(), type, first_factor);
   });
-  const Activations& in = input;  // the calling thread's, also inside the tasks
   int64_t first = 0, second = 0;
   double ns = 0;
   for (auto& p : pairs) {
@@ -76,7 +76,7 @@ void fused(const Tensor& x, int64_t m, int64_t k, std::vector<Pair>& pairs, cons
       Weight w = p.b;
       const int64_t tile = 2 * task;
       w.ldy = 32, w.col = -tile * 16;
-      effllm::multiply_range<V>(w, b.bits, in, tile, std::min(w.tiles, tile + 2), nullptr, out.data(), Type::f32, how);
+      effllm::multiply_range<V>(w, b.bits, input, tile, std::min(w.tiles, tile + 2), nullptr, out.data(), Type::f32, how);
       const int64_t seg = p.mid.seg;
       for (int64_t i = 0; i < m; ++i)
         for (int64_t c = 0; c < 32; c += seg) {

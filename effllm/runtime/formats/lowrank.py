@@ -108,7 +108,7 @@ def validate(packed: Packed) -> None:
     rank = packed.attrs.get("rank")
     if not isinstance(rank, int) or not 1 <= rank <= min(n, k):
         raise bad(f"its rank is {rank!r}")
-    extra = {key for key in t if "." not in key}
+    extra = {key for key in t if key.partition(".")[0] not in factors or "." not in key}
     if not extra <= {"shift", "channels", "pivots"} or set(parts.names(packed)) != {"a", "b"} or {"channels", "pivots"} <= extra:
         raise bad(f"its tensors are {sorted(t)}")
     shift, channels, pivots = (t.get(key) for key in ("shift", "channels", "pivots"))

@@ -132,14 +132,17 @@ def test_memory_past_the_operands_is_not_read(op: str, provider: Provider) -> No
     assert torch.equal(call(provider, problem, tuple(guarded(a) for a in args)), alone)
 
 
+@pytest.mark.parametrize("rows", [2, 17])
 @pytest.mark.parametrize(("op", "provider"), NATIVE, ids=[f"{o}-{p.name}" for o, p in NATIVE])
-def test_threads_do_not_change_the_result(op: str, provider: Provider) -> None:
-    problem, args = small(op, provider)
+def test_threads_do_not_change_the_result(op: str, provider: Provider, rows: int) -> None:
+    problem, args = small(op, provider, m=rows)  # 17 rows: activations are prepared by more than one thread too
     path = "registers" if "bipolar" in op else "fused"
     before = torch.get_num_threads()
-    torch.set_num_threads(2)
     try:
-        found = [call(provider, problem, tuple(args), {"path": path, "threads": t}) for t in (1, 2, 2, 2)]
+        torch.set_num_threads(1)
+        found = [call(provider, problem, tuple(args), {"path": path, "threads": 1})]
+        torch.set_num_threads(2)
+        found += [call(provider, problem, tuple(args), {"path": path, "threads": t}) for t in (1, 2, 2, 2)]
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(found[0], y) for y in found)
