@@ -30,11 +30,6 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-<<<<<<< HEAD
-    "Decision", "EditSession", "EffllmError", "Recipe", "Report", "compress", "explain", "last_report", "load", "load_demo", "recover", "refresh",
-    "save", "tune",
-]  # fmt: skip
-=======
     "Calibration",
     "Decision",
     "EditSession",
@@ -55,7 +50,6 @@ __all__ = [
     "stream",
     "tune",
 ]
->>>>>>> main
 
 _WHERE = {
     "Calibration": "effllm.activation.calibration",
