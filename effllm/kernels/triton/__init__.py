@@ -104,9 +104,9 @@ def register() -> None:
     for op in (bipolar_linear.LINEAR, bipolar_linear.LINEAR_A8):
         op.register(Provider("triton", op.name, "cuda", "words", supports, calls[op.name], TritonTuning(), late=True, rank=10))
     nm_ops.register()
+    pie.register()
     segments_launch.register()
     skip_ops.register()
-    pie.register()
     name = lowrank_linear.LOWRANK.name
     lowrank_linear.LOWRANK.register(Provider("triton", name, "cuda", "dense", supports_lowrank, _lowrank, LowrankTritonTuning(), late=True, rank=10))
     tuning = MonarchTritonTuning()
