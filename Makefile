@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
+# one process per core, whole modules together (they share what is slow to set up); threads that wait must not spin beside another process
+TEST := HF_HUB_OFFLINE=1 OMP_WAIT_POLICY=passive $(PY) -m pytest -n auto --maxprocesses 4 --dist loadscope
 PIP := $(PY) -m pip --disable-pip-version-check --quiet
 
 .PHONY: demo test check lint setup setup-dev docs clean
@@ -10,10 +12,10 @@ demo: setup
 	HF_HUB_OFFLINE=1 $(PY) -m effllm.cli demo --json demo-report.json --png demo-report.png
 
 test: setup-dev lint
-	HF_HUB_OFFLINE=1 $(PY) -m pytest tests
+	$(TEST) tests
 
 check: setup-dev lint
-	HF_HUB_OFFLINE=1 $(PY) -m pytest tests -m "not slow"
+	$(TEST) tests -m "not slow"
 
 lint: setup-dev
 	$(PY) -m ruff check effllm tests examples docs

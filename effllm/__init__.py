@@ -16,17 +16,44 @@ from effllm.recipe import Recipe
 from effllm.report import Decision, Report
 
 if TYPE_CHECKING:
+    from effllm.activation.calibrate import calibrate
+    from effllm.activation.calibration import Calibration
     from effllm.backend import explain, last_report, refresh
     from effllm.compression import compress
+    from effllm.hf.decoding import generate, stream
     from effllm.hf.demo import load_demo
+    from effllm.hf.edit import EditSession
     from effllm.recovery.run import recover
     from effllm.runtime.checkpoint import load, save
+    from effllm.runtime.prepack import prepack
     from effllm.tuning import tune
 
 __version__ = "0.1.0"
-__all__ = ["Decision", "EffllmError", "Recipe", "Report", "compress", "explain", "last_report", "load", "load_demo", "recover", "refresh", "save", "tune"]
+__all__ = [
+    "Calibration",
+    "Decision",
+    "EditSession",
+    "EffllmError",
+    "Recipe",
+    "Report",
+    "calibrate",
+    "compress",
+    "explain",
+    "generate",
+    "last_report",
+    "load",
+    "load_demo",
+    "prepack",
+    "recover",
+    "refresh",
+    "save",
+    "stream",
+    "tune",
+]
 
 _WHERE = {
+    "Calibration": "effllm.activation.calibration",
+    "calibrate": "effllm.activation.calibrate",
     "explain": "effllm.backend",
     "last_report": "effllm.backend",
     "refresh": "effllm.backend",
@@ -34,8 +61,12 @@ _WHERE = {
     "load": "effllm.runtime.checkpoint",
     "save": "effllm.runtime.checkpoint",
     "load_demo": "effllm.hf.demo",
+    "EditSession": "effllm.hf.edit",
     "recover": "effllm.recovery.run",
     "tune": "effllm.tuning",
+    "generate": "effllm.hf.decoding",
+    "stream": "effllm.hf.decoding",
+    "prepack": "effllm.runtime.prepack",
 }
 
 

@@ -1,4 +1,4 @@
-"""The command `effllm`: compress, eval, bench, explain, tune, doctor, demo, cache. Thin: every command calls one function and prints its result."""
+"""The command `effllm`: compress, eval, bench, trace, explain, tune, doctor, demo, cache. Thin: every command calls one function and prints its result."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
-from effllm import cli_cache, cli_kernels, commands, console
+from effllm import cli_cache, cli_kernels, cli_serve, commands, console
 from effllm.errors import EffllmError, OptionError, nearest
 
 # typer's own copy of click or the real one, depending on its version: reached through its public class
@@ -54,6 +54,7 @@ class _Group(TyperGroup):
 
 app = typer.Typer(cls=_Group, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help="Makes language models small and fast.")
 app.add_typer(cli_cache.app, name="cache")
+app.command()(cli_serve.trace)
 
 Model = Annotated[str, typer.Argument(help="a Hugging Face directory, an effllm checkpoint directory, or the word demo")]
 Bits = Annotated[int | None, typer.Option("--bits", min=1, max=8, help="read a checkpoint's weights at this many bits where they have more")]
@@ -135,22 +136,32 @@ def bench(
     group: cli_kernels.Group = None,
     seconds: cli_kernels.Seconds = None,
     resume: cli_kernels.Resume = None,
+    serve_trace: cli_serve.Trace = None,
+    budget: cli_serve.Budget = None,
+    sequences: cli_serve.Most = None,
+    slowdown: cli_serve.Slowdown = None,
 ) -> None:
     """Decode and prefill speed of several recipes and baselines, interleaved in one run. A checkpoint runs as it is.
 
-    With --kernels: kernels on layer shapes of real models, verified, then timed in turns with those of peers.
+    With --kernels: kernels on layer shapes of real models, verified, then timed in turns with those of peers. With --serve-trace: the time
+    between tokens of running sequences while prompts arrive, read in chunks and whole.
     """
     console.writable(json, png)
+    serve = {"--serve-trace": serve_trace, "--budget": budget, "--sequences": sequences, "--slowdown": slowdown}
     own = {
         "--model-shapes": model_shapes, "--bits": bits, "--rows": rows, "--op": op, "--peers": peers, "--group": group, "--seconds": seconds,
         "--resume": resume,
     }  # fmt: skip
+    other: dict[str, Any] = {
+        "--baseline": baseline, "--rounds": rounds, "--tokens": tokens, "--prefill": prefill, "--eager-prefill": eager_prefill, "--text": text,
+        "--windows": windows, "--calibrate": calibrate, "--reference": reference,
+    }  # fmt: skip
+    if serve_trace is not None:
+        cli_serve.run(serve, other | own | {"--kernels": kernels, "--png": png}, model, recipe, threads, device, json)
+        return
+    cli_serve.only_with_trace(serve)
     if kernels:
-        other: dict[str, Any] = {
-            "MODEL": model, "--recipe": recipe, "--baseline": baseline, "--rounds": rounds, "--tokens": tokens, "--prefill": prefill,
-            "--eager-prefill": eager_prefill, "--text": text, "--windows": windows, "--calibrate": calibrate, "--reference": reference,
-        }  # fmt: skip
-        cli_kernels.run(own, other, threads, device, json, png)
+        cli_kernels.run(own, {"MODEL": model, "--recipe": recipe} | other, threads, device, json, png)
         return
     width = cli_kernels.only_with_kernels(own, bits)
     if model is None:

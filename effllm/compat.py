@@ -184,6 +184,12 @@ def can_outline() -> bool:
     return hasattr(torch.ops.higher_order, "invoke_subgraph") and tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
+def is_custom_mutation(target: Any) -> bool:
+    """Whether a call target is an op outside of aten that writes to its arguments."""
+    op = target.default if isinstance(target, torch._ops.OpOverloadPacket) and "default" in target.overloads() else target
+    return isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable and op.namespace != "aten"
+
+
 def inductor_modes() -> dict[str, dict[str, Any]]:
     """Inductor's modes and what they set."""
     return dict(torch._inductor.list_mode_options())
@@ -283,3 +289,26 @@ def is_stop(error: BaseException) -> bool:
             return True
         seen = seen.__cause__ or seen.__context__
     return False
+
+
+def is_capture_error(error: BaseException) -> bool:
+    """Whether Dynamo raised it: a graph break under fullgraph, or a backend that failed."""
+    from torch._dynamo import exc
+
+    return isinstance(error, exc.TorchDynamoException)
+
+
+def attention_implementation(config: Any) -> str:
+    """The name of the attention implementation that a transformers config selects."""
+    return str(getattr(config, "_attn_implementation", None) or "eager")
+
+
+def set_attention_implementation(config: Any, name: str) -> None:
+    """Select another one for this config alone. transformers' public setter walks all modules of the model, milliseconds a call."""
+    config._attn_implementation_internal = name
+
+
+def takes_attention(model: Any) -> bool:
+    """Whether a transformers model looks its attention up in the registry, by transformers' own test."""
+    test = getattr(type(model), "_can_set_attn_implementation", None)
+    return bool(test()) if test is not None else False

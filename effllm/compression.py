@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from effllm import compat
-from effllm.errors import EffllmError, OptionError, PassError
+from effllm.activation import sparse
+from effllm.activation.calibration import Calibration
+from effllm.errors import CalibrationError, EffllmError, OptionError, PassError
 from effllm.methods import Method
 from effllm.preparation import Assigned, prepare
 from effllm.recipe import Recipe
@@ -137,6 +139,7 @@ class Swap:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        self.after_rollback: Callable[[], None] = lambda: None  # undoes what was done to the dense weights
         self._undo: list[tuple[nn.Module, str, nn.Module]] = []
         self._shared: dict[tuple[int, bool], tuple[Method, PackedWeight]] = {}
         self._places: dict[int, list[tuple[nn.Module, str]]] = {}  # one module may sit in several
@@ -174,6 +177,7 @@ class Swap:
         while self._undo:
             parent, leaf, dense = self._undo.pop()
             setattr(parent, leaf, dense)
+        self.after_rollback()
 
     def commit(self) -> None:
         """Let the dense weights go."""
@@ -188,7 +192,8 @@ def compress(model: Any, recipe: Any = "w8", calibration: Any = None, *, strict:
     one dense decoder block or the embedding and the head, and the activations of the windows; where the model's blocks form no
     chain the dense model is loaded whole and the report's notes say why. Weights that are tied stay tied. The result is for
     inference: every parameter is frozen (kernels have no gradients; `recover` and a requires_grad_() of yours open what they train).
-    calibration: token windows, a LongTensor (windows, length), or an iterable of model inputs; turns on the second-order solver.
+    calibration: token windows, a LongTensor (windows, length), or an iterable of model inputs; turns on the second-order solver. For
+    an act part also what `calibrate` returned for this very model, or the directory it was saved in: the weights must be as they were.
     progress: called with (done, total, name).
 
     On any error the model is as it was: weights are checked before the first swap, and the dense modules are kept until the last
@@ -196,15 +201,20 @@ def compress(model: Any, recipe: Any = "w8", calibration: Any = None, *, strict:
     Raises RecipeError, WeightError, CalibrationError; with strict=True PassError where the recipe applied to nothing.
     """
     parsed = Recipe.parse(recipe)
+    data, thresholds = _calibration(parsed, calibration)
     if isinstance(model, str | Path):
         from effllm.hf.directory import compress_directory
 
-        return compress_directory(Path(model), parsed, calibration, strict=strict, progress=progress)
+        packed, made = compress_directory(Path(model), parsed, data, strict=strict, progress=progress)
+        if parsed.act is not None:
+            made.passes.append(sparse.apply(packed, parsed.act, calibration)[0])
+        return packed, made
     if not isinstance(model, nn.Module):
         raise OptionError("E-OPT-MODEL", f"cannot compress a {type(model).__name__}", "pass an nn.Module or a local Hugging Face directory")
     start = time.perf_counter()
     sites, kept = plan(model, parsed)
-    require(sites, kept, strict)
+    if parsed.act is None:
+        require(sites, kept, strict)
     for site in sites:
         try:
             check(site.matrix, site.params)
@@ -214,16 +224,29 @@ def compress(model: Any, recipe: Any = "w8", calibration: Any = None, *, strict:
     report = PassReport("compress", kept)
     try:
         with torch.no_grad():
-            _run(model, sites, swap, report, calibration, progress)
+            _run(model, sites, swap, report, data, progress)
+            report.seconds = time.perf_counter() - start
+            passes = [report] if parsed.act is None else [report, sparse.apply(model, parsed.act, thresholds)[0]]
     except BaseException:
         swap.rollback()
         raise
     swap.commit()
-    if sites:
+    if sites or parsed.act is not None:
         model.requires_grad_(False)
     record(model, parsed.name)
-    report.seconds = time.perf_counter() - start
-    return Report(parsed.name, [report])
+    return Report(parsed.name, passes)
+
+
+def _calibration(recipe: Recipe, given: Any) -> tuple[Any, Any]:
+    """What the weights and what the activations are calibrated with; a Calibration is thresholds, not data."""
+    if isinstance(given, Calibration | str | Path):
+        if recipe.act is None:
+            raise OptionError("E-OPT-CALIBRATION", f"thresholds of activations for the recipe {recipe.name!r}", "add an act part, or pass token windows")
+        return None, given
+    if recipe.act is not None and given is None:
+        cause = f"the recipe asks for {recipe.act.label} activation sparsity, which needs calibration data"
+        raise CalibrationError("E-CAL-NONE", cause, "pass calibration= token windows of at least 16384 tokens, or what effllm.calibrate returned")
+    return given, given
 
 
 def require(sites: list[Site], kept: list[Decision], strict: bool) -> None:
@@ -235,7 +258,8 @@ def require(sites: list[Site], kept: list[Decision], strict: bool) -> None:
 
 def _run(model: nn.Module, sites: list[Site], swap: Swap, report: PassReport, calibration: Any, progress: Progress | None) -> None:
     ready = prepare(model, {s.name: (s.module, s.params) for s in sites if s.kind == "linear"}, calibration)
-    report.decisions += ready.kept
+    swap.after_rollback = ready.undo
+    report.decisions += [*ready.also, *ready.kept]
     dense = {d.module for d in ready.kept}
     sites = [replace(s, params=ready.params.get(s.name, s.params)) for s in sites if s.name not in dense]
     total, done = len(sites), 0

@@ -55,6 +55,18 @@ class RecoveryError(EffllmError):
     """A recovery that cannot start or has to stop (codes E-REC-*)."""
 
 
+class CacheError(EffllmError):
+    """A key-value cache that does not fit, is full, or cannot be cropped, saved or loaded (codes E-KVC-*)."""
+
+
+class EditError(EffllmError):
+    """An edit that does not fit the text, or a model whose cache cannot be edited (codes E-EDT-*)."""
+
+
+class PromptError(EffllmError):
+    """Prompts or requests that cannot be run (codes E-PRM-*)."""
+
+
 class OptionError(EffllmError):
     """An option of the backend or the command line that does not exist or has a wrong value (codes E-OPT-*)."""
 

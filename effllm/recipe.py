@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from effllm.errors import RecipeError, nearest
-from effllm.methods import METHODS, Bipolar, Method, base
+from effllm.methods import METHODS, Activation, Bipolar, Method, base
 
 KINDS = ("linear", "embedding", "any")
 _SHORT = re.compile(r"w([1-8])(a8|a16)?")
+_SCOPES = ("act", "kv")
 _PLANNED = {
-    "act": ("chess", "rsparse", "teal", "cats"),
     "kv": ("kivi", "gear", "mustafar", "matryoshka", "ems", "bfp"),
 }
 HEAD_NAMES = ("lm_head", "*.lm_head", "embed_out", "*.embed_out", "proj_out", "output_projection", "*.output_projection")
@@ -60,10 +60,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Ordered rules; the first that hits a module decides. `name` is what the user wrote."""
+    """Ordered rules; the first that hits a module decides. `name` is what the user wrote, `act` which activations are skipped."""
 
     rules: tuple[Rule, ...]
     name: str = "custom"
+    act: Activation | None = None
 
     def rule_for(self, module: str, kind: str, shape: tuple[int, int]) -> Rule | None:
         """The first rule that hits, or None."""
@@ -88,7 +89,7 @@ class Recipe:
         for r in self.rules:
             flat = {k: v for k, v in asdict(r).items() if k != "params"}
             rules.append(flat | ({} if r.method == "dense" else r.params.to_dict()))
-        return {"name": self.name, "rules": rules}
+        return {"name": self.name, "rules": rules} | ({} if self.act is None else {"act": self.act.to_dict()})
 
     def preview(self, model: Any) -> list[dict[str, Any]]:
         """Which rule hits which Linear, Conv1D or Embedding module, and which none do; touches nothing."""
@@ -117,8 +118,9 @@ def _from_file(path: Path) -> Recipe:
 
 
 def _from_dict(data: dict[str, Any]) -> Recipe:
-    _known(data, {"name", "rules"}, "recipe")
+    _known(data, {"name", "rules", "act"}, "recipe")
     rules = []
+    act = _act_of(data["act"]) if "act" in data else None
     if not isinstance(data.get("rules"), list) or not data["rules"]:
         raise RecipeError("E-RCP-EMPTY", "the recipe has no rules", 'give "rules": [{"match": "*", "method": "bipolar", "bits": 4}]')
     for raw in data["rules"]:
@@ -138,7 +140,13 @@ def _from_dict(data: dict[str, Any]) -> Recipe:
         made = Bipolar() if method == "dense" else METHODS[method].of(method, {k: v for k, v in raw.items() if k in params})
         _fits(method, kind)
         rules.append(Rule(params=made, **{k: v for k, v in raw.items() if k in own}))
-    return Recipe(tuple(rules), str(data.get("name", "custom")))
+    return Recipe(tuple(rules), str(data.get("name", "custom")), act)
+
+
+def _act_of(raw: Any) -> Activation:
+    if not isinstance(raw, dict):
+        raise RecipeError("E-RCP-VALUE", f"act={raw!r}", 'act is a table such as {"method": "chess", "sparsity": 0.5}')
+    return Activation.from_dict(raw)
 
 
 def _from_line(line: str) -> Recipe:
@@ -146,19 +154,25 @@ def _from_line(line: str) -> Recipe:
     if not all(parts):
         raise RecipeError("E-RCP-EMPTY", f"empty part in recipe {line!r}", "write for example 'w4' or 'bipolar(bits=4)'")
     rules: list[Rule] = []
+    act: Activation | None = None
     for part in parts:
         found = re.fullmatch(r"(?:(\w+):)?(\w+)(?:\((.*)\))?", part, re.S)
         if found is None:
             raise RecipeError("E-RCP-FORM", f"cannot read recipe part {part!r}", "the form is [scope:]name(key=value, ...)")
         scope, name, inside = found.groups(default="")
         short = _SHORT.fullmatch(name)
+        if scope == "act":
+            if act is not None:
+                raise RecipeError("E-RCP-FORM", f"{part!r} is a second act part", "give one")
+            act = Activation.of(name, _arguments(inside))
+            continue
         if scope or not short:
             _method(name, scope)
         values = _arguments(inside)
         if short:
             name, values = "bipolar", {"bits": int(short[1]), "act": short[2] or "a16"} | values
         rules += [Rule(method="dense", kind="any")] if name == "dense" else _whole_model(name, values)
-    return Recipe(tuple(rules), line)
+    return Recipe(tuple(rules or [Rule(method="dense", kind="any")]), line, act)
 
 
 def _whole_model(name: str, values: dict[str, Any]) -> list[Rule]:
@@ -188,7 +202,7 @@ def _fits(method: str, kind: str) -> None:
 
 
 def _method(name: str, scope: str) -> None:
-    if scope and scope not in _PLANNED:
+    if scope and scope not in _SCOPES:
         raise RecipeError("E-RCP-SCOPE", f"unknown scope {scope!r}", "scopes are act and kv; weights need none")
     if not scope and (name == "dense" or name in METHODS):
         return

@@ -8,7 +8,20 @@ from effllm.errors import KernelError, nearest
 from effllm.lowering.op import OPS, Problem, Provider, Verdict
 
 _MODULES: dict[str, tuple[str, ...]] = {"cpu": ("effllm.kernels.cpu",), "cuda": ("effllm.kernels.triton",)}
-_FAMILIES = ("bipolar_linear", "attention", "lowrank_linear", "lowrank_bipolar_linear", "monarch_linear", "nm_linear")
+_FAMILIES = (
+    "bipolar_linear",
+    "attention",
+    "lowrank_linear",
+    "lowrank_bipolar_linear",
+    "monarch_linear",
+    "nm_linear",
+    "sparse_linear",
+    "sparse_bipolar_linear",
+    "sparsify",
+    "kv_cache",
+    "pie",
+    "segment_attention",
+)
 _loaded: set[str] = set()
 _problems: dict[str, str] = {}  # device -> why its kernels are missing
 

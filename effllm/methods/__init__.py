@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from effllm.methods.activation import Activation
 from effllm.methods.base import Method
 from effllm.methods.bipolar import Bipolar
 from effllm.methods.lowrank import LowRank
@@ -10,4 +11,4 @@ from effllm.methods.nm import NM
 
 METHODS: dict[str, type[Method]] = {name: kind for kind in (Bipolar, LowRank, Monarch, NM) for name in kind.names}
 
-__all__ = ["METHODS", "NM", "Bipolar", "LowRank", "Method", "Monarch"]
+__all__ = ["METHODS", "NM", "Activation", "Bipolar", "LowRank", "Method", "Monarch"]

@@ -12,6 +12,8 @@ from effllm.methods import base
 
 SOLVERS = ("auto", "magnitude", "wanda", "sparsegpt", "dsnot")
 GROUPS_OF = (4, 8, 16)
+PERMUTE = ("none", "inner", "all")
+RATIOS = ("uniform", "farms", "essential", "knee")
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,9 @@ class NM(base.Method):
     name: "nm", or "armor" for the 2:4 (or n:m) core between two block-diagonal wrappers of size `block`. pattern: "n:m" with m of
     4, 8 or 16. solver: of nm; "auto" is sparsegpt with calibration and magnitude without. bits: of the kept values, 16 keeps them in
     the weight's dtype; group: their scale group, along the kept values. pad: whether K that is no multiple of m may be padded.
+
+    permute: reorder channels across coupled layers first, where masks then keep more (`effllm.reordering`): "inner" (or true) within blocks, "all"
+    the residual stream as well. ratios: how n is shared out over the model's blocks, the pattern being the mean (`effllm.solvers.nm.layerwise`).
     """
 
     names: ClassVar[tuple[str, ...]] = ("nm", "armor")
@@ -32,6 +37,8 @@ class NM(base.Method):
     group: int = 32
     block: int = 64
     pad: bool = False
+    permute: str = "none"
+    ratios: str = "uniform"
 
     @property
     def method(self) -> str:
@@ -56,12 +63,17 @@ class NM(base.Method):
     @property
     def requires_calibration(self) -> bool:
         """All solvers but magnitude read activations."""
-        return self.name == "armor" or self.solver not in ("auto", "magnitude")
+        return self.name == "armor" or self.solver not in ("auto", "magnitude") or self.permute != "none" or self.ratios == "knee"
+
+    @property
+    def needs_model(self) -> bool:
+        """Permutations and layer-wise ratios look at all layers."""
+        return self.permute != "none" or self.ratios != "uniform"
 
     @property
     def aims_at_dense(self) -> bool:
-        """Yes: what these leave of a layer is far from it, and the next layers can make up for a part."""
-        return self.calibrates
+        """Where values are solved for: what is left of a layer is far from it, and the next layers can make up for a part."""
+        return self.calibrates and (self.name == "armor" or self.solver in ("auto", "sparsegpt"))
 
     @property
     def label(self) -> str:
@@ -71,7 +83,10 @@ class NM(base.Method):
     @classmethod
     def prepare(cls, name: str, values: Mapping[str, Any]) -> dict[str, Any]:
         """Reads group=channel."""
-        return base.channel(values) | {"name": name}
+        found = base.channel(values)
+        if isinstance(found.get("permute"), bool):
+            found["permute"] = "inner" if found["permute"] else "none"
+        return found | {"name": name}
 
     def check(self) -> None:
         """Raise RecipeError where a value is out of range."""
@@ -82,4 +97,6 @@ class NM(base.Method):
         base.stored_bits(self.bits)
         base.group(self.group)
         base.whole("block", self.block, 2, 1 << 12)
+        base.one_of("permute", self.permute, PERMUTE)
+        base.one_of("ratios", self.ratios, RATIOS)
         base.one_of("pad", str(self.pad).lower(), ("true", "false"))

@@ -15,7 +15,7 @@ from effllm.passes.base import Context, call, replace
 from effllm.report import Decision, PassReport
 
 MAX_QUERIES = 4  # beyond a few queries the tiled kernels of torch win
-_NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
 class DecodeAttention:
@@ -23,7 +23,7 @@ class DecodeAttention:
 
     name = "decode_attention"
     requires: tuple[str, ...] = ()
-    after: tuple[str, ...] = ()
+    after: tuple[str, ...] = ("query_rotation", "compressed_attention")
 
     def run(self, graph: fx.Graph, context: Context) -> PassReport:
         """Replace where the number of queries is static and small and a kernel exists for the device."""
@@ -36,12 +36,12 @@ class DecodeAttention:
 
 def _site(graph: fx.Graph, node: fx.Node, context: Context) -> Decision:
     module, _ = compat.module_of(node)
-    given: dict[str, Any] = dict(zip(_NAMES, node.args, strict=False)) | dict(node.kwargs)
+    given: dict[str, Any] = dict(zip(NAMES, node.args, strict=False)) | dict(node.kwargs)
 
     def kept(code: str, reason: str) -> Decision:
         return Decision(node.name, module, "kept", code, reason)
 
-    q, k, v = (given[n] for n in _NAMES[:3])
+    q, k, v = (given[n] for n in NAMES[:3])
     query = compat.example_value(q)
     if torch.is_grad_enabled() and any(compat.example_value(t).requires_grad for t in (q, k, v)):
         return kept("grad", "gradients are recorded and the op is for inference only")
@@ -52,7 +52,7 @@ def _site(graph: fx.Graph, node: fx.Node, context: Context) -> Decision:
     mask = given.get("attn_mask")
     if mask is not None and compat.example_value(mask).dim() != 4:
         return kept("mask", "the mask is not 4-dimensional")
-    k, v = _grouped(k), _grouped(v)
+    k, v = grouped(k), grouped(v)
     if compat.example_value(k).shape != compat.example_value(v).shape:
         return kept("shapes", "keys and values differ in shape")
     problem = Problem("decode_attention", query.shape[1], query.shape[3], 0, 0, False, m=query.shape[2], dtype=query.dtype, device=query.device.type)
@@ -74,7 +74,7 @@ def _site(graph: fx.Graph, node: fx.Node, context: Context) -> Decision:
     return Decision(new.name, module, "applied", "applied", why, kernel=provider.name, config={"queries": query.shape[2], "heads_per_key_head": groups})
 
 
-def _grouped(node: fx.Node) -> fx.Node:
+def grouped(node: fx.Node) -> fx.Node:
     """The grouped keys behind the usual repetition x[:, :, None].expand(...).reshape(...); the node itself if it is not that."""
     reshape = node
     if not (reshape.op == "call_method" and reshape.target == "reshape"):

@@ -121,6 +121,8 @@ def _region(graph: fx.Graph, name: str, own: list[fx.Node], position: dict[fx.No
             return "nodes of another layer lie between its own"
         if n.op not in ("call_function", "call_method"):
             return f"it holds a {n.op} node"
+        if compat.is_custom_mutation(n.target):
+            return f"{n.target} writes in place, which torch does not functionalize inside a subgraph for ops that are not its own"
     inputs = list(dict.fromkeys(i for n in nodes for i in n.all_input_nodes if i not in inside))
     outputs = [n for n in nodes if any(u not in inside for u in n.users)]
     for n in outputs:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from effllm.passes.base import Pass
+from effllm.passes.compressed_attention import CompressedAttention
 from effllm.passes.decode_attention import DecodeAttention
 from effllm.passes.merge_linear import MergeLinear
 from effllm.passes.merge_lowrank import MergeLowRank
 from effllm.passes.outline_layers import OutlineLayers
 from effllm.passes.packed_linear import PackLinear
+from effllm.passes.query_rotation import QueryRotation
 from effllm.passes.share_activation import ShareActivation
 
 
 def default() -> list[Pass]:
     """A fresh list of every pass."""
-    return [PackLinear(), ShareActivation(), MergeLinear(), MergeLowRank(), DecodeAttention(), OutlineLayers()]
+    return [PackLinear(), ShareActivation(), MergeLinear(), MergeLowRank(), QueryRotation(), CompressedAttention(), DecodeAttention(), OutlineLayers()]

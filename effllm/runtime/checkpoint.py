@@ -24,6 +24,7 @@ import effllm
 from effllm.errors import CheckpointError, nearest
 from effllm.runtime import formats, recorded, shards
 from effllm.runtime import weights as kinds
+from effllm.runtime.activated import ThresholdedActivation
 from effllm.runtime.atomic import staged_directory
 from effllm.runtime.dense import is_transposed, matrix
 from effllm.runtime.formats import parts
@@ -86,6 +87,7 @@ def load(
     header = read_header(folder, verify)
     wanted = _bits(header, bits)
     skeleton = _skeleton(folder) if model is None else model
+    _wrap(skeleton, header)
     _check_fit(skeleton, header)
     reader = shards.Reader(folder, header["tensors"], verify)
     weights = {}
@@ -97,6 +99,18 @@ def load(
     name = header.get("recipe")
     recorded.record(skeleton, recorded.lowered(name if isinstance(name, str) else None, bits if wanted else None))
     return skeleton.eval()
+
+
+def _wrap(skeleton: nn.Module, header: dict[str, Any]) -> None:
+    """Give the activations that had thresholds a place for them."""
+    for name, gate in header.get("gates", {}).items():
+        try:
+            inner = skeleton.get_submodule(name)
+        except AttributeError:
+            raise CheckpointError("E-CKP-MODEL", f"the model has no activation {name}", "give the model it was saved from") from None
+        if not isinstance(inner, ThresholdedActivation):
+            about = {key: gate.get(key, default) for key, default in (("method", ""), ("target", 0.0), ("realised", 0.0))}
+            skeleton.set_submodule(name, ThresholdedActivation(inner, torch.empty(gate["size"], device="meta"), gate["limit"], **about))
 
 
 def _old_content(target: Path) -> list[Path]:

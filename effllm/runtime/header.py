@@ -8,6 +8,7 @@ plain           name -> role: "parameter", "buffer", or "temporary" for a buffer
 ties            name -> the name under which the same tensor is stored
 tensors         name -> file, dtype, shape, sha256 (a list of one hash per bit plane for planes)
 files           name -> bytes
+gates           name -> limit, size, method, target, realised of an activation function with thresholds; missing where there is none
 recipe          the recipe's name as the user wrote it; missing where the model was put together by hand
 sha256          of all the above, as JSON with sorted keys and no spaces
 """
@@ -142,6 +143,11 @@ def _known(kind: Any, attrs: dict[str, Any], key: Any) -> bool:
 
 
 def _check_names(header: dict[str, Any]) -> None:
+    for name, gate in header.get("gates", {}).items():
+        if not isinstance(gate, dict) or type(gate.get("limit")) is not int or type(gate.get("size")) is not int or gate["size"] < 1 or gate["limit"] < -1:
+            raise _bad(f"the record of the activation {name} is damaged")
+        if f"{name}.threshold" not in header["plain"]:
+            raise _bad(f"the activation {name} has no thresholds", "E-CKP-MISSING")
     for name, module in header["modules"].items():
         if not isinstance(module, dict) or module.get("kind") not in ("linear", "embedding") or module.get("weight") not in header["weights"]:
             raise _bad(f"the record of the module {name} is damaged")

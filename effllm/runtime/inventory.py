@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from effllm.errors import CheckpointError
+from effllm.runtime.activated import ThresholdedActivation
 from effllm.runtime.packed import PackedEmbedding, PackedLinear, PackedWeight
 from effllm.runtime.shards import CODES, Spec, Unit
 
@@ -21,13 +22,19 @@ class Inventory:
         self.weights: dict[str, dict[str, Any]] = {}
         self.plain: dict[str, str] = {}
         self.ties: dict[str, str] = {}
+        self.gates: dict[str, dict[str, Any]] = {
+            name: {"limit": m.limit, "size": m.threshold.numel(), **m.about}
+            for name, m in model.named_modules(remove_duplicate=False)
+            if isinstance(m, ThresholdedActivation)
+        }
         packed = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, PackedWeight)}
         self._packed(model, packed)
         self._plain(model, set(packed))
 
     def tables(self) -> dict[str, Any]:
-        """modules, weights, plain and ties of the header."""
-        return {"modules": self.modules, "weights": self.weights, "plain": self.plain, "ties": self.ties}
+        """modules, weights, plain, ties and gates of the header."""
+        tables = {"modules": self.modules, "weights": self.weights, "plain": self.plain, "ties": self.ties}
+        return tables | ({"gates": self.gates} if self.gates else {})
 
     def _packed(self, model: nn.Module, packed: dict[str, PackedWeight]) -> None:
         first: dict[int, str] = {}

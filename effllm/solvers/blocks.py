@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,16 +86,16 @@ def check_ids(model: nn.Module, found: Iterable[Batch]) -> None:
             raise CalibrationError("E-CAL-VOCAB", cause, "tokenize the text with the tokenizer of this model")
 
 
-def run(model: nn.Module, batch: Batch) -> None:
-    """One forward pass without a cache; `Stop` raised by a hook ends it early."""
+def run(model: nn.Module, batch: Batch, call: Callable[..., Any] | None = None) -> None:
+    """One forward pass without a cache; `Stop` raised by a hook ends it early. `call` is called in the model's place, where given."""
     # parameters on meta: a skeleton whose blocks are loaded one after another
     device = next((t.device for t in (*model.parameters(), *model.buffers()) if not t.is_meta), torch.device("cpu"))
     extra = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
     try:
         if isinstance(batch, Tensor):
-            model(batch.to(device), **extra)
+            (call or model)(batch.to(device), **extra)
         else:
-            model(**extra | {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
+            (call or model)(**extra | {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()})
     except Stop:
         return
 

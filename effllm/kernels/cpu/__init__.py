@@ -9,7 +9,7 @@ from torch import Tensor
 
 from effllm.autotune import use
 from effllm.errors import KernelError
-from effllm.kernels.cpu import build, lowrank, lowrank_bipolar, monarch, nm
+from effllm.kernels.cpu import build, kv, kv_formats, lowrank, lowrank_bipolar, monarch, nm, pie, segments, skip
 from effllm.kernels.cpu.build import ISAS, Isa
 from effllm.kernels.cpu.choose import CpuTuning, arguments, thresholds
 from effllm.lowering.op import OPS, Config, Problem, Provider, Verdict
@@ -44,10 +44,12 @@ def ensure(isa: Isa) -> None:
         return q.new_empty(q.shape)
 
     fakes: tuple[Any, ...] = (decode_attention, linear, linear_a8, linear_many, linear_a8_many, *monarch.FAKES, *nm.fakes())
+    fakes += (*skip.fakes(), *kv.FAKES, *kv_formats.FAKES, *pie.FAKES)
     for fake in fakes:
         torch.library.register_fake(f"{isa.namespace}::{fake.__name__}", fake)
     torch.library.register_fake(f"{isa.namespace}::lowrank", lowrank.fake)
     torch.library.register_fake(f"{isa.namespace}::lowrank_bipolar", lowrank_bipolar.fake)
+    torch.library.register_fake(f"{isa.namespace}::segment_attention", segments.fake)
     _loaded.add(isa.name)
 
 
@@ -98,8 +100,13 @@ def register() -> None:
     for rank, isa in enumerate(reversed(ISAS), start=1):
         for op in ("bipolar_linear", "bipolar_linear_a8", "bipolar_linear_many", "bipolar_linear_a8_many", "decode_attention"):
             OPS[op].register(_provider(op, isa, rank))
+        kv.register(isa, rank, ensure, supports)
+        kv_formats.register(isa, rank, ensure)
         lowrank.register(isa, rank, ensure)
         lowrank_bipolar.register(isa, rank, ensure)
+        segments.register(isa, rank, ensure)
         for op in monarch.OPS:
             OPS[op].register(_monarch(op, isa, rank))
     nm.register(ensure)
+    skip.register(ensure)
+    pie.register(ensure)

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
-import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from effllm.errors import KernelError
+from effllm.kernels.cpu import units
 from effllm.runtime.host import cache_root, cpu_flags, cpu_name
 
 HERE = Path(__file__).parent
@@ -75,22 +74,27 @@ def _command(cxx: str, isa: Isa) -> list[str]:
     defines = [f"-DEFFLLM_NAMESPACE={isa.namespace}", f"-DEFFLLM_ISA={isa.cls}", f"-DTORCH_TARGET_VERSION={_TARGET}"]
     # -O3 doubles the build time for nothing: the hot loops are intrinsics, and these flags unroll and vectorize the rest
     optimize = ["-O2", "-fpeel-loops", "-ftree-vectorize", "-fvect-cost-model=dynamic", "-fno-math-errno", "-fno-trapping-math", "-fopenmp-simd"]
-    flags = ["-std=c++20", *optimize, "-fPIC", "-shared", "-w", *isa.flags]
-    libs = [f"-L{root / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
-    return [cxx, *flags, *defines, *include, *(str(HERE / u) for u in UNITS), *libs]
+    return [cxx, "-std=c++20", *optimize, "-fPIC", "-w", *isa.flags, *defines, *include]
 
 
-def key(cxx: str, isa: Isa) -> str:
-    """Hash over everything the library depends on."""
-    digest = hashlib.sha256()
-    for name in SOURCES:
-        digest.update((HERE / name).read_bytes())
+def _link(cxx: str, objects: list[Path]) -> list[str]:
+    return [cxx, "-shared", *map(str, objects), f"-L{Path(torch.__file__).parent / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10"]
+
+
+def _settings(cxx: str, isa: Isa) -> str:
+    """What objects depend on beside their sources."""
     try:
         version = subprocess.run([cxx, "--version"], capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError) as error:
         raise KernelError("E-KRN-COMPILER", f"cannot run the compiler {cxx}: {error}", "install g++ or set CXX to a working compiler") from error
-    for part in (*_command("", isa), version, torch.__version__, cpu_name(), ",".join(sorted(cpu_flags()))):
-        digest.update(part.encode())
+    return "\n".join((*_command("", isa), *_link("", []), version, torch.__version__, cpu_name(), ",".join(sorted(cpu_flags()))))
+
+
+def key(cxx: str, isa: Isa) -> str:
+    """Hash over everything the library depends on."""
+    digest = hashlib.sha256(_settings(cxx, isa).encode())
+    for name in SOURCES:
+        digest.update(name.encode() + (HERE / name).read_bytes())
     return digest.hexdigest()[:24]
 
 
@@ -112,17 +116,9 @@ def build(isa: Isa, directory: Path | None = None) -> Path:
         if target.exists():  # another process was faster
             return target
         print(f"effllm: building the {isa.name} CPU kernels, once for this machine ...", file=sys.stderr, flush=True)
-        handle, temporary = tempfile.mkstemp(suffix=".so", dir=where)
-        os.close(handle)
         try:
-            done = subprocess.run([*_command(cxx, isa), "-o", temporary], capture_output=True, text=True)
-            if done.returncode:
-                raise KernelError("E-KRN-BUILD", f"{cxx} failed on the {isa.name} kernels:\n{done.stderr[-2000:]}", "report this with the compiler's version")
-            os.chmod(temporary, 0o755)
-            os.replace(temporary, target)
+            objects = units.compile_all(_command(cxx, isa), [HERE / u for u in UNITS], _settings(cxx, isa), where / "objects")
+            units.run(_link(cxx, objects), target, f"the {isa.name} library")
         except OSError as error:
             raise KernelError("E-KRN-CACHE", f"cannot write the kernel cache {where}: {error.strerror}", "free some space there") from error
-        finally:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
     return target

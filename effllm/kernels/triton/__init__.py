@@ -1,6 +1,6 @@
 """Triton kernels. Importing this package imports Triton; `effllm.lowering` does so only when a GPU site asks for it.
 
-`register()` adds the provider "triton" to the bipolar and Monarch linear ops. Nothing here asks for a device before the first call.
+`register()` adds the provider "triton" to the ops that have one. Nothing here asks for a device before the first call.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effllm.kernels.triton import launch, lowrank_launch, monarch_launch, nm_ops, ops
+from effllm.kernels.triton import launch, lowrank_launch, monarch_launch, nm_ops, ops, segments_launch
 from effllm.kernels.triton.choose import TritonTuning
 from effllm.kernels.triton.lowrank_cost import LowrankTritonTuning
 from effllm.kernels.triton.monarch_choose import MonarchTritonTuning
@@ -104,6 +104,7 @@ def register() -> None:
     for op in (bipolar_linear.LINEAR, bipolar_linear.LINEAR_A8):
         op.register(Provider("triton", op.name, "cuda", "words", supports, calls[op.name], TritonTuning(), late=True, rank=10))
     nm_ops.register()
+    segments_launch.register()
     name = lowrank_linear.LOWRANK.name
     lowrank_linear.LOWRANK.register(Provider("triton", name, "cuda", "dense", supports_lowrank, _lowrank, LowrankTritonTuning(), late=True, rank=10))
     tuning = MonarchTritonTuning()

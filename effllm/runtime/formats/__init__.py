@@ -5,9 +5,9 @@ from __future__ import annotations
 from types import ModuleType
 
 from effllm.errors import CheckpointError, nearest
-from effllm.runtime.formats import armor, bipolar, dense, lowrank, monarch, nm, sltrain
+from effllm.runtime.formats import armor, bipolar, dense, lowrank, monarch, nm, sltrain, thresholded
 
-FORMATS: dict[str, ModuleType] = {f.name: f for f in (armor, bipolar, dense, lowrank, monarch, nm, sltrain)}
+FORMATS: dict[str, ModuleType] = {f.name: f for f in (armor, bipolar, dense, lowrank, monarch, nm, sltrain, thresholded)}
 
 
 def get(name: str) -> ModuleType:

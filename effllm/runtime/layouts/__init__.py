@@ -5,6 +5,8 @@ inverse `restore(tensors, shape, attrs) -> Packed`; `codes(tensors...)` decodes 
 
 The layouts of N:M and ARMOR weights (nm_*) offer `repack` to values, index (scale, minimum, left, right), and `values`, `codes`,
 `columns`, `wrapper`, which read those back in plain torch: differentiable in floating-point values, so one can train through any layout.
+
+input_major and row_major, of kernels that skip channels, offer `weight`, the dense value, in place of rows for gathers.
 """
 
 from __future__ import annotations
@@ -12,10 +14,11 @@ from __future__ import annotations
 from types import ModuleType
 
 from effllm.errors import KernelError, nearest
-from effllm.runtime.layouts import nm_plain, nm_rows, nm_tiles, nm_words, planes, tile16, words
+from effllm.runtime.layouts import input_major, nm_plain, nm_rows, nm_tiles, nm_words, planes, row_major, tile16, words
 
 LAYOUTS: dict[str, ModuleType] = {
     "planes": planes, "tile16": tile16, "words": words, "nm_plain": nm_plain, "nm_rows": nm_rows, "nm_tiles": nm_tiles, "nm_words": nm_words,
+    "input_major": input_major, "row_major": row_major,
 }  # fmt: skip
 
 

@@ -11,8 +11,9 @@ from effllm.runtime.weights.bipolar import BipolarWeight
 from effllm.runtime.weights.lowrank import LowRankWeight, SparseLowRankWeight
 from effllm.runtime.weights.monarch import MonarchWeight
 from effllm.runtime.weights.nm import ArmorWeight, NMWeight
+from effllm.runtime.weights.thresholded import ThresholdedWeight
 
-_CLASSES: tuple[type[PackedWeight], ...] = (BipolarWeight, LowRankWeight, SparseLowRankWeight, MonarchWeight, NMWeight, ArmorWeight)
+_CLASSES: tuple[type[PackedWeight], ...] = (BipolarWeight, LowRankWeight, SparseLowRankWeight, MonarchWeight, NMWeight, ArmorWeight, ThresholdedWeight)
 KINDS: dict[str, type[PackedWeight]] = {kind.format: kind for kind in _CLASSES}
 
 
@@ -28,4 +29,5 @@ def make(packed: Packed, *, act: str = "a16", dtype: torch.dtype = torch.float32
     return kind_of(packed.format)(packed, act=act, dtype=dtype, kernel=kernel)
 
 
-__all__ = ["KINDS", "ArmorWeight", "BipolarWeight", "LowRankWeight", "MonarchWeight", "NMWeight", "PackedWeight", "SparseLowRankWeight", "kind_of", "make"]
+__all__ = ["KINDS", "ArmorWeight", "BipolarWeight", "LowRankWeight", "MonarchWeight", "NMWeight", "PackedWeight", "SparseLowRankWeight",
+           "ThresholdedWeight", "kind_of", "make"]  # fmt: skip

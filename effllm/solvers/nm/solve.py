@@ -38,8 +38,8 @@ def solve(w: Tensor, params: NM, moments: Moments | None) -> Packed:
         wide = torch.nn.functional.pad(w, (0, -w.shape[1] % m)) if params.pad else w
         return store(w, nm_mask(magnitude(wide), n, m)[:, : w.shape[1]])
     seen = _needed(params, moments)
-    aim = _aim(w, seen)
     if solver == "sparsegpt":
+        aim = _aim(w, seen)
         if coded is not None:
             joint = sparsegpt_quantized(aim, seen, n, m, coded)
             return nm.make(joint.values, _columns(joint.mask), w.shape[1], n, m)

@@ -35,8 +35,31 @@ def test_built_once_and_kept(quick: Path) -> None:
     cache = quick / "cache"
     first = build.build(PORTABLE, cache)
     assert first.read_text() == "library\n" and build.build(PORTABLE, cache) == first
-    assert (quick / "calls").read_text().count("run") == 1
-    assert sorted(p.suffix for p in cache.iterdir()) == [".lock", ".so"]  # nothing half done lies about
+    assert (quick / "calls").read_text().count("run") == len(build.UNITS) + 1  # each unit, and the library
+    assert sorted(p.suffix for p in cache.iterdir() if p.is_file()) == [".lock", ".so"]  # nothing half done lies about
+    assert sorted(p.name.split("-")[0] for p in (cache / "objects").iterdir()) == sorted(Path(u).stem for u in build.UNITS)
+
+
+def test_only_what_changed_is_compiled(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = quick / "sources"
+    folder.mkdir()
+    (folder / "a.cpp").write_text('#include "deep.h"\n')
+    (folder / "deep.h").write_text('#include "deeper.h"\n')
+    (folder / "deeper.h").write_text("")
+    (folder / "b.cpp").write_text("#include <vector>\n")
+    monkeypatch.setattr(build, "HERE", folder)
+    monkeypatch.setattr(build, "UNITS", ("a.cpp", "b.cpp"))
+    monkeypatch.setattr(build, "SOURCES", ("a.cpp", "b.cpp", "deep.h", "deeper.h"))
+
+    def calls() -> int:
+        build.build(PORTABLE, quick / "cache")
+        return (quick / "calls").read_text().count("run")
+
+    assert calls() == 3 and calls() == 3
+    (folder / "deeper.h").write_text("int x;")
+    assert calls() == 5  # a and the library
+    (folder / "b.cpp").write_text("")
+    assert calls() == 7
 
 
 def test_key_covers_flags_compiler_and_sources(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,7 +83,7 @@ def test_two_processes_build_one_library(quick: Path) -> None:
     runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     out = [r.communicate()[0].strip() for r in runs]
     assert [r.returncode for r in runs] == [0, 0] and out[0] == out[1] and Path(out[0]).exists()
-    assert (quick / "calls").read_text().count("run") == 1
+    assert (quick / "calls").read_text().count("run") == len(build.UNITS) + 1
 
 
 def test_failing_compiler_shows_its_message(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,0 +1,249 @@
+"""What edit sessions cost and lose on the demo model, with code of networkx as text.
+
+    python benchmarks/pie.py quality [--edits 200] [--each 10] [--dtype float32] [--refresh 0]
+    python benchmarks/pie.py cost [--lengths 2048,4096,8192] [--sizes 1,8,64]
+    python benchmarks/pie.py drift [--edits 100]
+
+quality: contexts of 1024 tokens and more (beginnings of files) that end with a line. An edit inserts, deletes or replaces 4 to 48 tokens,
+what is new being code of another file; a fifth of the edits does so in three places at once. Compared to reading everything behind the edit
+again: KL of the next token, the same most likely token, and the same greedy next line (up to 24 tokens); for PIE, and for the same
+edit without moving keys ("unfixed"). cost: median seconds of one edit of N tokens in the middle against reading the whole text.
+drift: bf16 keys of layer 0 after many edits against the keys that the model stores for the final text, in units of one rounding.
+Results go to benchmarks/results/pie.json, rows of other parts stay there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import random
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from effllm.autotune.machine import describe
+from effllm.hf.demo import load_demo
+from effllm.hf.edit import EditSession
+from effllm.runtime.edit.plan import Plan
+from effllm.runtime.edit.slots import Slots
+
+RESULTS = Path(__file__).parent / "results" / "pie.json"
+LINE = 24  # tokens of a next line at most
+Edits = list[tuple[int, int, list[int]]]
+
+
+def files() -> list[str]:
+    """Source files of networkx, longest first."""
+    spec = importlib.util.find_spec("networkx")
+    assert spec is not None and spec.origin is not None
+    found = [p.read_text() for p in sorted(Path(spec.origin).parent.rglob("*.py")) if "tests" not in p.parts]
+    return sorted(found, key=lambda t: (-len(t), t))
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def context(tokenizer: Any, text: str, low: int, high: int, rng: random.Random) -> list[int]:
+    """The beginning of a file, `low` to `high` tokens, up to the end of a line."""
+    ids = encode(tokenizer, text)[:high]
+    ends = [i + 1 for i, t in enumerate(ids) if i + 1 >= low and "\n" in tokenizer.decode([t])]
+    return ids[: rng.choice(ends)] if ends else ids
+
+
+def made_edit(ids: list[int], filler: list[int], rng: random.Random) -> tuple[list[int], Edits, str]:
+    """An edit of a file, the text after it, and its kind."""
+    kind = rng.choice(("insert", "delete", "replace"))
+    places = 3 if rng.random() < 0.2 else 1
+    marks = sorted(rng.sample(range(16, len(ids) - 64, 64), places))
+    after, edits, at = list[int](), list[tuple[int, int, list[int]]](), 0
+    for mark in marks:
+        stop = mark + (0 if kind == "insert" else rng.randint(4, 48))
+        o = rng.randrange(len(filler) - 48)
+        new = [] if kind == "delete" else filler[o : o + rng.randint(4, 48)]
+        edits.append((mark, stop, new))
+        after += ids[at:mark] + new
+        at = stop
+    return after + ids[at:], edits, kind + ("" if places == 1 else "-3")
+
+
+@contextlib.contextmanager
+def unfixed() -> Iterator[None]:
+    """Edits leave keys where they were: the stored position counts as the present one."""
+    right = Slots.after
+
+    def wrong(self: Slots, plan: Plan, again: Any = ()) -> tuple[Slots, list[int]]:
+        slots, encode = right(self, plan, again)
+        for p, slot in enumerate(slots.order):
+            slots.stored[slot] = p
+        return slots, encode
+
+    Slots.after = wrong  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Slots.after = right  # type: ignore[method-assign]
+
+
+def kl(p: Tensor, q: Tensor) -> float:
+    """KL(p || q) of two rows of logits, nats."""
+    a, b = p.double().log_softmax(-1), q.double().log_softmax(-1)
+    return float((a.exp() * (a - b)).sum())
+
+
+def line(session: EditSession, tokenizer: Any) -> list[int]:
+    """The greedy next line."""
+    return session.generate(LINE, stop=_newlines(tokenizer))
+
+
+_cache: dict[int, list[int]] = {}
+
+
+def _newlines(tokenizer: Any) -> list[int]:
+    if not _cache:
+        _cache[0] = [i for i in range(len(tokenizer)) if "\n" in tokenizer.decode([i])]
+    return _cache[0]
+
+
+def quality(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row per kind of edit, and one for all."""
+    model, tokenizer = load_demo(getattr(torch, a.dtype))
+    rng = random.Random(0)
+    texts = files()
+    pool = [t for t in texts if len(t) > 12000]
+    filler = encode(tokenizer, texts[len(pool)][:20000])
+    found: list[dict[str, Any]] = []
+    start = time.perf_counter()
+    base: Any = None
+    for i in range(a.edits):
+        if i % a.each == 0:
+            after = context(tokenizer, pool[i // a.each * 7 % len(pool)], 1024, a.longest, rng)
+            session = EditSession(model, after)
+            base = (session._slots, session._ids, session._logits)  # old slots stay valid until they are used again
+        ids, edits, kind = made_edit(base[1], filler, rng)
+        session._slots, session._ids, session._logits = base
+        session.refresh = a.refresh
+        session.edit(edits)
+        assert session.ids == ids
+        pie, said = session.next_token_logits(), line(session, tokenizer)
+        session._slots, session._ids, session._logits = base
+        with unfixed():
+            session.edit(edits)
+        bad = session.next_token_logits()
+        session._slots, session._ids, session._logits = base
+        session.refresh = 1 << 30  # everything behind the edit again: full recomputation, less the unchanged beginning
+        session.edit(edits)
+        full, want = session.next_token_logits(), line(session, tokenizer)
+        found.append({"kind": kind, "kl": kl(full, pie), "unfixed_kl": kl(full, bad), "top1": bool(full.argmax() == pie.argmax()), "line": said == want})
+        if i % 10 == 9 or i + 1 == a.edits:
+            print(f"{i + 1} edits, {time.perf_counter() - start:.0f} s, last {found[-1]}", flush=True)
+            yield _summary("all", found, a)
+    for kind in sorted({f["kind"] for f in found}):
+        yield _summary(kind, [f for f in found if f["kind"] == kind], a)
+
+
+def _summary(kind: str, rows: list[dict[str, Any]], a: argparse.Namespace) -> dict[str, Any]:
+    mean = {k: statistics.fmean(r[k] for r in rows) for k in ("kl", "unfixed_kl", "top1", "line")}
+    return {
+        "part": "quality", "edits": kind, "dtype": a.dtype, "refresh": a.refresh, "count": len(rows), "kl_mean": mean["kl"],
+        "kl_median": statistics.median(r["kl"] for r in rows), "kl_max": max(r["kl"] for r in rows), "unfixed_kl_mean": mean["unfixed_kl"],
+        "ratio": mean["unfixed_kl"] / mean["kl"], "top1": mean["top1"], "same_line": mean["line"],
+    }  # fmt: skip
+
+
+def cost(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """One row per length of text and size of edit."""
+    model, tokenizer = load_demo(getattr(torch, a.dtype))
+    ids = [i for t in files() for i in encode(tokenizer, t[:40000])]
+    for length in (int(n) for n in a.lengths.split(",")):
+        whole = []
+        for _ in range(a.rounds):
+            start = time.perf_counter()
+            session = EditSession(model, ids[:length])
+            whole.append(time.perf_counter() - start)
+        base = (session._slots, session._ids, session._logits)
+        for form in ("lazy", "eager"):
+            for size in (int(n) for n in a.sizes.split(",")):
+                session = EditSession(model, ids[:length], form=form) if form == "eager" else session
+                base = (session._slots, session._ids, session._logits) if form == "eager" else base
+                times = []
+                for _ in range(a.rounds + 1):
+                    start = time.perf_counter()
+                    session.edit([(length // 2, length // 2, ids[length : length + size])])
+                    times.append(time.perf_counter() - start)
+                    if form == "lazy":
+                        session._slots, session._ids, session._logits = base
+                    else:
+                        session.edit([(length // 2, length // 2 + size, [])])
+                edit, full = statistics.median(times[1:]), statistics.median(whole)
+                yield {"part": "cost", "form": form, "dtype": a.dtype, "length": length, "size": size, "edit_s": edit, "full_s": full, "share": edit / full, "threads": torch.get_num_threads()}
+
+
+def drift(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows for both forms: error of layer-0 keys after one edit and after many."""
+    model, tokenizer = load_demo(torch.bfloat16)
+    ids = encode(tokenizer, files()[0])[:512]
+    rng = random.Random(1)
+    script: list[Edits] = []
+    length = len(ids)
+    for _ in range(a.edits):
+        at = rng.randrange(length // 2)
+        remove = rng.random() < 0.4
+        script.append([(at, at + 1, [])] if remove else [(at, at, [rng.choice(ids)])])
+        length += -1 if remove else 1
+    for form in ("eager", "lazy"):
+        session = EditSession(model, ids, form=form)
+        for i, edits in enumerate(script, start=1):
+            session.edit(edits)
+            if i in (1, a.edits):
+                fresh = EditSession(model, session.ids)
+                error = _key_error(session, fresh)
+                yield {"part": "drift", "form": form, "edits": i, "rms": error[0], "max": error[1], "segments": session._slots.segments()}
+
+
+def _key_error(session: EditSession, fresh: EditSession) -> tuple[float, float]:
+    """Root mean square and maximum, over the keys of layer 0, of the difference to exactly turned keys that were rounded once when stored."""
+    from effllm.runtime.rotary import rotate, shift_angles, turns
+
+    rotary, slots = session.rotary, session._slots
+    stored = session._layer(0).stored()[0][:, :, slots.order].double()
+    shifts = torch.tensor([p - slots.stored[s] for p, s in enumerate(slots.order)])
+    seen = rotate(stored, *turns(shift_angles(shifts, rotary.omega), torch.float64), rotary.layout)  # what a turned query sees
+    want = fresh.keys(0).double()
+    off = seen - want
+    return float(off.square().mean().sqrt()), float(off.abs().max())
+
+
+def main() -> None:
+    """Print each row and keep it in the results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("quality", "cost", "drift"))
+    parser.add_argument("--edits", type=int)
+    parser.add_argument("--each", type=int, default=10, help="edits per context")
+    parser.add_argument("--longest", type=int, default=1536, help="tokens of the longest context")
+    parser.add_argument("--dtype", default=None)
+    parser.add_argument("--refresh", type=int, default=0)
+    parser.add_argument("--lengths", default="2048,4096,8192")
+    parser.add_argument("--sizes", default="1,8,64")
+    parser.add_argument("--rounds", type=int, default=3)
+    a = parser.parse_args()
+    a.edits = a.edits or {"quality": 200, "drift": 100}.get(a.part, 0)
+    a.dtype = a.dtype or ("float32" if a.part == "quality" else "bfloat16")
+    key = ("part", "edits", "form", "dtype", "length", "size", "refresh")
+    for row in {"quality": quality, "cost": cost, "drift": drift}[a.part](a):
+        print("  ".join(f"{k}={v:.5g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
+        old = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
+        keep = [r for r in old if any(r.get(k) != row.get(k) for k in key)]
+        RESULTS.write_text(json.dumps({"machine": describe(), "rows": [*keep, row]}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,212 @@
+"""TEAL and R-Sparse over a model: which share of its inputs each projection drops, and what of its weight becomes a low rank.
+
+Shares come from TEAL's greedy search per block, or are the same for all (allocation=uniform). Blocks run one after another on the dense
+model's hidden states of the first `tokens` calibration tokens; projections are made sparse by hooks for the while.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effllm.activation.calibration import Cut, Plan, Site, dense_weight
+from effllm.activation.gates import cut
+from effllm.activation.record import SINKS
+from effllm.methods import Activation
+from effllm.solvers import blocks
+from effllm.solvers.activation import Histogram, rsparse, teal
+from effllm.solvers.blocks import Batch, Call, Chain
+
+
+class Sparse:
+    """Makes linears of a block sparse while it is entered: threshold on |x| (times norm), what is dropped through u v."""
+
+    def __init__(self, linears: Mapping[str, nn.Module], cuts: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.linears, self.cuts = linears, cuts
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> None:
+        for name, tensors in self.cuts.items():
+            module, rest = self.linears[name], list[Tensor]()
+            self._handles.append(module.register_forward_pre_hook(self._before(tensors, rest)))
+            if "u" in tensors:
+                self._handles.append(module.register_forward_hook(self._after(tensors, rest)))
+
+    def __exit__(self, *_: object) -> None:
+        while self._handles:
+            self._handles.pop().remove()
+
+    @staticmethod
+    def _before(tensors: Mapping[str, Tensor], rest: list[Tensor]) -> Any:
+        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            x = args[0]
+            size = x.abs().float() * tensors["norm"] if "norm" in tensors else x.abs().float()
+            kept = torch.where(size <= tensors["threshold"], 0.0, x).to(x.dtype)
+            if "u" in tensors:
+                rest.append(x - kept)
+            return (kept, *args[1:])
+
+        return hook
+
+    @staticmethod
+    def _after(tensors: Mapping[str, Tensor], rest: list[Tensor]) -> Any:
+        def hook(_: nn.Module, __: Any, y: Tensor) -> Tensor:
+            x = rest.pop()
+            return y + (x @ tensors["v"].to(x.dtype).t()) @ tensors["u"].to(x.dtype).t()
+
+        return hook
+
+
+@torch.no_grad()
+def solve(
+    model: nn.Module, method: Activation, data: list[Batch], sites: Mapping[str, Site], inputs: Mapping[str, Histogram], weighted: Mapping[str, Histogram]
+) -> Plan:
+    """Cuts for every linear of the lists of layers; histograms of |x| and of |x| times the norm of its column by module."""
+    plan = Plan(method)
+    seen = weighted if method.name == "rsparse" else inputs
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for prefix, members in blocks.lists(model, sites).items():
+        chain = blocks.chain(model, members, _first(data, method.tokens))
+        for i, block in enumerate(members):
+            own = {n: modules[n] for n in sites if n.startswith(f"{prefix}.{i}.")}
+            if not own:
+                continue
+            calls = None if chain is None else chain.calls[i]
+            shares = dict.fromkeys(own, method.sparsity)
+            run = None if calls is None else _Block(block, own, calls)
+            if run is not None and method.allocation == "greedy" and method.sparsity > 0:
+                shares = run.greedy({n: math.prod(sites[n].shape) for n in own}, seen, sites, method)
+            if method.name == "teal" or method.sparsity == 0:
+                plan.inputs |= {n: cut(seen[n], shares[n], n) for n in own}
+            else:
+                plan.inputs |= _rsparse(own, shares, seen, sites, method, run, i)
+            if chain is not None and run is not None:
+                _advance(chain, i, run)
+        if chain is None and method.allocation == "greedy":
+            plan.kept[prefix] = "its blocks form no chain: shares are uniform there"
+    return plan
+
+
+def _first(data: list[Batch], tokens: int) -> list[Batch]:
+    """The first windows, cut to so many tokens in all; dicts are taken whole."""
+    out: list[Batch] = []
+    for batch in data:
+        if tokens <= 0:
+            break
+        own = batch[..., :tokens] if isinstance(batch, Tensor) and batch.dim() == 2 else batch
+        out.append(own)
+        tokens -= own.numel() if isinstance(own, Tensor) else 512
+    return out
+
+
+def _advance(chain: Chain, i: int, run: _Block) -> None:
+    if i + 1 < len(chain.calls):
+        for call, state in zip(chain.calls[i + 1], run.dense, strict=True):
+            call.put(chain.place, state)
+    chain.calls[i] = []
+
+
+class _Block:
+    """One block on its dense inputs: its outputs, the inputs of its linears, and its error when some are sparse."""
+
+    def __init__(self, block: nn.Module, linears: Mapping[str, nn.Module], calls: list[Call]) -> None:
+        self.block, self.linears, self.calls = block, linears, calls
+        self.seen: dict[str, list[Tensor]] = {n: [] for n in linears}
+        handles = [m.register_forward_pre_hook(lambda _, a, n=n: self.seen[n].append(a[0].flatten(0, -2).float())) for n, m in linears.items()]
+        self.dense = [self._call(c) for c in calls]
+        for h in handles:
+            h.remove()
+        self.norm = sum(float(_late(y).double().square().sum()) for y in self.dense)
+
+    def _call(self, call: Call) -> Tensor:
+        state = blocks.hidden(self.block(*call.args, **call.kwargs))
+        assert state is not None
+        return state
+
+    def error(self, cuts: Mapping[str, Mapping[str, Tensor]]) -> float:
+        """Squared error of the outputs, sinks left out, relative to the outputs."""
+        with Sparse(self.linears, cuts):
+            lost = sum(float((_late(self._call(c)) - _late(y)).double().square().sum()) for c, y in zip(self.calls, self.dense, strict=True))
+        return lost / max(self.norm, 1e-30)
+
+    def greedy(self, sizes: dict[str, int], seen: Mapping[str, Histogram], sites: Mapping[str, Site], method: Activation) -> dict[str, float]:
+        """TEAL's shares."""
+        norms = {n: rsparse.norms(w) for n, m in self.linears.items() if (w := dense_weight(m)) is not None} if method.name == "rsparse" else {}
+
+        def error(shares: Mapping[str, float]) -> float:
+            return self.error({n: _tensors(seen[n], s, norms.get(n)) for n, s in shares.items() if s > 0})
+
+        return teal.at(teal.greedy(sizes, error, method.sparsity, method.step), method.sparsity)
+
+
+def _late(y: Tensor) -> Tensor:
+    return y[..., math.ceil(SINKS * y.shape[-2]) :, :]
+
+
+def _tensors(seen: Histogram, share: float, norm: Tensor | None) -> dict[str, Tensor]:
+    found = {"threshold": torch.tensor([seen.quantile(share) if share > 0 else -1.0])}
+    return found if norm is None else found | {"norm": norm}
+
+
+def _rsparse(
+    own: Mapping[str, nn.Module], shares: Mapping[str, float], seen: Mapping[str, Histogram], sites: Mapping[str, Site], method: Activation,
+    run: _Block | None, index: int,
+) -> dict[str, Cut]:  # fmt: skip
+    """The split of each linear's budget, by the error of each alone and then by a search over the block's output."""
+    options: dict[str, dict[float, dict[str, Tensor]]] = {}
+    start: dict[str, float] = {}
+    for name, module in own.items():
+        w = dense_weight(module)
+        assert w is not None
+        x = None if run is None else torch.cat(run.seen[name])
+        options[name] = _options(w.float(), shares[name], seen[name], x)
+        errors = {1.0: 0.0} if x is None else {a: _alone(w.float(), x, t) for a, t in options[name].items()}
+        start[name] = min(errors, key=lambda a: errors[a])
+    alphas = dict(start)
+    if run is not None and method.budget > 1:
+        tried = list(own)
+
+        def objective(trial: Mapping[str, float]) -> float:
+            return run.error({n: options[n].get(a, options[n][1.0]) for n, a in trial.items()})
+
+        alphas, _ = rsparse.search(tried, start, objective, budget=method.budget, seed=method.seed + index)
+    found = {}
+    for name, alpha in alphas.items():
+        tensors = options[name].get(alpha, options[name][1.0])
+        t, n, k = float(tensors["threshold"]), *sites[name].shape
+        realised = seen[name].share(t) if t >= 0 else 0.0
+        rank = tensors["u"].shape[1] if "u" in tensors else 0
+        found[name] = Cut(shares[name], realised, realised - rank * (n + k) / (n * k), tensors, alpha if rank else 1.0)
+    return found
+
+
+def _options(w: Tensor, share: float, seen: Histogram, x: Tensor | None) -> dict[float, dict[str, Tensor]]:
+    """Per alpha the tensors of a linear that reads (1 - share) of its weights. Factors fit the inputs that are dropped, by their size."""
+    n, k = w.shape
+    norm = rsparse.norms(w)
+    out: dict[float, dict[str, Tensor]] = {1.0: _tensors(seen, share, norm)}
+    splits = {a: rsparse.split(n, k, share, a) for a in rsparse.ALPHAS if a < 1}
+    splits = {a: s for a, s in splits.items() if s[1] > 0 and s[0] < 1}
+    if not splits:
+        return out
+    scale = None if x is None else _dropped_size(x, norm, float(out[1.0]["threshold"]))
+    top = max(rank for _, rank in splits.values())
+    u, v = rsparse.factors(w, top, scale)
+    for a, (drop, rank) in splits.items():
+        out[a] = _tensors(seen, drop, norm) | {"u": u[:, :rank].float(), "v": v[:rank].float()}
+    return out
+
+
+def _dropped_size(x: Tensor, norm: Tensor, t: float) -> Tensor:
+    """Root mean square per channel (K,) of the inputs that are dropped, never zero."""
+    rest = torch.where(x.abs() * norm <= t, x, 0.0).double().square().mean(0).sqrt()
+    return rest.clamp_min(float(rest.max().clamp_min(1e-30)) * 1e-3)
+
+
+def _alone(w: Tensor, x: Tensor, tensors: Mapping[str, Tensor]) -> float:
+    kept = x.abs() * tensors["norm"] > tensors["threshold"]
+    return rsparse.error(w, x, kept, tensors.get("u"), tensors.get("v"))

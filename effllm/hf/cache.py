@@ -1,0 +1,120 @@
+"""Compressed caches for `generate` and for a model's forward: one class for every method.
+
+    cache = CompressedCache(model, "kivi(bits=4)", capacity=4096)
+    model.generate(**inputs, past_key_values=cache)
+
+Layers that attend to a sliding window, or that hold something else than keys and values, stay as transformers makes them; `decisions`
+says which and why.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, StaticCache, StaticLayer
+
+from effllm.errors import CacheError
+from effllm.hf.cache_layer import CompressedLayer
+from effllm.report import Decision
+from effllm.runtime.caches.base import CacheFormat, parse
+
+_KIND = "effllm-kv"
+
+
+class CompressedCache(Cache):
+    """`model` is a causal LM or its config, `fmt` a format or its text, `capacity` in tokens (None: the cache grows and is not compiled).
+
+    `tables[i]` are the constant tensors of layer i for formats that have any. Raises CacheError.
+    """
+
+    def __init__(self, model: Any, fmt: CacheFormat | str = "kivi", capacity: int | None = None, tables: dict[int, list[Tensor]] | None = None) -> None:
+        self.format = parse(fmt) if isinstance(fmt, str) else fmt
+        config = getattr(model, "config", model).get_text_config(decoder=True)
+        plain: Cache = DynamicCache(config=config) if capacity is None else StaticCache(config=config, max_cache_len=capacity)
+        self.decisions: list[Decision] = []
+        layers: list[Any] = []
+        for i, layer in enumerate(plain.layers):
+            if type(layer) in (DynamicLayer, StaticLayer):
+                layers.append(CompressedLayer(self.format, capacity, None if tables is None else tables.get(i)))
+                self.decisions.append(Decision(f"cache.{i}", f"layers.{i}", "applied", "compressed", self.format.spec))
+            else:
+                layers.append(layer)
+                sliding = getattr(layer, "is_sliding", False)
+                why = "attends to a sliding window, which is short: stays dense" if sliding else f"is a {type(layer).__name__}: stays as it is"
+                self.decisions.append(Decision(f"cache.{i}", f"layers.{i}", "kept", "sliding" if sliding else "other-cache", why))
+        super().__init__(layers=layers)
+        if not self.compressed:
+            raise CacheError("E-KVC-MODEL", "no layer of the model keeps whole keys and values", "such models have nothing to compress")
+
+    @property
+    def compressed(self) -> list[CompressedLayer]:
+        """The layers that are compressed."""
+        return [layer for layer in self.layers if isinstance(layer, CompressedLayer)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the compressed layers."""
+        return sum(layer.nbytes for layer in self.compressed)
+
+    def prepare(self, model: Any, batch: int = 1, attention_mask: Tensor | None = None) -> CompressedCache:
+        """Allocate all layers, which a compiled prompt needs, and take over the padding of a left-padded batch (B, S)."""
+        config = model.config.get_text_config(decoder=True)
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        device = next(t.device for t in (*model.parameters(), *model.buffers()))
+        batch = batch if attention_mask is None else attention_mask.shape[0]
+        self.early_initialization(batch, heads, size, model.dtype, device)
+        if attention_mask is not None:
+            self.set_padding(attention_mask)
+        return self
+
+    def set_padding(self, attention_mask: Tensor) -> None:
+        """Keep left padding (0 in the mask (B, S)) out of the ranges of packed pages. Call it after `prepare`, before the prompt."""
+        for layer in self.compressed:
+            layer.set_start(attention_mask.long().argmax(-1))
+
+    def save(self, path: str | Path) -> None:
+        """Write the cache to a safetensors file. Raises CacheError (E-KVC-SAVE) before its first use or with other kinds of layers in it."""
+        if len(self.compressed) != len(self.layers) or not all(layer.ready for layer in self.compressed):
+            what = "the cache is empty or has layers that are not compressed"
+            raise CacheError("E-KVC-SAVE", what, "save it after the prompt, for models without such layers")
+        tensors = {f"{i}.{name}": t.contiguous() for i, layer in enumerate(self.compressed) for name, t in layer.tensors().items()}
+        about = {"kind": _KIND, "layers": [layer.about() for layer in self.compressed]}
+        save_file(tensors, str(path), {"about": json.dumps(about)})
+
+    def load(self, path: str | Path) -> CompressedCache:
+        """Take over a saved cache of the same model and format. Raises CacheError (E-KVC-FILE, E-KVC-METHOD, E-KVC-SHAPE)."""
+        try:
+            with safe_open(str(path), framework="pt") as f:
+                about = json.loads((f.metadata() or {}).get("about", "{}"))
+                tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 - not a dict
+        except (OSError, SafetensorError, ValueError) as error:
+            raise CacheError("E-KVC-FILE", f"cannot read {path}: {error}", "give a file that CompressedCache.save wrote") from error
+        if about.get("kind") != _KIND:
+            raise CacheError("E-KVC-FILE", f"{path} is no saved cache", "give a file that CompressedCache.save wrote")
+        if len(about["layers"]) != len(self.layers):
+            raise CacheError("E-KVC-SHAPE", f"the file has {len(about['layers'])} layers, the model {len(self.layers)}", "use one cache for one model")
+        for i, layer in enumerate(self.compressed):
+            layer.load(about["layers"][i], {n.split(".", 1)[1]: t for n, t in tensors.items() if n.split(".", 1)[0] == str(i)})
+        return self
+
+    def snapshot(self) -> list[tuple[dict[str, Any], dict[str, Tensor]]]:
+        """A copy of all state, for `restore`: several requests can start from one prompt."""
+        return [(layer.about(), {n: t.clone() for n, t in layer.tensors().items()}) for layer in self.compressed]
+
+    @torch.no_grad()
+    def restore(self, state: list[tuple[dict[str, Any], dict[str, Tensor]]]) -> None:
+        """Go back to a snapshot, in place where the sizes are the same."""
+        for layer, (about, tensors) in zip(self.compressed, state, strict=True):
+            held = layer.tensors() if layer.ready else {}
+            if {n: t.shape for n, t in held.items()} == {n: t.shape for n, t in tensors.items()}:
+                for name, t in tensors.items():
+                    held[name].copy_(t)
+            else:
+                layer.load(about, tensors)

@@ -1,0 +1,57 @@
+"""The CPU providers of compressed caches: a fast append for every format, and attention over KIVI and GEAR pages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from effllm.kernels.cpu.build import Isa
+from effllm.lowering.op import OPS, Problem, Provider, Verdict
+from effllm.runtime.caches.base import CacheFormat, parse
+from effllm.runtime.caches.gear import Gear
+from effllm.runtime.caches.kivi import Kivi
+
+
+def kv_append(pages, ring, lens, start, k, v, tables, spec, page) -> None:  # type: ignore[no-untyped-def]
+    """The op's fake."""
+    return None
+
+
+def kv_kivi(q, pages, ring, lens, mask, scale, page, bits, group, rank, kout, vout):  # type: ignore[no-untyped-def]
+    """The op's fake."""
+    return q.new_empty(q.shape)
+
+
+FAKES = (kv_append, kv_kivi)
+
+
+def settings(fmt: CacheFormat, dim: int) -> tuple[int, ...]:
+    """page, bits, group, rank, and exact entries a key channel and a value: what kv_kivi takes."""
+    assert isinstance(fmt, Kivi)
+    rank, counts = (fmt.rank, fmt.counts(dim)) if isinstance(fmt, Gear) else (0, (0, 0))
+    return fmt.page, fmt.bits, fmt.group, rank, *counts
+
+
+def register(isa: Isa, rank: int, ensure: Callable[[Isa], None], supports: Callable[[Problem, Isa], Verdict]) -> None:
+    """Add one instruction set's providers."""
+
+    def attend_verdict(problem: Problem) -> Verdict:
+        name = dict(problem.detail)["format"]
+        if name not in ("kivi", "gear"):
+            return Verdict(False, f"{name} pages have no kernel here")
+        return supports(problem, isa)
+
+    def append(pages: Tensor, ring: Tensor, lens: Tensor, start: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], spec: str) -> None:
+        ensure(isa)
+        getattr(torch.ops, isa.namespace).kv_append(pages, ring, lens, start, k, v, tables, spec, parse(spec).page)
+
+    def attend(q: Tensor, pages: Tensor, ring: Tensor, lens: Tensor, tables: list[Tensor], mask: Tensor | None, scale: float, spec: str) -> Tensor:
+        ensure(isa)
+        out: Tensor = getattr(torch.ops, isa.namespace).kv_kivi(q, pages, ring, lens, mask, scale, *settings(parse(spec), ring.shape[4]))
+        return out
+
+    name = f"cpu-{isa.name}"
+    OPS["kv_append"].register(Provider(name, "kv_append", "cpu", "pages", lambda p: supports(p, isa), append, None, lambda: ensure(isa), rank=rank))
+    OPS["kv_attend"].register(Provider(name, "kv_attend", "cpu", "pages", attend_verdict, attend, None, lambda: ensure(isa), rank=rank))

@@ -1,0 +1,163 @@
+// Rotary keys at new positions: rotate them while they are gathered, or rotate the query instead and read them as they lie.
+//
+// Maths     pie_apply          out[b, g, t] = R(row[t]) k[b, g, source[t]]
+//           segment_attention  o = softmax(scale * (R(-row[s]) q) . k[s] + mask) v, since q . R(a) k = R(-a) q . k
+//           R turns the first 2 * P channels by pairs: (c, c + P) for "half", (2c, 2c + 1) for "interleaved"; the others pass.
+// Layout    k, v (B, G, S, D) and q (B, H, Q, D) with any strides but a dense last dimension; H = G * repeat. source int64 (T), negative:
+//           zeros, or absent: the token itself. row int32 or int64 (T or S). cos, sin float32 (A, P), rounded from fp64 angles.
+// Mask      as in attention.cpp: absent, bool (true: attend) or added; keys that no query attends to are not read.
+// Bytes     pie_apply: 2 * B * G * T * D * element size. segment_attention: those of k and v, as without segments.
+// Numerics  fp32, one rounding to the output's dtype; cos 1 and sin 0 give the input back exactly. A query is rotated once per table row
+//           that its keys use, in fp32 and never rounded.
+#include "attention.h"
+
+namespace {
+
+using namespace effllm::attention;
+using effllm::Type;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+struct Rows {  // table rows of tokens
+  const void* data;
+  bool wide;
+  int64_t step;
+  int64_t operator[](int64_t i) const { return wide ? static_cast<const int64_t*>(data)[i * step] : static_cast<const int32_t*>(data)[i * step]; }
+};
+Rows rows_of(const Tensor& t) {
+  const ScalarType type = t.scalar_type();
+  STD_TORCH_CHECK(t.dim() == 1 && (type == ScalarType::Int || type == ScalarType::Long), "effllm: row must be a vector of int32 or int64");
+  return {t.const_data_ptr(), type == ScalarType::Long, t.stride(0)};
+}
+
+struct Turns {
+  const float *cos, *sin;
+  int64_t count, pairs;
+  bool half;
+  // out = R(+-row) x, fp32; the two may not overlap
+  void turn(const float* x, int64_t row, float sign, int64_t d, float* out) const {
+    const float *c = cos + row * pairs, *s = sin + row * pairs;
+    if (half) {
+#pragma omp simd
+      for (int64_t i = 0; i < pairs; ++i) {
+        out[i] = x[i] * c[i] - x[i + pairs] * (sign * s[i]);
+        out[i + pairs] = x[i + pairs] * c[i] + x[i] * (sign * s[i]);
+      }
+    } else {
+      for (int64_t i = 0; i < pairs; ++i) {
+        out[2 * i] = x[2 * i] * c[i] - x[2 * i + 1] * (sign * s[i]);
+        out[2 * i + 1] = x[2 * i + 1] * c[i] + x[2 * i] * (sign * s[i]);
+      }
+    }
+    for (int64_t i = 2 * pairs; i < d; ++i) out[i] = x[i];
+  }
+};
+Turns turns_of(const Tensor& cos, const Tensor& sin, bool half, int64_t d) {
+  STD_TORCH_CHECK(cos.dim() == 2 && cos.scalar_type() == ScalarType::Float && sin.scalar_type() == ScalarType::Float, "effllm: cos and sin must be float32 tables");
+  STD_TORCH_CHECK(cos.is_contiguous() && sin.is_contiguous() && sin.dim() == 2 && sin.size(0) == cos.size(0) && sin.size(1) == cos.size(1), "effllm: cos and sin must be contiguous and of one shape");
+  STD_TORCH_CHECK(2 * cos.size(1) <= d, "effllm: the tables turn more channels than there are");
+  return {static_cast<const float*>(cos.const_data_ptr()), static_cast<const float*>(sin.const_data_ptr()), cos.size(0), cos.size(1), half};
+}
+void check_rows(const Rows& rows, int64_t n, const Turns& turns) {
+  for (int64_t i = 0; i < n; ++i) STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < turns.count, "effllm: row leaves the table");
+}
+
+template <Type T> void gather(const View& k, const int64_t* source, const Rows& row, const Turns& turns, int64_t heads, int64_t from, int64_t to, int64_t tokens, int64_t d, void* out) {
+  std::vector<float> x(static_cast<size_t>(d)), y(static_cast<size_t>(d));
+  for (int64_t i = from; i < to; ++i) {
+    const int64_t t = i % tokens, head = i / tokens, s = source ? source[t] : t;
+    if (s < 0) std::fill(y.begin(), y.end(), 0.f);
+    else {
+      widen<T>(k.data, k.at(head / heads, head % heads, s), d, x.data());
+      turns.turn(x.data(), row[t], 1.f, d, y.data());
+    }
+    if constexpr (T == Type::f32) std::memcpy(static_cast<float*>(out) + i * d, y.data(), static_cast<size_t>(d) * 4);
+    else
+#pragma omp simd
+      for (int64_t c = 0; c < d; ++c) effllm::store_from_float(out, i * d + c, T, y[static_cast<size_t>(c)]);
+  }
+}
+
+Tensor pie_apply(const Tensor k, std::optional<Tensor> source, const Tensor row, const Tensor cos, const Tensor sin, bool half) {
+  const int64_t tokens = row.size(0), d = k.size(3), keys = k.size(2);
+  const View view = view_of(k);
+  const Turns turns = turns_of(cos, sin, half, d);
+  const Rows rows = rows_of(row);
+  const Type type = type_of(k.scalar_type());
+  check_rows(rows, tokens, turns);
+  const int64_t* from = nullptr;
+  if (source) {
+    STD_TORCH_CHECK(source->scalar_type() == ScalarType::Long && source->dim() == 1 && source->is_contiguous() && source->size(0) == tokens, "effllm: source must be a contiguous int64 vector as long as row");
+    from = static_cast<const int64_t*>(source->const_data_ptr());
+    for (int64_t t = 0; t < tokens; ++t) STD_TORCH_CHECK(from[t] < keys, "effllm: source leaves the cache");
+  } else STD_TORCH_CHECK(keys == tokens, "effllm: without source there must be a row for each key");
+  Tensor out = torch::stable::new_empty(k, {k.size(0), k.size(1), tokens, d}, k.scalar_type());
+  const int64_t heads = k.size(1);
+  torch::stable::parallel_for(0, k.size(0) * heads * tokens, 512, [&](int64_t lo, int64_t hi) {
+    const auto run = type == Type::f32 ? gather<Type::f32> : type == Type::bf16 ? gather<Type::bf16> : gather<Type::f16>;
+    run(view, from, rows, turns, heads, lo, hi, tokens, d, out.mutable_data_ptr());
+  });
+  return out;
+}
+
+// The queries of one key head, each rotated back once for every table row in use.
+template <Type T>
+void one_head(const View& q, const View& k, const View& v, const Mask& mask, const Rows& row, const Turns& turns, int64_t b, int64_t hk, int64_t repeat, int64_t queries, int64_t keys, int64_t d, float scale, void* out, int64_t heads) {
+  const int64_t rows = repeat * queries;
+  std::vector<float> qs(static_cast<size_t>(rows * d)), line(static_cast<size_t>(d)), scores(static_cast<size_t>(rows * keys));
+  std::vector<float> turned(static_cast<size_t>(turns.count * rows * d));
+  std::vector<char> ready(static_cast<size_t>(turns.count), 0);
+  for (int64_t r = 0; r < rows; ++r) {
+    widen<T>(q.data, q.at(b, hk * repeat + r / queries, r % queries), d, qs.data() + r * d);
+    for (int64_t i = 0; i < d; ++i) qs[static_cast<size_t>(r * d + i)] *= scale;
+  }
+  for (int64_t s = 0; s < keys; ++s) {
+    if (!mask.load(b, hk * repeat, repeat, queries, s, keys, scores.data())) continue;
+    const int64_t a = row[s];
+    float* back = turned.data() + a * rows * d;
+    if (!ready[static_cast<size_t>(a)]) {
+      for (int64_t r = 0; r < rows; ++r) turns.turn(qs.data() + r * d, a, -1.f, d, back + r * d);
+      ready[static_cast<size_t>(a)] = 1;
+    }
+    widen<T>(k.data, k.at(b, hk, s), d, line.data());
+    for (int64_t r = 0; r < rows; ++r) {
+      float dot = 0;
+      const float *x = back + r * d, *y = line.data();
+#pragma omp simd reduction(+ : dot)
+      for (int64_t i = 0; i < d; ++i) dot += x[i] * y[i];
+      scores[static_cast<size_t>(r * keys + s)] += dot;
+    }
+  }
+  finish<T>(scores.data(), v, b, hk, repeat, queries, keys, d, out, heads);
+}
+
+Tensor segment_attention(const Tensor q, const Tensor k, const Tensor v, std::optional<Tensor> mask, const Tensor row, const Tensor cos, const Tensor sin, bool half, double scale) {
+  const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), d = q.size(3), kv = k.size(1), keys = k.size(2);
+  const Type type = check(q, k, v);
+  const Turns turns = turns_of(cos, sin, half, d);
+  const Rows rows = rows_of(row);
+  STD_TORCH_CHECK(row.size(0) == keys, "effllm: there must be a row for each key");
+  check_rows(rows, keys, turns);
+  Tensor out = torch::stable::new_empty(q, {batch, heads, queries, d}, q.scalar_type());
+  const Mask m = mask_of(mask, batch, heads, queries, keys);
+  const View qv = view_of(q), kvw = view_of(k), vv = view_of(v);
+  const int64_t repeat = heads / kv, grain = grain_of(repeat * queries * keys * d * 2);
+  torch::stable::parallel_for(0, batch * kv, grain, [&](int64_t from, int64_t to) {
+    for (int64_t i = from; i < to; ++i) {
+      const auto run = type == Type::f32 ? one_head<Type::f32> : type == Type::bf16 ? one_head<Type::bf16> : one_head<Type::f16>;
+      run(qv, kvw, vv, m, rows, turns, i / kv, i % kv, repeat, queries, keys, d, static_cast<float>(scale), out.mutable_data_ptr(), heads);
+    }
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
+  m.def("pie_apply(Tensor k, Tensor? source, Tensor row, Tensor cos, Tensor sin, bool half) -> Tensor");
+  m.def("segment_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor row, Tensor cos, Tensor sin, bool half, float scale) -> Tensor");
+}
+STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) {
+  m.impl("pie_apply", TORCH_BOX(&pie_apply));
+  m.impl("segment_attention", TORCH_BOX(&segment_attention));
+}

@@ -1,0 +1,139 @@
+"""GEAR (arXiv 2403.05527): KIVI codes, a low-rank correction of what they lose, and a few exact outliers.
+
+    X ~ dequant(codes) + A B^T + S
+
+S holds, for each vector of a page, its ceil(outliers * length / 2) largest and as many smallest entries: a vector is one channel over the
+page's tokens for keys, one token over its channels for values. They are replaced by the vector's mean before quantization, and S is what
+is missing at their places, so they come out exact. A B^T is a rank-`rank` power iteration on the rest. Every page has factors of its own
+(the streaming buffer of the paper is the page), so prompts and decoded tokens are treated alike. Beyond the fields of KIVI a page holds,
+per head,
+
+    ka, va  (rank, page) fp16     kb, vb  (rank, D) fp16
+    kidx    (D, nk) uint8, kval (D, nk) fp16     vidx  (page, nv) uint8, vval (page, nv) fp16
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from effllm.errors import CacheError
+from effllm.runtime.caches.codes import dequantize, quantize
+from effllm.runtime.caches.kivi import Kivi
+from effllm.runtime.caches.layout import Field, Layout
+
+
+@dataclass(frozen=True)
+class Gear(Kivi):
+    """`rank` of the correction, `outliers` as a share of each vector, `loops` of the power iteration, `rounds` of quantizing anew what the
+    correction leaves. rank=0, outliers=0 is KIVI."""
+
+    rank: int = 2
+    outliers: float = 0.02
+    loops: int = 3
+    rounds: int = 1
+
+    name: ClassVar[str] = "gear"
+
+    def check(self, heads: int, dim: int) -> None:
+        """Beyond KIVI: rank and outliers have to fit the page."""
+        super().check(heads, dim)
+        if not (0 <= self.rank <= min(self.page, dim or self.page) and 0 <= self.outliers <= 1 and self.loops >= 1 and self.rounds >= 1):
+            step = "rank is at most page and head size, outliers lies in 0 to 1, loops and rounds are at least 1"
+            raise CacheError("E-KVC-VALUE", f"gear: rank={self.rank}, outliers={self.outliers}, loops={self.loops}, rounds={self.rounds}", step)
+        if max(self.page, dim) > 256:
+            raise CacheError("E-KVC-SHAPE", f"gear: pages of {self.page} tokens, heads of {dim} channels", "both are at most 256: outliers have 8-bit indices")
+
+    def counts(self, dim: int) -> tuple[int, int]:
+        """Exact entries of a key channel over a page and of a value over its channels; halves from either end, all of them at most."""
+        return tuple(min(n, 2 * math.ceil(self.outliers * n / 2)) for n in (self.page, dim))  # type: ignore[return-value]
+
+    def layout(self, heads: int, dim: int, dtype: torch.dtype) -> Layout:
+        """See the top of the file."""
+        half, (nk, nv) = torch.float16, self.counts(dim)
+        more = [Field(n, half, (self.rank, size)) for n, size in (("ka", self.page), ("kb", dim), ("va", self.page), ("vb", dim))]
+        more += [Field("kidx", torch.uint8, (dim, nk)), Field("kval", half, (dim, nk))]
+        more += [Field("vidx", torch.uint8, (self.page, nv)), Field("vval", half, (self.page, nv))]
+        return Layout(heads, (*super().layout(heads, dim, dtype).fields, *more))
+
+    def encode(self, k: Tensor, v: Tensor, tables: Sequence[Tensor]) -> Mapping[str, Tensor]:
+        """Both matrices are compressed as (vector position, vector): keys (page, D), values transposed (D, page)."""
+        k, v = k.float(), v.float().transpose(-1, -2)
+        nk, nv = self.counts(k.shape[-1])
+        keys, ka, kb, kidx, kval = self._compress(k, self.group, nk)
+        values, vb, va, vidx, vval = self._compress(v, self.vgroup(v.shape[-2]), nv)
+        codes = super().encode(keys, values.transpose(-1, -2), tables)
+        return {**codes, "ka": ka, "kb": kb, "va": va, "vb": vb, "kidx": kidx, "kval": kval, "vidx": vidx, "vval": vval}
+
+    def _compress(self, x: Tensor, group: int, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """x (..., M, N), vectors along M: what is to be quantized (..., M, N), factors (..., r, M) and (..., r, N), indices and corrections
+        (..., N, count)."""
+        index = extremes(x, count)
+        low = torch.zeros_like(x)
+        filled = x
+        for _ in range(self.rounds):
+            filled = fill(x - low, index)
+            rest = (x - dequantize(*quantize(filled, self.bits, group), group)).scatter(-2, index, 0.0)
+            a, b = power_iteration(rest, self.rank, self.loops)
+            low = a.half().float() @ b.half().float().transpose(-1, -2)
+        exact = (x - low - dequantize(*quantize(filled, self.bits, group), group)).gather(-2, index)
+        return filled, a.transpose(-1, -2), b.transpose(-1, -2), index.transpose(-1, -2).to(torch.uint8), exact.transpose(-1, -2)
+
+    def decode(self, held: Mapping[str, Tensor], tables: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Codes plus factors plus corrections."""
+        k, v = super().decode(held, tables)
+        k = k + held["ka"].float().transpose(-1, -2) @ held["kb"].float()
+        v = v + held["va"].float().transpose(-1, -2) @ held["vb"].float()
+        k = k.transpose(-1, -2).scatter_add(-1, held["kidx"].long(), held["kval"].float()).transpose(-1, -2)
+        return k, v.scatter_add(-1, held["vidx"].long(), held["vval"].float())
+
+
+def extremes(x: Tensor, count: int) -> Tensor:
+    """Positions (..., count, N) of the count / 2 largest and count / 2 smallest entries of each vector of x (..., M, N); distinct."""
+    m = x.shape[-2]
+    if count >= m:
+        return torch.arange(m, device=x.device)[:, None].expand(x.shape).contiguous()
+    order = x.sort(dim=-2, stable=True).indices
+    return torch.cat([order[..., : count // 2, :], order[..., m - count // 2 :, :]], -2)
+
+
+def fill(x: Tensor, index: Tensor) -> Tensor:
+    """x (..., M, N) with the entries at `index` (..., count, N) replaced by their vector's mean."""
+    if index.shape[-2] == 0:
+        return x
+    return x.scatter(-2, index, x.mean(-2, keepdim=True).expand(index.shape).contiguous())
+
+
+def power_iteration(e: Tensor, rank: int, loops: int) -> tuple[Tensor, Tensor]:
+    """Factors A (..., M, r) with orthonormal columns and B (..., N, r) of e (..., M, N) ~ A B^T, each matrix by itself.
+
+    Starts from the same seeded matrix each time, so a page's bytes depend on the page alone. Zero where e is zero.
+    """
+    m, n = e.shape[-2:]
+    if rank == 0:
+        return e.new_zeros(*e.shape[:-1], 0), e.new_zeros(*e.shape[:-2], n, 0)
+    p = torch.randn(n, rank, generator=torch.Generator().manual_seed(0)).to(e).expand(*e.shape[:-2], n, rank)
+    q = e.new_zeros(*e.shape[:-1], rank)
+    for _ in range(loops):
+        q = orthonormal(e @ orthonormal(p))
+        p = e.transpose(-1, -2) @ q
+    return q, p
+
+
+def orthonormal(x: Tensor) -> Tensor:
+    """Gram-Schmidt, twice, on the columns of x (..., M, r); columns without a remainder become zero."""
+    columns: list[Tensor] = []
+    for i in range(x.shape[-1]):
+        c = x[..., i]
+        size = c.norm(dim=-1, keepdim=True)
+        for _ in range(2):
+            for other in columns:
+                c = c - (other * c).sum(-1, keepdim=True) * other
+        left = c.norm(dim=-1, keepdim=True)
+        columns.append(torch.where(left <= 1e-6 * size, torch.zeros_like(c), c / left.clamp_min(1e-30)))
+    return torch.stack(columns, -1)

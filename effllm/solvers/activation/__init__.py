@@ -1,0 +1,8 @@
+"""Which activations may be dropped: thresholds, their allocation over projections, and splits between columns and a low rank."""
+
+from __future__ import annotations
+
+from effllm.solvers.activation import rsparse, teal, thresholds
+from effllm.solvers.activation.histogram import Histogram
+
+__all__ = ["Histogram", "rsparse", "teal", "thresholds"]

@@ -1,0 +1,1 @@
+"""What compressed caches need to know beforehand: projection bases and ranks, channel orders, token scores. Pure functions on tensors."""
