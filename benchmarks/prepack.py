@@ -1,8 +1,8 @@
 """Prefill of many prompts of very different lengths: packed, padded to the longest, in batches sorted by length, and one by one.
 
-    python -m benchmarks.prepack [--threads 2] [--prompts 64] [--rounds 3] [--dtype bfloat16] [--name prepack]
+    python -m benchmarks.prepack [--threads 2] [--prompts 64] [--rounds 3] [--dtype bfloat16] [--name prepack] [--append] [--without padded]
 
-Lengths are log-normal like those of MMLU questions (median 70 tokens, some over 500). "bound": the packed forwards with attention left out,
+Lengths are log-normal like those of MMLU questions (median 60 tokens, the longest 400 to 500). "bound": the packed forwards with attention left out,
 which is what the sum of the lengths costs in linears alone. Keys, values and logits of every prompt are compared to its own run (fp32)
 before anything is timed.
 """
@@ -10,25 +10,28 @@ before anything is timed.
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import random
+import statistics
+import time
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from benchmarks.timing import interleaved, save
+from benchmarks.timing import RESULTS, save
 from effllm.hf import texts
 from effllm.hf.demo import load_demo
 from effllm.hf.engine import Engine, Piece
 from effllm.runtime.prepack import Packing, prepack
 
 
-def make_prompts(tokenizer: Any, count: int, seed: int = 0, longest: int = 800) -> list[Tensor]:
+def make_prompts(tokenizer: Any, count: int, seed: int = 0, longest: int = 500) -> list[Tensor]:
     """Pieces of the evaluation text."""
     draw = random.Random(seed)
-    lengths = [min(longest, max(8, round(draw.lognormvariate(math.log(70), 0.85)))) for _ in range(count)]
+    lengths = [min(longest, max(8, round(draw.lognormvariate(math.log(60), 0.8)))) for _ in range(count)]
     ids = texts.windows(tokenizer, texts.evaluation_text().text, sum(lengths), 1)[0]
     return list(ids.split(lengths))
 
@@ -102,6 +105,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--skip-check", action="store_true")
     parser.add_argument("--only-check", action="store_true")
+    parser.add_argument("--without", action="append", default=[], help="a variant to leave out; may be given several times")
+    parser.add_argument("--append", action="store_true", help="keep the result file's variants that are not timed now")
     parser.add_argument("--name", default="prepack")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -124,10 +129,25 @@ def main() -> None:
         "sorted, batches of 8": lambda: by_length(model, prompts, 8),
         "padded": lambda: padded(model, prompts),
     }
-    times = dict(zip(calls, interleaved(list(calls.values()), args.rounds), strict=True))
+    calls = {name: call for name, call in calls.items() if name not in args.without}
+    padded(model, prompts[:1])  # warm-up: a whole call of each would take longer than what is measured
+    packed(engine, prepack(prompts[:2]), rows[:2])
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(args.rounds):
+        for name, call in calls.items():
+            begin = time.perf_counter()
+            call()
+            taken[name].append(time.perf_counter() - begin)
+    times = {name: statistics.median(t) for name, t in taken.items()}
     about = {"prompts": len(prompts), "tokens": packing.tokens, "padded_tokens": packing.padded_tokens, "longest": max(map(len, prompts)), "bins": len(packing.bins)}
+    old = RESULTS / f"{args.name}.json"
+    if args.append and old.exists():
+        kept = {r["variant"]: r["all"] for r in json.loads(old.read_text())["rows"]}
+        taken = {n: kept.get(n, []) + taken.get(n, []) for n in [*taken, *(k for k in kept if k not in taken)]}
+        times = {n: statistics.median(t) for n, t in taken.items()}
+        worst = worst or json.loads(old.read_text())["machine"].get("differences", {})
     base = {"packed": times["packed"], "bound": times["bound"]}
-    result = [{"variant": n, "seconds": t, "tok_s": packing.tokens / t, "over_packed": t / base["packed"], "over_bound": t / base["bound"]} for n, t in times.items()]
+    result = [{"variant": n, "seconds": t, "tok_s": packing.tokens / t, "over_packed": t / base["packed"], "over_bound": t / base["bound"], "all": taken[n]} for n, t in times.items()]
     save(args.name, result, threads=args.threads, dtype=args.dtype, capacity=args.capacity, rounds=args.rounds, differences=worst, **about)
 
 

@@ -1,7 +1,8 @@
 """A transformers cache in which many sequences share one row of token slots per layer, each in its own extent.
 
-Keys and values lie (slots, heads, head size), so that a token's are one contiguous write whatever sequence it belongs to. Which slots a
-forward writes is told by `ArenaCache.where` before it; what it attends to is the segment table's matter.
+Keys and values lie (heads, slots, head size): a sequence's keys of a head are one run of memory, which attention reads front to back.
+(With a token's heads side by side, decoding from memory that is in no cache took twice as long.) Which slots a forward writes is told by
+`ArenaCache.batch.where` before it; what it attends to is the segment table's matter.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class ArenaLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
         """Allocate by the first keys' shape; nothing is read before it is written, and zeros keep what is copied around it finite."""
         value_states = key_states if value_states is None else value_states
-        self._k, self._v = (x.new_zeros(self.slots, x.shape[1], x.shape[3]) for x in (key_states, value_states))
+        self._k, self._v = (x.new_zeros(x.shape[1], self.slots, x.shape[3]) for x in (key_states, value_states))
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -44,20 +45,20 @@ class ArenaLayer(CacheLayerMixin):
         if self._k is None or self._v is None:
             self.lazy_initialization(key_states, value_states)
         assert self._k is not None and self._v is not None
-        self._k.index_copy_(0, self.batch.where, key_states[0].transpose(0, 1))
-        self._v.index_copy_(0, self.batch.where, value_states[0].transpose(0, 1))
-        return self._k.transpose(0, 1)[None], self._v.transpose(0, 1)[None]
+        self._k.index_copy_(1, self.batch.where, key_states[0])
+        self._v.index_copy_(1, self.batch.where, value_states[0])
+        return self._k[None], self._v[None]
 
     def read(self, start: int, length: int) -> tuple[Tensor, Tensor]:
         """Keys and values (1, heads, length, size) of an extent; views."""
         assert self._k is not None and self._v is not None
-        return tuple(x[start : start + length].transpose(0, 1)[None] for x in (self._k, self._v))  # type: ignore[return-value]
+        return tuple(x[None, :, start : start + length] for x in (self._k, self._v))  # type: ignore[return-value]
 
     def copy(self, start: int, to: int, length: int) -> None:
         """Keys and values of an extent to another that does not overlap it."""
         for x in (self._k, self._v):
             if x is not None:
-                x[to : to + length] = x[start : start + length]
+                x[:, to : to + length] = x[:, start : start + length]
 
     def get_seq_length(self) -> int:
         """0: sequences have lengths, the arena has none; positions are always given."""

@@ -49,7 +49,7 @@ def generate(model: Any, prompts: Any, **settings: Any) -> Any:
     run = _Run(model, prompts, **settings)
     for _ in run.events():
         pass
-    return run.texts() if run.from_text else [torch.cat([s.prompt, torch.tensor(s.new, dtype=torch.int64)]) for s in run.sequences]
+    return run.texts() if run.from_text else [run._whole(s) for s in run.sequences]
 
 
 def stream(model: Any, prompts: Any, **settings: Any) -> Iterator[Event]:
@@ -132,16 +132,19 @@ class _Run:
             assert row is not None
             pieces.append(Piece(row, ids))
         logits = self.engine.run(pieces)
-        for (i, _), scores in zip(work, logits, strict=True):
-            event = self._take(i, scores)
+        found = [self.sequences[i] for i, _ in work]
+        tokens = self.sampling.choose_all(logits, lambda n: self._whole(found[n]), [s.generator for s in found])
+        for (i, _), token in zip(work, tokens, strict=True):
+            event = self._take(i, token)
             if not event.done:
                 running.append(i)
             yield event
 
-    def _take(self, i: int, scores: Tensor) -> Event:
+    def _whole(self, s: _Sequence) -> Tensor:
+        return torch.cat([s.prompt, torch.tensor(s.new, dtype=torch.int64)])
+
+    def _take(self, i: int, token: int) -> Event:
         s = self.sequences[i]
-        seen = torch.cat([s.prompt, torch.tensor(s.new, dtype=torch.int64)]) if self.sampling.repetition_penalty != 1 else s.prompt
-        token = self.sampling.choose(scores, seen, s.generator)
         s.new.append(token)
         done: Literal["", "eos", "stop", "length"] = "eos" if token in self.eos else "length" if len(s.new) >= s.most else ""
         text = ""

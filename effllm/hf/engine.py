@@ -93,7 +93,6 @@ class Engine:
         row.capacity = max(capacity, row.capacity)
         return True
 
-    @torch.no_grad()
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """Logits (wanted pieces, V) after each wanted piece's last token. Rows grow only when the forward succeeded.
 
@@ -122,6 +121,7 @@ class Engine:
             p.row.length += len(p.ids)
         return logits
 
+    @torch.no_grad()
     def _forward(self, ids: Tensor, positions: Tensor, where: Tensor, segment_table: Tensor, last: Tensor) -> Tensor:
         to = self.device
         self.cache.batch.where = where.to(to)

@@ -89,7 +89,9 @@ def summary(log: Log) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def choose_budget(model: Any, decodes: int, context: int, prompt: int, ratio: float, rounds: int = 5, tile: int = 8, clock: Callable[[], float] = time.perf_counter) -> int:
+def choose_budget(
+    model: Any, decodes: int, context: int, prompt: int, ratio: float, rounds: int = 5, tile: int = 4, clock: Callable[[], float] = time.perf_counter
+) -> int:
     """The largest budget at which a step of `decodes` sequences of `context` tokens takes at most `ratio` times one without a prompt's chunk.
 
     Measured here, at the end of a prompt of `prompt` tokens, where a chunk is dearest; chunks are multiples of `tile`. At least

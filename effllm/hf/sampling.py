@@ -6,7 +6,7 @@ beside it, and are those of transformers' `generate` on the sequence alone after
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,6 +61,13 @@ class Sampling:
             drop[-1] = False  # the likeliest always stays
             scores = scores.masked_fill(torch.zeros_like(drop).scatter(0, index, drop), -torch.inf)
         return scores.softmax(-1)
+
+    def choose_all(self, logits: Tensor, seen: Callable[[int], Tensor], streams: Sequence[torch.Generator | None]) -> list[int]:
+        """The next token of each row of logits (N, V); `seen(i)` gives the ids so far of row i, asked for only where they matter."""
+        if not self.temperature and self.repetition_penalty == 1:
+            return [int(t) for t in logits.float().argmax(-1).tolist()]
+        nothing = torch.empty(0, dtype=torch.int64)
+        return [self.choose(row, nothing if self.repetition_penalty == 1 else seen(i), streams[i]) for i, row in enumerate(logits)]
 
     def choose(self, logits: Tensor, seen: Tensor, generator: torch.Generator | None) -> int:
         """The next token of one sequence: logits (V,) on any device, the ids so far (prompt included), its random stream."""

@@ -23,9 +23,11 @@ from effllm import compat
 from effllm.errors import PromptError
 from effllm.lowering import providers
 from effllm.lowering.op import Problem
+from effllm.lowering.segment_attention import SEGMENTS
 from effllm.runtime.segments import COLUMNS
 
 PREFIX = "effllm+"
+_OP = getattr(torch.ops.effllm, SEGMENTS.name)
 _REFUSED = {"s_aux": "attention sinks", "position_bias": "a position bias", "head_mask": "a head mask"}
 _kernels: dict[tuple[str, torch.dtype, int], str] = {}
 _lock = threading.Lock()
@@ -63,7 +65,7 @@ def _attend(base: str, module: Any, query: Tensor, key: Tensor, value: Tensor, a
     if not torch.compiler.is_compiling():
         _seen.calls = calls() + 1
     scale = more.get("scaling")
-    y = torch.ops.effllm.segment_attention(
+    y = _OP(
         query, key, value, attention_mask[0, 0], query.shape[-1] ** -0.5 if scale is None else float(scale),
         int(more.get("sliding_window") or 0), float(more.get("softcap") or 0.0), kernel(query.device.type, query.dtype, query.shape[-1]),
     )  # fmt: skip

@@ -136,15 +136,17 @@ class Loop:
         except BaseException:
             self.scheduler.undo(step)
             raise
-        return [self._take(i, row) for i, row in zip([*step.decodes, *(c.id for c in step.chunks if c.last)], logits, strict=True)]
+        ids = [*step.decodes, *(c.id for c in step.chunks if c.last)]
+        found = [self._tickets[i] for i in ids]
+        tokens = self.sampling.choose_all(logits, lambda n: self._whole(found[n]), [t.generator for t in found])
+        return [self._take(i, token) for i, token in zip(ids, tokens, strict=True)]
 
     def _whole(self, ticket: _Ticket) -> Tensor:
         """Prompt and all new tokens."""
         return torch.cat([ticket.ids[: ticket.prompt], torch.tensor(ticket.new, dtype=torch.int64)])
 
-    def _take(self, id: int, logits: Tensor) -> Event:
+    def _take(self, id: int, token: int) -> Event:
         ticket = self._tickets[id]
-        token = self.sampling.choose(logits, self._whole(ticket), ticket.generator)
         ticket.new.append(token)
         done: Literal["", "eos", "length"] = "eos" if token in self.eos else "length" if len(ticket.new) >= ticket.most else ""
         if done:

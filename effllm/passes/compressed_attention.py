@@ -92,7 +92,8 @@ def _read(graph: fx.Graph, read: fx.Node, context: Context) -> Decision:
     heads, dim = state.shape[2], state.shape[4]
     before, after = 2 * heads * dim * state.element_size(), fmt.bytes_per_token(heads, dim, state.dtype)
     about: dict[str, Any] = {"cache": fmt.spec, "queries": q.shape[2], "heads_per_key_head": q.shape[1] // heads, "bytes_per_token": round(after, 1)}
-    return Decision(new.name, module, "applied", "applied", f"{why}; {after / before:.1%} of the bytes of dense keys and values a token", kernel=provider.name, config=about)
+    reason = f"{why}; {after / before:.1%} of the bytes of dense keys and values a token"
+    return Decision(new.name, module, "applied", "applied", reason, kernel=provider.name, config=about)
 
 
 def _attention(read: fx.Node) -> tuple[fx.Node, dict[str, Any]] | str:
