@@ -101,7 +101,7 @@ def test_no_rows_and_leading_dimensions(op: str, provider: Provider) -> None:
     flat = call(provider, p, tuple(args))
     first = 2 if "up" in op else 1
     wide = [a.view(2, 3, -1).transpose(0, 1).contiguous().transpose(0, 1) for a in args[:first]]
-    assert torch.equal(call(provider, p, (*wide, *args[first:])).reshape(6, 40), flat)
+    assert distance(call(provider, p, (*wide, *args[first:])).reshape(6, 40), flat.double()) < 1e-6
     none = [a[:0] for a in args[:first]]
     assert call(provider, p, (*none, *args[first:])).shape == (0, 40)
 
@@ -214,7 +214,7 @@ def test_dynamic_rows_decide_without_a_guard(op: str) -> None:
     torch._dynamo.reset()
     compiled = torch.compile(lambda *a: graph_op(*a, *args[head:], "reference"), backend=count, dynamic=True)
     for m in (8, 3, 2, 7):
-        few = [a[:m] for a in args[:head]]
+        few = [a[:m].clone() for a in args[:head]]  # a view would be guarded by its base
         assert torch.allclose(compiled(*few), graph_op(*few, *args[head:], "reference"), atol=1e-5)
     assert traces == 1
 
@@ -244,7 +244,7 @@ def test_wrong_shapes_are_refused(op: str) -> None:
     for wrong in (torch.zeros(3), args[at].double()):
         with pytest.raises(RuntimeError, match="thresholds"):
             call(provider, p, (*args[:at], wrong, *args[at + 1 :]))
-    with pytest.raises(RuntimeError, match=r"fit|inputs"):
+    with pytest.raises(RuntimeError, match=r"fit|inputs|one per input"):
         call(provider, p, (torch.randn(1, 95), *args[1:at], torch.zeros(1), *args[at + 1 :]))
 
 
