@@ -26,7 +26,10 @@ if TYPE_CHECKING:
     from effllm.tuning import tune
 
 __version__ = "0.1.0"
-__all__ = ["Calibration", "Decision", "EffllmError", "Recipe", "Report", "calibrate", "compress", "explain", "last_report", "load", "load_demo", "recover", "refresh", "save", "tune"]
+__all__ = [
+    "Calibration", "Decision", "EffllmError", "Recipe", "Report", "calibrate", "compress", "explain",
+    "last_report", "load", "load_demo", "recover", "refresh", "save", "tune",
+]  # fmt: skip
 
 _WHERE = {
     "Calibration": "effllm.activation.calibration",
