@@ -149,7 +149,7 @@ def _up(swap: Swap, name: str, half: int | None, about: dict[str, Any], cut: Cut
     module = swap.model.get_submodule(name)
     if half is not None:
         coded = isinstance(module, PackedLinear)
-        why = "gate and up are one matrix: rows of its up half are skipped where a compiled graph shows both" if not coded else "gate and up are one packed matrix"
+        why = "gate and up are one packed matrix" if coded else "gate and up are one matrix: rows of its up half are skipped in a compiled graph"
         return [Decision(name, name, "kept", "fused-up", why)]
     stored = _stored(module)
     if isinstance(stored, str):

@@ -152,7 +152,8 @@ def test_saved_and_loaded(recipe: str, method: str, tmp_path: Path) -> None:
     model, _ = made(recipe, method)
     read = effllm.load(effllm.save(model, tmp_path / "m"), model=decoder())
     for ids in (windows(1, 3, seed=1), windows(1, 20, seed=1)):
-        assert torch.equal(read(ids), model(ids))
+        # small products of a BLAS may differ in the last bit with where a matrix lies in memory: the factors are such
+        assert torch.equal(read(ids), model(ids)) if method != RSPARSE else relative(read(ids), model(ids)) < 1e-6
     assert len(apply.sparse_parts(read)) == len(apply.sparse_parts(model)) > 0
 
 
