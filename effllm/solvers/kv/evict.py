@@ -139,7 +139,8 @@ def _rows(index: Tensor, d: int) -> Tensor:
 
 
 def _merge(
-    loose: tuple[Tensor, Tensor, Tensor], held: tuple[Tensor, Tensor, Tensor, Tensor], window: Tensor, count: int, threshold: float, merge_keys: bool, weighted: bool
+    loose: tuple[Tensor, Tensor, Tensor], held: tuple[Tensor, Tensor, Tensor, Tensor], window: Tensor, count: int, threshold: float,
+    merge_keys: bool, weighted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (k, v, a), (ck, cv, ca, cw) = loose, held
     count = min(count, ck.shape[2])
