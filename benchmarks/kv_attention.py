@@ -104,13 +104,14 @@ def main() -> None:
     for name, default in (("tokens", 16384), ("threads", 2), ("rounds", 15), ("heads", 32), ("kv-heads", 8), ("dim", 128), ("layers", 4)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--only", default="")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     found = run(a)
     keys = ("tokens", "heads", "kv_heads", "dim", "threads")
-    runs = json.loads(RESULTS.read_text())["runs"] if RESULTS.exists() else []
+    runs = json.loads(a.out.read_text())["runs"] if a.out.exists() else []
     runs = [r for r in runs if any(r[k] != found[k] for k in keys)] + [found]
-    RESULTS.write_text(json.dumps({"machine": describe(), "runs": runs}, indent=1) + "\n")
+    a.out.write_text(json.dumps({"machine": describe(), "runs": runs}, indent=1) + "\n")
     for r in found["rows"]:
         times = f"{r['ms']:.3f} ms ({r['low_ms']:.3f} to {r['high_ms']:.3f})  {r['times_sdpa']:.2f}x"
         print(f"{r['variant']:14} {times}  {r['gb_s']:.1f} GB/s  error {r['error']:.1e}")

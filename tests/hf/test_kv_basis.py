@@ -17,8 +17,8 @@ HOW = BasisTraining(steps=12, rate=2e-2, warmup=1, kl=1.0, interval=4, high=0.5,
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
     torch.manual_seed(1)
-    config = LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, initializer_range=0.2)
-    return LlamaForCausalLM(config).eval()
+    sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, initializer_range=0.2)).eval()
 
 
 def windows(count: int = 3) -> list[torch.Tensor]:

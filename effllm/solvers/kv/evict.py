@@ -65,7 +65,9 @@ def observe(q: Tensor, k: Tensor, scale: float, *, window: int, kind: str = "vis
     return Seen(total, count, local / min(window, n))
 
 
-def attention_scores(q: Tensor, k: Tensor, scale: float, *, window: int, kind: str = "visible", mask: Tensor | None = None, block: int = 256) -> tuple[Tensor, Tensor]:
+def attention_scores(
+    q: Tensor, k: Tensor, scale: float, *, window: int, kind: str = "visible", mask: Tensor | None = None, block: int = 256
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Global and local score of every key of a whole prompt, (B, G, T) each; arguments as for `observe`.
 
     global: mean attention from the queries that see the key ("visible"), or the mean over all of (j + 1) A[j, i], flat under uniform attention
@@ -137,7 +139,8 @@ def _rows(index: Tensor, d: int) -> Tensor:
 
 
 def _merge(
-    loose: tuple[Tensor, Tensor, Tensor], held: tuple[Tensor, Tensor, Tensor, Tensor], window: Tensor, count: int, threshold: float, merge_keys: bool, weighted: bool
+    loose: tuple[Tensor, Tensor, Tensor], held: tuple[Tensor, Tensor, Tensor, Tensor], window: Tensor, count: int, threshold: float,
+    merge_keys: bool, weighted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (k, v, a), (ck, cv, ca, cw) = loose, held
     count = min(count, ck.shape[2])
