@@ -10,7 +10,7 @@ and a decoding step is one forward over the last tokens of all sequences that st
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, overload
 
@@ -56,7 +56,9 @@ def stream(model: Any, prompts: Any, **settings: Any) -> Iterator[Event]:
     """Tokens as they come, of all prompts interleaved; the model is as before whenever the caller stops listening.
 
     Settings: `max_new_tokens` (20), `temperature` (0: greedy), `top_k`, `top_p`, `repetition_penalty`, `seed` (one, or one per prompt),
-    `stop` (texts, with a tokenizer), `eos_token_id` (default: the model's), `tokenizer`, `capacity` (tokens of a prefill forward).
+    `stop` (texts, with a tokenizer), `eos_token_id` (default: the model's), `tokenizer`, `capacity` (tokens of a prefill forward), `cache`:
+    a function that makes an empty transformers cache, such as lambda: CompressedCache(model, "kivi"). Each sequence then has one of its own: prompts
+    are read exactly, packed together as ever, and each goes into its cache when it is complete; decoding is one forward per sequence.
     A sequence also ends, with "length", where the model's positions end. Raises PromptError (E-PRM-*) and OptionError (E-OPT-*)
     before the first forward.
     """
@@ -72,6 +74,7 @@ class _Sequence:
     new: list[int]
     generator: torch.Generator | None
     row: Row | None = None
+    cache: Any = None  # of its own, once its prompt is read, where one was asked for
     text: str = ""  # what was streamed
     seen: tuple[int, int] = (0, 0)  # tokens new[a:b] were streamed last; a decoder needs some before the next to place spaces
 
@@ -82,7 +85,7 @@ class _Run:
     def __init__(
         self, model: Any, prompts: Any, *, max_new_tokens: int = 20, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
         repetition_penalty: float = 1.0, seed: int | Sequence[int] = 0, stop: str | Sequence[str] = (), eos_token_id: int | Sequence[int] | None = None,
-        tokenizer: Any = None, capacity: int | None = None,
+        tokenizer: Any = None, capacity: int | None = None, cache: Callable[[], Any] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.capacity = model, tokenizer, capacity
         self.sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
@@ -106,9 +109,12 @@ class _Run:
         # positions may run out: what is written last is the token before the last new one
         self.sequences = [_Sequence(p, min(max_new_tokens, max(1, longest - len(p) + 1)), [], g) for p, g in zip(ids, streams, strict=True)]
         self.packing = prepack(ids, max([BIN, *map(len, ids)]) if capacity is None else capacity)
-        self.engine = Engine(model, max(1, sum(len(s.prompt) + max(0, s.most - 1) for s in self.sequences)))
-        for s in self.sequences:
-            s.row = self.engine.open(len(s.prompt) + max(0, s.most - 1))
+        self.cache = cache
+        if cache is None:
+            slots = sum(len(s.prompt) + max(0, s.most - 1) for s in self.sequences)
+        else:  # the arena holds one bin at a time
+            slots = max((sum(len(ids[i]) for i in b) for b in self.packing.bins), default=0)
+        self.engine = Engine(model, max(1, slots))
 
     def texts(self) -> list[str]:
         """What follows each prompt, special tokens left out."""
@@ -120,18 +126,16 @@ class _Run:
         if not any(s.most for s in self.sequences):
             return
         for members in self.packing.bins:
+            for i in members:
+                s = self.sequences[i]
+                s.row = self.engine.open(len(s.prompt) + (max(0, s.most - 1) if self.cache is None else 0))
             yield from self._step([(i, self.sequences[i].prompt) for i in members], running)
         while running:
             step, running = [(i, torch.tensor(self.sequences[i].new[-1:])) for i in sorted(running)], []
             yield from self._step(step, running)
 
     def _step(self, work: list[tuple[int, Tensor]], running: list[int]) -> Iterator[Event]:
-        pieces = []
-        for i, ids in work:
-            row = self.sequences[i].row
-            assert row is not None
-            pieces.append(Piece(row, ids))
-        logits = self.engine.run(pieces)
+        logits = self._forward(work)
         found = [self.sequences[i] for i, _ in work]
         tokens = self.sampling.choose_all(logits, lambda n: self._whole(found[n]), [s.generator for s in found])
         for (i, _), token in zip(work, tokens, strict=True):
@@ -139,6 +143,26 @@ class _Run:
             if not event.done:
                 running.append(i)
             yield event
+
+    def _forward(self, work: list[tuple[int, Tensor]]) -> Tensor:
+        """Logits (len(work), V): one forward for rows of the arena, one each for sequences with caches of their own."""
+        own = [self.sequences[i] for i, _ in work]
+        if own[0].cache is not None:
+            return torch.cat([self._alone(s, ids) for s, (_, ids) in zip(own, work, strict=True)])
+        rows = [s.row for s in own if s.row is not None]
+        logits = self.engine.run([Piece(row, ids) for row, (_, ids) in zip(rows, work, strict=True)])
+        if self.cache is not None:
+            for s, row in zip(own, rows, strict=True):
+                s.cache, s.row = self.engine.export(row, self.cache()), None
+                self.engine.close(row)
+        return logits
+
+    @torch.no_grad()
+    def _alone(self, s: _Sequence, ids: Tensor) -> Tensor:
+        at = torch.tensor([[len(s.prompt) + len(s.new) - 1]], device=self.engine.device)
+        out = self.model(input_ids=ids[None].to(self.engine.device), position_ids=at, past_key_values=s.cache, use_cache=True, logits_to_keep=1)
+        logits: Tensor = out.logits[:, -1]
+        return logits
 
     def _whole(self, s: _Sequence) -> Tensor:
         return torch.cat([s.prompt, torch.tensor(s.new, dtype=torch.int64)])

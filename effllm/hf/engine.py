@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from effllm import compat
 from effllm.errors import PromptError
@@ -92,6 +93,15 @@ class Engine:
             row.start = start
         row.capacity = max(capacity, row.capacity)
         return True
+
+    def export(self, row: Row, cache: Any = None) -> Any:
+        """A sequence's keys and values as a transformers cache of their own, copied: into `cache`, fresh, of any kind with `update`, or into a
+        DynamicCache. A compressing cache so packs one whole prompt, exact until then, and its pages never straddle two."""
+        cache = DynamicCache(config=self.config) if cache is None else cache
+        for layer in range(len(self.cache.own)):
+            k, v = self.cache.read(layer, row.start, row.length)
+            cache.update(k.clone(), v.clone(), layer)
+        return cache
 
     def run(self, pieces: Sequence[Piece]) -> Tensor:
         """Logits (wanted pieces, V) after each wanted piece's last token. Rows grow only when the forward succeeded.

@@ -23,7 +23,7 @@ from effllm import compat
 from effllm.errors import PromptError
 from effllm.lowering import providers
 from effllm.lowering.op import Problem
-from effllm.lowering.segment_attention import SEGMENTS
+from effllm.lowering.packed_attention import SEGMENTS
 from effllm.runtime.segments import COLUMNS
 
 PREFIX = "effllm+"
@@ -39,7 +39,7 @@ def kernel(device: str, dtype: torch.dtype, size: int) -> str:
     """The kernel for a device type and a head size; chosen in the first forward, which is eager, and then known to graphs."""
     key = (device, dtype, size)
     if key not in _kernels:
-        _kernels[key] = providers.select(Problem("segment_attention", 0, size, 0, 0, False, dtype=dtype, device=device))[0].name
+        _kernels[key] = providers.select(Problem("packed_attention", 0, size, 0, 0, False, dtype=dtype, device=device))[0].name
     return _kernels[key]
 
 

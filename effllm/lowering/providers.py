@@ -20,7 +20,7 @@ _FAMILIES = (
     "sparsify",
     "kv_cache",
     "pie",
-    "segment_attention",
+    "packed_attention",
 )
 _loaded: set[str] = set()
 _problems: dict[str, str] = {}  # device -> why its kernels are missing

@@ -7,9 +7,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 import effllm
 from effllm.errors import OptionError, PromptError
+from effllm.hf.cache import CompressedCache
+from effllm.hf.engine import Engine, Piece
 from effllm.hf.sampling import Sampling
 from tests.hf.families import tiny
 from tests.hf.tiny import tiny_llama, tiny_tokenizer
@@ -159,3 +162,35 @@ def test_bad_input_has_a_code(prompts: Any, settings: dict[str, Any], code: str)
     with pytest.raises(effllm.EffllmError) as error:
         effllm.generate(tiny_llama(torch.float32), prompts, **settings)
     assert error.value.code == code and isinstance(error.value, (OptionError, PromptError))
+
+
+def test_a_cache_per_sequence_is_filled_once_its_prompt_is_complete() -> None:
+    model, prompts = tiny("mistral"), prompts_of((3, 25, 9, 14))
+    made: list[DynamicCache] = []
+
+    def make() -> DynamicCache:
+        made.append(DynamicCache(config=model.config))
+        return made[-1]
+
+    out = effllm.generate(model, prompts, max_new_tokens=NEW, capacity=30, cache=make)
+    assert [o.tolist() for o in out] == [theirs(model, p) for p in prompts]
+    assert len(made) == 4 and sorted(c.get_seq_length() for c in made) == sorted(len(o) - 1 for o in out)
+
+
+@pytest.mark.parametrize("spec", ["kivi(bits=8,page=16,window=16,group=16)", "kivi(bits=2,page=16,window=0,group=16)"])
+def test_compressed_caches_are_those_of_transformers_generate_with_the_same_cache(spec: str) -> None:
+    model, prompts = tiny_llama(torch.float32), prompts_of((40, 70, 5, 33))
+    out = effllm.generate(model, prompts, max_new_tokens=NEW, cache=lambda: CompressedCache(model, spec))
+    want = [theirs(model, p, past_key_values=CompressedCache(model, spec)) for p in prompts]
+    assert [o.tolist() for o in out] == want
+
+
+def test_a_row_goes_on_in_transformers() -> None:
+    model, prompts = tiny("mistral"), prompts_of((3, 25, 9))
+    engine = Engine(model, 60)
+    rows = [engine.open(len(p)) for p in prompts]
+    logits = engine.run([Piece(r, p) for r, p in zip(rows, prompts, strict=True)])
+    for prompt, row, scores in zip(prompts, rows, logits, strict=True):
+        cache = engine.export(row)
+        ids = torch.cat([prompt, scores.argmax()[None]])
+        assert model.generate(ids[None], past_key_values=cache, max_new_tokens=NEW - 1, do_sample=False)[0].tolist() == theirs(model, prompt)

@@ -49,7 +49,7 @@ def ensure(isa: Isa) -> None:
         torch.library.register_fake(f"{isa.namespace}::{fake.__name__}", fake)
     torch.library.register_fake(f"{isa.namespace}::lowrank", lowrank.fake)
     torch.library.register_fake(f"{isa.namespace}::lowrank_bipolar", lowrank_bipolar.fake)
-    torch.library.register_fake(f"{isa.namespace}::segment_attention", segments.fake)
+    torch.library.register_fake(f"{isa.namespace}::packed_attention", segments.fake)
     _loaded.add(isa.name)
 
 

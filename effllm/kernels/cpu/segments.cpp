@@ -1,7 +1,7 @@
 // Attention by segments: prompts, chunks of prompts and decoding steps of many sequences, over one row of cached keys, without a mask.
 //
 // Layout    q (1, H, T, D), k (1, Hk, P, D), v (1, Hk, P, Dv) with any strides but a dense last dimension; H = Hk * R. table int32 (S, 4): q_start,
-//           q_len, k_start, k_len (lowering/segment_attention.py). Result (1, T, H, Dv), dense.
+//           q_len, k_start, k_len (lowering/packed_attention.py). Result (1, T, H, Dv), dense.
 // Tasks     a segment, a key head, and a block of at most kRows rows; a row is a query and one of the R query heads that share the key
 //           head, queries first, so that the keys of a block are read once for all of them. Threads claim tasks, the longest runs first.
 // Many rows tiles of 64 keys, widened to fp32 and transposed once per block; scores and output are small matrix products with
@@ -182,7 +182,7 @@ template <Type T> void attend(const Call& c, const Task& t) {
   }
 }
 
-Tensor segment_attention(const Tensor q, const Tensor k, const Tensor v, const Tensor table, double scale, int64_t window, double softcap) {
+Tensor packed_attention(const Tensor q, const Tensor k, const Tensor v, const Tensor table, double scale, int64_t window, double softcap) {
   const int64_t heads = q.size(1), tokens = q.size(2), d = q.size(3), kv = k.size(1), slots = k.size(2), dv = v.size(3);
   STD_TORCH_CHECK(kv > 0 && heads % kv == 0 && k.size(3) == d && v.size(2) == slots && v.size(1) == kv, "effllm: attention shapes do not fit");
   const ScalarType dtype = q.scalar_type();
@@ -223,6 +223,6 @@ Tensor segment_attention(const Tensor q, const Tensor k, const Tensor v, const T
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
-  m.def("segment_attention(Tensor q, Tensor k, Tensor v, Tensor table, float scale, int window, float softcap) -> Tensor");
+  m.def("packed_attention(Tensor q, Tensor k, Tensor v, Tensor table, float scale, int window, float softcap) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { m.impl("segment_attention", TORCH_BOX(&segment_attention)); }
+STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { m.impl("packed_attention", TORCH_BOX(&packed_attention)); }

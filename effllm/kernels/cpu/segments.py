@@ -32,9 +32,9 @@ def register(isa: Isa, rank: int, ensure: Callable[[Isa], None]) -> None:
 
     def call(*args: Any) -> Tensor:
         ensure(isa)
-        y: Tensor = getattr(torch.ops, isa.namespace).segment_attention(*args)
+        y: Tensor = getattr(torch.ops, isa.namespace).packed_attention(*args)
         return y
 
-    OPS["segment_attention"].register(
-        Provider(f"cpu-{isa.name}", "segment_attention", "cpu", "dense", lambda p: supports(p, isa), call, prepare=lambda: ensure(isa), rank=rank)
+    OPS["packed_attention"].register(
+        Provider(f"cpu-{isa.name}", "packed_attention", "cpu", "dense", lambda p: supports(p, isa), call, prepare=lambda: ensure(isa), rank=rank)
     )

@@ -11,7 +11,7 @@ Bytes      per program its keys and values once: 2 * keys * (D + DV) * itemsize.
 Limits     R <= BM; D and DV are padded to powers of two in registers; decoding over a long cache has one program per segment and key
            head and no split over keys, so a few long sequences leave a large GPU idle.
 Numerics   fp32 scores and sums, fp32 products in full precision; probabilities are rounded to v's dtype before the second product.
-Reference  lowering/segment_attention.py.
+Reference  lowering/packed_attention.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import triton.language as tl
 
 
 @triton.jit
-def segment_attention_kernel(
+def packed_attention_kernel(
     q, k, v, table, out, S, H, qh, qt, kh, kt, vh, vt, scale, softcap, window,
     R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, SP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, IEEE: tl.constexpr,

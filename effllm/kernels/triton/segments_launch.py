@@ -8,9 +8,9 @@ import torch
 import triton
 from torch import Tensor
 
-from effllm.kernels.triton.segments import segment_attention_kernel
+from effllm.kernels.triton.segments import packed_attention_kernel
 from effllm.lowering.op import YES, Problem, Provider, Verdict
-from effllm.lowering.segment_attention import SEGMENTS
+from effllm.lowering.packed_attention import SEGMENTS
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -39,20 +39,20 @@ def attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, scale: float, wind
         "SP": triton.next_power_of_2(segments), "WINDOW": window > 0, "CAP": softcap > 0, "IEEE": q.dtype == torch.float32,
     }  # fmt: skip
     with torch.cuda.device_of(q):  # Triton launches on the current device; no effect on CPU tensors
-        segment_attention_kernel[(triton.cdiv(queries, per) + segments, groups)](
+        packed_attention_kernel[(triton.cdiv(queries, per) + segments, groups)](
             q, k, v, table.contiguous(), out, segments, heads, q.stride(1), q.stride(2), k.stride(1), k.stride(2), v.stride(1), v.stride(2),
             scale, softcap, window, **constants, **how,
         )  # fmt: skip
     return out
 
 
-@torch.library.custom_op("effllm_triton::segment_attention", mutates_args=(), device_types="cuda")
-def segment_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, scale: float, window: int, softcap: float) -> Tensor:
-    """The op "segment_attention" (lowering/segment_attention.py)."""
+@torch.library.custom_op("effllm_triton::packed_attention", mutates_args=(), device_types="cuda")
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, table: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+    """The op "packed_attention" (lowering/packed_attention.py)."""
     return attention(q, k, v, table, scale, window, softcap)
 
 
-@segment_attention.register_fake
+@packed_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, table: Tensor, scale: float, window: int, softcap: float) -> Tensor:
     return q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])
 
@@ -68,4 +68,4 @@ def supports(problem: Problem) -> Verdict:
 
 def register() -> None:
     """Add the provider "triton"; calling it again changes nothing."""
-    SEGMENTS.register(Provider("triton", "segment_attention", "cuda", "dense", supports, segment_attention, rank=10))
+    SEGMENTS.register(Provider("triton", "packed_attention", "cuda", "dense", supports, packed_attention, rank=10))

@@ -44,7 +44,7 @@ def run(case: Case) -> dict[str, object]:
     import torch
 
     from effllm.kernels.triton import segments_launch
-    from effllm.lowering.segment_attention import segment_attention_reference
+    from effllm.lowering.packed_attention import packed_attention_reference
     from effllm.runtime.segments import Segment, table
 
     gen = torch.Generator().manual_seed(case.heads * 100 + case.size)
@@ -57,7 +57,7 @@ def run(case: Case) -> dict[str, object]:
         q, k, v = q.float(), k.float(), v.float()
     how = {"BM": case.rows, "BN": 16, "num_warps": 4, "num_stages": 2}
     y = segments_launch.attention(q, k, v, rows, 0.3, case.window, case.softcap, how)
-    plain = segment_attention_reference(q, k, v, rows, 0.3, case.window, case.softcap)
+    plain = packed_attention_reference(q, k, v, rows, 0.3, case.window, case.softcap)
     exact = double(q, k, v, case)
     uncovered = torch.ones(T, dtype=torch.bool)
     for s in SEGMENTS:

@@ -50,7 +50,7 @@ def test_compiles_without_spills(target: str, size: int, repeat: int, few: bool,
         "R": repeat, "D": size, "DV": size, "DP": size, "DVP": size, "SP": 8, "WINDOW": window, "CAP": False, "IEEE": False, "BM": how["BM"], "BN": how["BN"],
     }  # fmt: skip
     used, _ = aot.compile_for(
-        segments.segment_attention_kernel, kind, constants, target, aligned=ALIGNED, num_warps=how["num_warps"], num_stages=how["num_stages"]
+        segments.packed_attention_kernel, kind, constants, target, aligned=ALIGNED, num_warps=how["num_warps"], num_stages=how["num_stages"]
     )
     assert used.spills == 0 and used.registers <= 255 + 257 * target.startswith("hip")
     assert used.shared <= 164 * 1024  # of an A100's multiprocessor
@@ -67,7 +67,7 @@ def test_provider_refuses_with_reasons() -> None:
     from effllm.kernels import triton as kernels
 
     kernels.register()
-    provider = OPS["segment_attention"].providers["triton"]
-    assert provider.supports(Problem("segment_attention", 0, 128, 0, 0, False, dtype=torch.bfloat16, device="cuda"))
-    for bad in (Problem("segment_attention", 0, 512, 0, 0, False, device="cuda"), Problem("segment_attention", 0, 64, 0, 0, False, dtype=torch.float64, device="cuda")):
+    provider = OPS["packed_attention"].providers["triton"]
+    assert provider.supports(Problem("packed_attention", 0, 128, 0, 0, False, dtype=torch.bfloat16, device="cuda"))
+    for bad in (Problem("packed_attention", 0, 512, 0, 0, False, device="cuda"), Problem("packed_attention", 0, 64, 0, 0, False, dtype=torch.float64, device="cuda")):
         assert not provider.supports(bad) and provider.supports(bad).reason

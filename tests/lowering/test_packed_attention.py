@@ -1,4 +1,4 @@
-"""The op "segment_attention": every provider against fp64, on prompts, chunks and decoding steps in one table; and what must not matter."""
+"""The op "packed_attention": every provider against fp64, on prompts, chunks and decoding steps in one table; and what must not matter."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from effllm.lowering.op import OPS, Problem, Provider
 from effllm.runtime.segments import Segment, table
 
 providers.load("cpu")
-OP = OPS["segment_attention"]
+OP = OPS["packed_attention"]
 HERE = [p for p in OP.providers.values() if p.device in ("any", "cpu")]
 NAMES = [p.name for p in HERE]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -48,7 +48,7 @@ def distance(y: Tensor, true: Tensor) -> float:
 
 
 def usable(provider: Provider, dtype: torch.dtype) -> None:
-    verdict = provider.supports(Problem("segment_attention", 6, 40, 0, 0, False, dtype=dtype))
+    verdict = provider.supports(Problem("packed_attention", 6, 40, 0, 0, False, dtype=dtype))
     if not verdict:
         pytest.skip(verdict.reason)
 
@@ -121,9 +121,9 @@ def test_one_key_more_or_less_shows(provider: Provider) -> None:
 def test_an_empty_table_gives_zeros_and_bad_tables_are_refused_by_the_kernels() -> None:
     q, k, v = made(6, 2, 40, 40, torch.float32)
     for provider in HERE:
-        if provider.supports(Problem("segment_attention", 6, 40, 0, 0, False)):
+        if provider.supports(Problem("packed_attention", 6, 40, 0, 0, False)):
             assert not provider.call(q, k, v, table([], T, P), 0.3, 0, 0.0).any()
-        if provider.name.startswith("cpu-") and provider.supports(Problem("segment_attention", 6, 40, 0, 0, False)):
+        if provider.name.startswith("cpu-") and provider.supports(Problem("packed_attention", 6, 40, 0, 0, False)):
             for row in ([0, T + 1, 0, T + 1], [0, 1, P, 1], [0, 2, 0, 1], [-1, 1, 0, 1], [0, 0, 0, 1]):
                 with pytest.raises(RuntimeError, match="reaches out"):
                     provider.call(q, k, v, torch.tensor([row], dtype=torch.int32), 0.3, 0, 0.0)
@@ -135,12 +135,12 @@ def test_an_empty_table_gives_zeros_and_bad_tables_are_refused_by_the_kernels() 
 def test_opcheck(name: str) -> None:
     usable(OP.providers[name], torch.float32)
     OP.providers[name].call(*made(6, 2, 40, 40, torch.float32), table(ROWS, T, P), 0.3, 0, 0.0)  # builds it
-    own = torch.ops.effllm.segment_attention_loop if name == "loop" else getattr(torch.ops, f"effllm_{name.replace('-', '_')}").segment_attention
+    own = torch.ops.effllm.packed_attention_loop if name == "loop" else getattr(torch.ops, f"effllm_{name.replace('-', '_')}").packed_attention
     arguments = (*made(6, 2, 40, 24, torch.float32), table(ROWS, T, P), 0.3, 0, 0.0)
     torch.library.opcheck(own.default, arguments, test_utils=("test_schema", "test_faketensor", "test_aot_dispatch_dynamic"))
 
 
 def test_the_graph_op_takes_the_named_kernel() -> None:
     q, k, v = made(6, 2, 40, 40, torch.float32)
-    loop = torch.ops.effllm.segment_attention(q, k, v, table(ROWS, T, P), 0.3, 0, 0.0, "loop")
+    loop = torch.ops.effllm.packed_attention(q, k, v, table(ROWS, T, P), 0.3, 0, 0.0, "loop")
     assert torch.equal(loop, OP.providers["loop"].call(q, k, v, table(ROWS, T, P), 0.3, 0, 0.0))

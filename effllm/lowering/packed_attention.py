@@ -16,7 +16,7 @@ from effllm.lowering.bipolar_linear import provider
 from effllm.lowering.op import YES, Op, Provider, define
 
 
-def segment_attention_reference(q: Tensor, k: Tensor, v: Tensor, table: Tensor, scale: float, window: int, softcap: float) -> Tensor:
+def packed_attention_reference(q: Tensor, k: Tensor, v: Tensor, table: Tensor, scale: float, window: int, softcap: float) -> Tensor:
     """With a dense (T, P) mask and fp32 sums: what the kernels are compared to."""
     t, j = (torch.arange(n, device=q.device) for n in (q.shape[2], k.shape[2]))
     q_start, q_len, k_start, k_len = (c[None] for c in table.to(torch.int64).unbind(1))
@@ -35,7 +35,7 @@ def segment_attention_reference(q: Tensor, k: Tensor, v: Tensor, table: Tensor, 
     return (weight @ value).to(q.dtype).transpose(1, 2).contiguous()
 
 
-@torch.library.custom_op("effllm::segment_attention_loop", mutates_args=())
+@torch.library.custom_op("effllm::packed_attention_loop", mutates_args=())
 def _loop(q: Tensor, k: Tensor, v: Tensor, table: Tensor, scale: float, window: int, softcap: float) -> Tensor:
     """torch's attention segment by segment: no mask but a triangle's, nothing between segments is computed. Reads the table on the host."""
     out = q.new_zeros(1, q.shape[2], q.shape[1], v.shape[3])
@@ -48,7 +48,7 @@ def _loop(q: Tensor, k: Tensor, v: Tensor, table: Tensor, scale: float, window: 
         seen = None if q_len == 1 else (behind >= 0) & (behind < window) if window > 0 else behind >= 0
         if softcap > 0:
             mine = torch.tensor([[0, q_len, 0, n]])
-            part = segment_attention_reference(rows, keys, values, mine, scale, window, softcap)
+            part = packed_attention_reference(rows, keys, values, mine, scale, window, softcap)
         else:
             whole = window <= 0 and q_len == n
             part = torch.nn.functional.scaled_dot_product_attention(
@@ -64,14 +64,14 @@ def _(q: Tensor, k: Tensor, v: Tensor, table: Tensor, scale: float, window: int,
 
 
 def _attention(q, k, v, table, scale, window, softcap, kernel):  # type: ignore[no-untyped-def]
-    return provider("segment_attention", kernel).call(q, k, v, table, scale, window, softcap)
+    return provider("packed_attention", kernel).call(q, k, v, table, scale, window, softcap)
 
 
 SEGMENTS: Op = define(
-    "segment_attention(Tensor q, Tensor k, Tensor v, Tensor table, float scale, int window, float softcap, str kernel) -> Tensor",
-    segment_attention_reference,
+    "packed_attention(Tensor q, Tensor k, Tensor v, Tensor table, float scale, int window, float softcap, str kernel) -> Tensor",
+    packed_attention_reference,
     _attention,
     tolerance={torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3},
 )
-SEGMENTS.register(Provider("reference", "segment_attention", "any", "dense", lambda p: YES, segment_attention_reference, rank=-1))
-SEGMENTS.register(Provider("loop", "segment_attention", "any", "dense", lambda p: YES, _loop, rank=0))
+SEGMENTS.register(Provider("reference", "packed_attention", "any", "dense", lambda p: YES, packed_attention_reference, rank=-1))
+SEGMENTS.register(Provider("loop", "packed_attention", "any", "dense", lambda p: YES, _loop, rank=0))
