@@ -54,7 +54,9 @@ def _model(path: str, isa: str, tiles: bool) -> Model:
         wide = dense / 32 * (2 + M)
         words = dense / 64 * 22 * M
         as_they_are = sympy.Eq(FAST, 1) & sympy.Eq(CODED, 1) & (M < DECODED)
-        instructions = sympy.Piecewise((words, as_they_are), (wide, sympy.Eq(FAST, 1) & sympy.Eq(CODED, 0)), (kept * _DECODE[isa] + dense * (sympy.ceiling(M / 4) * _SPREAD[isa] + M * _DOT[isa]), True))
+        decoded = kept * _DECODE[isa] + dense * (sympy.ceiling(M / 4) * _SPREAD[isa] + M * _DOT[isa])
+        bf16 = sympy.Eq(FAST, 1) & sympy.Eq(CODED, 0)
+        instructions = sympy.Piecewise((words, as_they_are), (wide, bf16), (decoded, True))
     instructions += M * (N + K) * BLOCK / 16 * 2 * (1 if isa == "avx512" else 2)
     stored = weight_bytes()
     nbytes = stored + M * (K * ACT + N * OUT)
