@@ -99,9 +99,11 @@ def _read(graph: fx.Graph, read: fx.Node, context: Context) -> Decision:
     if cost is not None:
         about["crossover_tokens"] = cost.crossover
         reason += f"; predicted to pay from {cost.crossover} tokens of context" if cost.crossover else "; predicted to save memory, but no time"
-    times = (None, None) if cost is None else (cost.dense, cost.compressed)
-    sizes = (int(before * held), int(compat.example_value(pages).shape[2] * compat.example_value(pages).shape[1] + state.shape[3] * before))
-    return Decision(new.name, module, "applied", "applied", reason, *sizes, *times, kernel=provider.name, config=about)
+    _, count, size = compat.example_value(pages).shape
+    return Decision(
+        new.name, module, "applied", "applied", reason, int(before * held), int(count * size + state.shape[3] * before),
+        cost and cost.dense, cost and cost.compressed, provider.name, about,
+    )  # fmt: skip
 
 
 def _attention(read: fx.Node) -> tuple[fx.Node, dict[str, Any]] | str:
