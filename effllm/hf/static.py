@@ -60,8 +60,8 @@ class StaticRunner:
         # enough to come back: what lies behind the prompt is overwritten or hidden
         kept = ("lens", "ring") if isinstance(self._cache, CompressedCache) else ("cumulative_length",)
         simple = all(type(layer) in (StaticLayer, CompressedLayer) for layer in self._cache.layers)
-        state = [{n: getattr(layer, n).clone() for n in kept} for layer in self._cache.layers]
-        self._read = (ids.clone(), logits.clone(), state) if simple else None
+        states = [{n: getattr(layer, n).clone() for n in kept} for layer in self._cache.layers]
+        self._read = (ids.clone(), logits.clone(), states) if simple else None
         return logits
 
     @property

@@ -13,6 +13,7 @@ import torch
 from torch import fx
 
 from effllm import compat
+from effllm.autotune import kv_cost
 from effllm.lowering import kv_cache, providers
 from effllm.passes.base import Context, call, is_op, replace
 from effllm.passes.decode_attention import NAMES, MAX_QUERIES, grouped
@@ -93,7 +94,16 @@ def _read(graph: fx.Graph, read: fx.Node, context: Context) -> Decision:
     before, after = 2 * heads * dim * state.element_size(), fmt.bytes_per_token(heads, dim, state.dtype)
     about: dict[str, Any] = {"cache": fmt.spec, "queries": q.shape[2], "heads_per_key_head": q.shape[1] // heads, "bytes_per_token": round(after, 1)}
     reason = f"{why}; {after / before:.1%} of the bytes of dense keys and values a token"
-    return Decision(new.name, module, "applied", "applied", reason, kernel=provider.name, config=about)
+    held = compat.example_value(pages).shape[1] * fmt.page + state.shape[3]
+    cost = kv_cost.predict(fmt.name, held, state.shape[3], q.shape[1], dim, before, after, q.shape[2]) if state.device.type == "cpu" else None
+    if cost is not None:
+        about["crossover_tokens"] = cost.crossover
+        reason += f"; predicted to pay from {cost.crossover} tokens of context" if cost.crossover else "; predicted to save memory, but no time"
+    _, count, size = compat.example_value(pages).shape
+    return Decision(
+        new.name, module, "applied", "applied", reason, int(before * held), int(count * size + state.shape[3] * before),
+        cost and cost.dense, cost and cost.compressed, provider.name, about,
+    )  # fmt: skip
 
 
 def _attention(read: fx.Node) -> tuple[fx.Node, dict[str, Any]] | str:

