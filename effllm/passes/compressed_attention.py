@@ -16,7 +16,7 @@ from effllm import compat
 from effllm.autotune import kv_cost
 from effllm.lowering import kv_cache, providers
 from effllm.passes.base import Context, call, is_op, replace
-from effllm.passes.decode_attention import NAMES, MAX_QUERIES, grouped
+from effllm.passes.decode_attention import MAX_QUERIES, NAMES, grouped
 from effllm.report import Decision, PassReport
 from effllm.runtime.caches.base import parse
 
