@@ -66,7 +66,7 @@ def through(model: nn.Module, inputs: list[Batch], place: Place) -> None:
     """
 
     def recording(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        copy, _ = compat.copy_graph(gm)
+        copy = compat.copy_graph(gm)[0]
         for i, (node, see) in enumerate(place(roles(copy.graph))):
             copy.add_submodule(f"record_{i}", Recorder(see))
             with copy.graph.inserting_after(node):
