@@ -5,6 +5,7 @@ Time between tokens is what a reader of a running sequence sees; its high percen
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ class Log:
 
     def between(self) -> list[float]:
         """Seconds between consecutive tokens of a sequence, of all sequences."""
-        return [b - a for times in self.tokens.values() for a, b in zip(times, times[1:], strict=False)]
+        return [b - a for times in self.tokens.values() for a, b in itertools.pairwise(times)]
 
     def first(self) -> list[float]:
         """Seconds from arrival to the first token, of all sequences."""
