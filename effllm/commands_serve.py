@@ -60,7 +60,11 @@ def serve(model: str, trace: Path, recipe: str | None, budget: int | None, most:
         load = machine.OtherLoad()
         for i, (name, tokens) in enumerate(policies.items()):
             loop = Loop(loaded, budget=tokens, most=most, slots=slots, eos_token_id=[])
-            log = replay(loop, arrivals, ids, progress=lambda share, i=i, name=name: show(f"serving, {name}", 0.2 + 0.8 * (i + share) / len(policies)))
+
+            def tell(share: float, i: int = i, name: str = name) -> None:
+                show(f"serving, {name}", 0.2 + 0.8 * (i + share) / len(policies))
+
+            log = replay(loop, arrivals, ids, progress=tell)
             rows.append({"policy": name, "budget": tokens, "recipe": recipe} | summary(log))
         show("done", 1.0)
     settings = {

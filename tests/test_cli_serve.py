@@ -45,8 +45,10 @@ def test_recipes_pack_first_and_the_budget_is_measured(place: Path) -> None:
     ("args", "code", "hint"),
     [
         (["--serve-trace", "no-such"], "E-OPT-TRACE", "effllm trace"), (["--budget", 9], "E-OPT-SERVE", "--serve-trace FILE"),
-        (["--serve-trace", "t.jsonl", "--rounds", 2], "E-OPT-SERVE", "--rounds"), (["--serve-trace", "t.jsonl", "--budget", 2], "E-OPT-BUDGET", "token per sequence"),
-        (["--serve-trace", "t.jsonl", "--recipe", "w8", "--recipe", "w4"], "E-OPT-SERVE", "one --recipe"), (["--serve-trace", "long.jsonl"], "E-OPT-TRACE", "--longest"),
+        (["--serve-trace", "t.jsonl", "--rounds", 2], "E-OPT-SERVE", "--rounds"),
+        (["--serve-trace", "t.jsonl", "--budget", 2], "E-OPT-BUDGET", "token per sequence"),
+        (["--serve-trace", "t.jsonl", "--recipe", "w8", "--recipe", "w4"], "E-OPT-SERVE", "one --recipe"),
+        (["--serve-trace", "long.jsonl"], "E-OPT-TRACE", "--longest"),
         (["--serve-trace", "t.jsonl", "--kernels"], "E-OPT-SERVE", "--kernels"), (["--serve-trace", "bad.jsonl"], "E-OPT-TRACE", "line 1"),
     ],
 )  # fmt: skip

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ class Log:
 
     def between(self) -> list[float]:
         """Seconds between consecutive tokens of a sequence, of all sequences."""
-        return [b - a for times in self.tokens.values() for a, b in zip(times, times[1:], strict=False)]
+        return [b - a for times in self.tokens.values() for a, b in pairwise(times)]
 
     def first(self) -> list[float]:
         """Seconds from arrival to the first token, of all sequences."""

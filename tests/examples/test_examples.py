@@ -10,7 +10,7 @@ import pytest
 from tests.hf.tiny import tiny_dir, tiny_text
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "examples"
-TESTED = {"compress_and_generate", "backend_only", "choose_a_recipe", "recover_quality"}
+TESTED = {"compress_and_generate", "backend_only", "choose_a_recipe", "recover_quality", "prefill_many_prompts"}
 
 
 @pytest.fixture(scope="module")
@@ -51,3 +51,8 @@ def test_recover_quality(model):
     scores = load("recover_quality").main(model, "whitened(ratio=0.5)", 40, 32, 4, tiny_text())
     assert scores["dense"]["kl"] == 0
     assert scores["recovered"]["kl"] < 0.95 * scores["small"]["kl"]
+
+
+def test_prefill_many_prompts(model):
+    figures = load("prefill_many_prompts").main(model, 6, 3)  # raises where packed and padded answers differ
+    assert figures["tokens"] < figures["padded_tokens"]

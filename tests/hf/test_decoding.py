@@ -50,7 +50,8 @@ def test_sequences_end_at_their_own_eos() -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{"temperature": 0.7}, {"temperature": 1.3, "top_k": 7}, {"temperature": 1.0, "top_p": 0.6}, {"temperature": 0.9, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.4}],
+    [{"temperature": 0.7}, {"temperature": 1.3, "top_k": 7}, {"temperature": 1.0, "top_p": 0.6},
+     {"temperature": 0.9, "top_k": 20, "top_p": 0.8, "repetition_penalty": 1.4}],
     ids=str,
 )  # fmt: skip
 def test_sampled_tokens_are_those_of_transformers_after_the_same_seed(settings: dict[str, Any]) -> None:
@@ -155,7 +156,8 @@ def test_nothing_to_do() -> None:
         (torch.tensor([1, 2]), {}, "E-OPT-PROMPTS"), ([[1]], {"stop": "x"}, "E-OPT-TOKENIZER"), ([[1]], {"max_new_tokens": -1}, "E-OPT-VALUE"),
         ([[1]], {"temperature": -1.0}, "E-OPT-SAMPLING"), ([[1]], {"temperature": float("nan")}, "E-OPT-SAMPLING"), ([[1]], {"top_k": 5}, "E-OPT-SAMPLING"),
         ([[1]], {"temperature": 1.0, "top_p": 0.0}, "E-OPT-SAMPLING"), ([[1]], {"repetition_penalty": 0.0}, "E-OPT-SAMPLING"),
-        ([[1]], {"temperature": 1.0, "seed": [1, 2]}, "E-OPT-SAMPLING"), ([[1, 2, 3]], {"capacity": 2}, "E-PRM-CAPACITY"), ([[64]], {}, "E-PRM-IDS"), ([[-1]], {}, "E-PRM-IDS"),
+        ([[1]], {"temperature": 1.0, "seed": [1, 2]}, "E-OPT-SAMPLING"), ([[1, 2, 3]], {"capacity": 2}, "E-PRM-CAPACITY"),
+        ([[64]], {}, "E-PRM-IDS"), ([[-1]], {}, "E-PRM-IDS"),
     ],
 )  # fmt: skip
 def test_bad_input_has_a_code(prompts: Any, settings: dict[str, Any], code: str) -> None:

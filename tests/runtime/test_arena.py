@@ -59,7 +59,8 @@ def test_table_rows() -> None:
 @pytest.mark.parametrize(
     "rows",
     [
-        [Segment(0, 0, 0, 1)], [Segment(0, 2, 0, 1)], [Segment(0, 1, -1, 1)], [Segment(0, 1, 3, 2)], [Segment(3, 2, 0, 2)], [Segment(0, 2, 0, 2), Segment(1, 1, 2, 1)],
+        [Segment(0, 0, 0, 1)], [Segment(0, 2, 0, 1)], [Segment(0, 1, -1, 1)], [Segment(0, 1, 3, 2)], [Segment(3, 2, 0, 2)],
+        [Segment(0, 2, 0, 2), Segment(1, 1, 2, 1)],
     ],
 )  # fmt: skip
 def test_impossible_rows(rows: list[Segment]) -> None:

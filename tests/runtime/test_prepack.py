@@ -86,7 +86,8 @@ def test_the_default_capacity_is_the_longest_prompt_and_one_prompt_is_its_own_bi
 @pytest.mark.parametrize(
     ("prompts", "capacity", "code", "says"),
     [
-        ([[1], []], None, "E-PRM-EMPTY", "prompt 1"), ([torch.tensor([1.0])], None, "E-PRM-IDS", "prompt 0"), ([[1], torch.ones(2, 3).long()], None, "E-PRM-IDS", "prompt 1"),
+        ([[1], []], None, "E-PRM-EMPTY", "prompt 1"), ([torch.tensor([1.0])], None, "E-PRM-IDS", "prompt 0"),
+        ([[1], torch.ones(2, 3).long()], None, "E-PRM-IDS", "prompt 1"),
         ([[1, 2, 3]], 2, "E-PRM-CAPACITY", "prompt 0 has 3"), ([["a"]], None, "E-PRM-IDS", "prompt 0"), ([torch.tensor([True])], None, "E-PRM-IDS", "bool"),
     ],
 )  # fmt: skip

@@ -144,8 +144,10 @@ def test_declining_chunks() -> None:
 @pytest.mark.parametrize(
     ("make", "code"),
     [
-        (lambda: Scheduler(3, 4, Counted(9)), "E-OPT-BUDGET"), (lambda: Scheduler(3, 0, Counted(9)), "E-OPT-BUDGET"), (lambda: declining(1, 2, 3), "E-OPT-BUDGET"),
-        (lambda: Scheduler(4, 4, Counted(9)).add(Request(0, 0, 1)), "E-OPT-REQUEST"), (lambda: Scheduler(4, 4, Counted(9)).add(Request(0, 1, 0)), "E-OPT-REQUEST"),
+        (lambda: Scheduler(3, 4, Counted(9)), "E-OPT-BUDGET"), (lambda: Scheduler(3, 0, Counted(9)), "E-OPT-BUDGET"),
+        (lambda: declining(1, 2, 3), "E-OPT-BUDGET"),
+        (lambda: Scheduler(4, 4, Counted(9)).add(Request(0, 0, 1)), "E-OPT-REQUEST"),
+        (lambda: Scheduler(4, 4, Counted(9)).add(Request(0, 1, 0)), "E-OPT-REQUEST"),
         (lambda: Scheduler(4, 4, Counted(9)).add(Request(0, 9, 2)), "E-OPT-MEMORY"),
     ],
 )  # fmt: skip
