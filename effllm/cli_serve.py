@@ -25,9 +25,9 @@ def run(serve: Given, other: Given, model: str | None, recipes: list[str] | None
         what = f"{', '.join(wrong)} does not go with --serve-trace" if wrong else "--serve-trace needs a MODEL" if model is None else "several recipes"
         raise OptionError("E-OPT-SERVE", what, "give --serve-trace one MODEL and at most one --recipe, and its own options")
     result = commands_serve.serve(
-        model, serve["--serve-trace"], recipes[0] if recipes else None, serve["--budget"], serve["--sequences"] or 8,
-        serve["--slowdown"] or 1.3, threads, device,
-    )
+        model, serve["--serve-trace"], recipes[0] if recipes else None, serve["--budget"], serve["--sequences"] or 8, serve["--slowdown"] or 1.3,
+        threads, device,
+    )  # fmt: skip
     console.out().print(commands_serve.table(result))
     console.write_json(result, json)
 
@@ -52,6 +52,5 @@ def trace(
 
     made = traces.generate(requests, rate, kind, seed, longest)
     traces.write(made, out)
-    tokens = sum(a.prompt for a in made)
-    about = f"{len(made)} requests over {made[-1].arrival:.1f} s, {tokens} prompt tokens, {sum(a.new for a in made)} new ones"
-    console.out().print(about, markup=False, highlight=False)
+    read, new = sum(a.prompt for a in made), sum(a.new for a in made)
+    console.out().print(f"{len(made)} requests over {made[-1].arrival:.1f} s, {read} prompt tokens, {new} new ones", markup=False, highlight=False)

@@ -61,10 +61,10 @@ def serve(model: str, trace: Path, recipe: str | None, budget: int | None, most:
         for i, (name, tokens) in enumerate(policies.items()):
             loop = Loop(loaded, budget=tokens, most=most, slots=slots, eos_token_id=[])
 
-            def told(share: float, i: int = i, name: str = name) -> None:
+            def tell(share: float, i: int = i, name: str = name) -> None:
                 show(f"serving, {name}", 0.2 + 0.8 * (i + share) / len(policies))
 
-            log = replay(loop, arrivals, ids, progress=told)
+            log = replay(loop, arrivals, ids, progress=tell)
             rows.append({"policy": name, "budget": tokens, "recipe": recipe} | summary(log))
         show("done", 1.0)
     settings = {

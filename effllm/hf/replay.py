@@ -5,11 +5,11 @@ Time between tokens is what a reader of a running sequence sees; its high percen
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -32,7 +32,7 @@ class Log:
 
     def between(self) -> list[float]:
         """Seconds between consecutive tokens of a sequence, of all sequences."""
-        return [b - a for times in self.tokens.values() for a, b in itertools.pairwise(times)]
+        return [b - a for times in self.tokens.values() for a, b in pairwise(times)]
 
     def first(self) -> list[float]:
         """Seconds from arrival to the first token, of all sequences."""

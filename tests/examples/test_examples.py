@@ -15,7 +15,7 @@ import pytest
 from tests.hf.tiny import tiny_dir, tiny_text
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "examples"
-TESTED = {"compress_and_generate", "backend_only", "choose_a_recipe", "recover_quality", "editor"}
+TESTED = {"compress_and_generate", "backend_only", "choose_a_recipe", "recover_quality", "editor", "prefill_many_prompts"}
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +84,8 @@ def test_editor_in_a_terminal(model, tmp_path):
     assert b"no line '99'" in shown and b"next line:" in shown and b"read 117 tokens" in shown
     after = file.read_text().splitlines()
     assert after[:3] == ["w9", "w1 w2 w3", "w50 w51"] and len(after) == 40 and "w18 w19 w20" not in after
+
+
+def test_prefill_many_prompts(model):
+    figures = load("prefill_many_prompts").main(model, 6, 3)  # raises where packed and padded answers differ
+    assert figures["tokens"] < figures["padded_tokens"]
