@@ -26,7 +26,7 @@ KINDS = ("linear", "embedding", "any")
 _SHORT = re.compile(r"w([1-8])(a8|a16)?")
 _SCOPES = ("act", "kv")
 _PLANNED = {
-    "kv": ("kivi", "gear", "mustafar", "matryoshka", "ems", "bfp"),
+    "kv": ("ems",),
 }
 HEAD_NAMES = ("lm_head", "*.lm_head", "embed_out", "*.embed_out", "proj_out", "output_projection", "*.output_projection")
 

@@ -91,7 +91,7 @@ def test_round_trip_through_dict_json_and_toml(line: str, tmp_path: Path) -> Non
         ("nm(pattern=4:4)", "E-RCP-VALUE", "2:4"),
         ("nm(solver=wnda)", "E-RCP-VALUE", "wanda"),
         ("armor(block=1)", "E-RCP-VALUE", "whole number"),
-        ("w4+act:chess(sparsity=0.5)", "E-RCP-PLANNED", "alone"),
+        ("w4+kv:ems", "E-RCP-PLANNED", "alone"),
         ("w4+kv:geer(bits=4)", "E-RCP-METHOD", "gear"),
         ("w4+kv:gear(bits=3)", "E-RCP-VALUE", "2, 4 or 8"),
         ("w4+kv:gear(bit=4)", "E-RCP-KEY", "bits"),

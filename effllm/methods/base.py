@@ -44,6 +44,11 @@ class Method:
         return False
 
     @property
+    def reads_dense(self) -> bool:
+        """Whether statistics are to be those of the dense model; else each layer sees what the packed ones before it give."""
+        return False
+
+    @property
     def needs_model(self) -> bool:
         """Whether the whole dense model is looked at before the first layer is packed."""
         return False

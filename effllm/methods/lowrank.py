@@ -25,6 +25,8 @@ class LowRank(base.Method):
     metric of errors at a layer's output: "plain", "fisher" (weighed by the loss's gradients there, whitened and afm) or "auto" (fisher
     where the allocation compares layers).
     bits: of both factors, 16 keeps them in the weight's dtype; group: their scale group. align: ranks are multiples of it.
+    statistics: of the calibration data as the "dense" model sees them, or "sequential", behind the layers that are packed already and aimed at the
+    dense model's outputs; "auto": dense where ranks are shared out by energy, which measured better there, else sequential.
     density: share of sparse values (sltrain) or of whole input channels (lost) besides the low-rank part.
     """
 
@@ -39,6 +41,7 @@ class LowRank(base.Method):
     align: int = 1
     pivoted: bool = True
     metric: str = "auto"
+    statistics: str = "auto"
     density: float = 0.02
 
     @property
@@ -72,8 +75,13 @@ class LowRank(base.Method):
 
     @property
     def aims_at_dense(self) -> bool:
-        """Yes: what these leave of a layer is far from it, and the next layers can make up for a part."""
-        return self.calibrates
+        """With sequential statistics: what these leave of a layer is far from it, and the next layers can make up for a part."""
+        return self.calibrates and not self.reads_dense
+
+    @property
+    def reads_dense(self) -> bool:
+        """Whether the calibration data are those of the dense model."""
+        return self.statistics == "dense" or (self.statistics == "auto" and self.shared == "energy")
 
     @property
     def label(self) -> str:
@@ -96,6 +104,7 @@ class LowRank(base.Method):
         base.whole("align", self.align, 1, 1 << 12)
         base.one_of("pivoted", str(self.pivoted).lower(), ("true", "false"))
         base.one_of("metric", self.metric, ("auto", "plain", "fisher"))
+        base.one_of("statistics", self.statistics, ("auto", "dense", "sequential"))
         if self.bits != 16 and self.name in ("sltrain", "lost"):
             raise RecipeError("E-RCP-VALUE", f"{self.name} with bits={self.bits}", "quantized factors have no sparse part; leave bits out, or use whitened")
         base.one_of("allocation", self.allocation, ALLOCATIONS)

@@ -88,9 +88,16 @@ class _Job:
         """Blocks one after another; the hidden states of all windows move along."""
         states: list[Tensor | None] = [None] * len(found.calls[0])
         dense = list(states)  # the same in the dense model
+        params = [p for n, (_, p) in self.covered.items() if n.startswith(f"{prefix}.")]
+        as_dense = bool(params) and all(p.reads_dense for p in params)
         for i, calls in enumerate(found.calls):
             name, last = f"{prefix}.{i}", i + 1 == len(found.calls)
             with self.around(name):
+                if as_dense:
+                    _put(calls, found.place, states)
+                    states = self._dense_block(members[i], self._own(name), calls, last)
+                    found.calls[i] = []
+                    continue
                 inputs: Inputs | None = None
                 if self.targets:
                     _put(calls, found.place, dense)
@@ -100,6 +107,17 @@ class _Job:
                 if not last:
                     states = [blocks.hidden(_call(members[i], call)) for call in calls]
             found.calls[i] = []
+
+    def _dense_block(self, block: nn.Module, own: dict[str, nn.Module], calls: list[Call], last: bool) -> list[Tensor | None]:
+        """Statistics of the whole block in one pass, before any of it is packed; its outputs, none for the last."""
+        outputs: list[Tensor | None] = []
+        with Statistics(own) as statistics:
+            for call in calls:
+                statistics.begin()
+                out = _call(block, call)
+                outputs.append(None if last else blocks.hidden(out))
+        self.finish(list(own), statistics, "one-pass")
+        return outputs
 
     def _own(self, block: str) -> dict[str, nn.Module]:
         return {n: m for n, (m, _) in self.covered.items() if n.startswith(f"{block}.")}

@@ -11,7 +11,9 @@ from transformers import BertConfig, BertModel, WhisperConfig, WhisperForConditi
 
 from effllm.compression import compress
 from effllm.errors import CalibrationError
+from effllm.methods import LowRank
 from effllm.recipe import Bipolar
+from effllm.runtime import weights
 from effllm.runtime.formats import bipolar
 from effllm.runtime.formats.base import Packed
 from effllm.runtime.packed import PackedLinear, PackedWeight
@@ -110,6 +112,46 @@ def test_later_layers_see_packed_inputs() -> None:
     got, want = bipolar.unpack(done["blocks.1.o"]), bipolar.unpack(wanted)
     # the sums round in another order, which can tip a code that lies between two levels
     assert (got != want).float().mean() < 0.02
+
+
+def test_dense_statistics_are_those_before_anything_is_packed() -> None:
+    """Every solver sees the inputs of the dense model, also behind layers that are packed by then; sequential ones do not."""
+    seen: dict[str, dict[str, Tensor]] = {}
+    for which in ("dense", "sequential"):
+        torch.manual_seed(0)
+        model = Tied()
+        covered: Any = {n: (m, LowRank(ratio=0.3, statistics=which, allocation="uniform", metric="plain")) for n, (m, _) in linears(model).items()}
+        names = {id(m.weight): n for n, (m, _) in covered.items()}
+        found = seen.setdefault(which, {})
+
+        def solver(w: Tensor, params: Any, moments: Moments | None, names: Any = names, found: Any = found) -> Packed:
+            assert moments is not None
+            found[names[id(w)]] = moments.hessian
+            return solve(w, params, moments)
+
+        how = calibrated(model, IDS, covered, installer_of_any(model), solver=solver)
+        assert set(how.values()) == {"one-pass" if which == "dense" else "sequential"}
+    torch.manual_seed(0)
+    dense = Tied()
+    inputs: dict[str, list[Tensor]] = {n: [] for n in linears(dense)}
+    for name, kept in inputs.items():
+        dense.get_submodule(name).register_forward_pre_hook(lambda m, args, kept=kept: kept.append(args[0].reshape(-1, args[0].shape[-1]).double()))
+    with torch.no_grad():
+        dense(IDS)
+    for name, kept in inputs.items():
+        x = torch.cat(kept)
+        assert relative(seen["dense"][name].double(), x.T @ x) < 1e-5
+    assert relative(seen["sequential"]["blocks.1.o"].double(), seen["dense"]["blocks.1.o"].double()) > 1e-2
+
+
+def installer_of_any(model: nn.Module) -> Any:
+    """An install function for weights of every format."""
+
+    def install(name: str, packed: Packed) -> None:
+        old = model.get_submodule(name)
+        model.set_submodule(name, PackedLinear(weights.make(packed, dtype=old.weight.dtype), old.bias))
+
+    return install
 
 
 def test_dense_twins_part_ways_with_their_inputs() -> None:
