@@ -51,10 +51,10 @@ class Cached(nn.Module):
     def __init__(self, model: nn.Module, windows: Tensor) -> None:
         super().__init__()
         with torch.no_grad():
-            self.known = {int(hash(tuple(w.tolist()))): model(input_ids=w[None], use_cache=False).logits.half() for w in windows}
+            self.known = {tuple(w.tolist()): model(input_ids=w[None], use_cache=False).logits.half() for w in windows}
 
     def forward(self, input_ids: Tensor, **_: Any) -> Any:
-        return SimpleNamespace(logits=self.known[int(hash(tuple(input_ids[0].tolist())))])
+        return SimpleNamespace(logits=self.known[tuple(input_ids[0].tolist())])
 
 
 @contextmanager
@@ -97,7 +97,8 @@ def rows(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
     source = texts.evaluation_text(a.texts)
     windows = texts.windows(tokenizer, source.text, 512, a.windows)
     calibration = texts.windows(tokenizer, texts.calibration_text(a.texts).text, 512, a.calibration)
-    base, dense = perplexity(model, windows), Cached(model, windows)
+    dense = Cached(model, windows)
+    base = perplexity(dense, windows)
     words = [w.strip() for w in _split(a.methods, ",")]
     recording = Recording(model, blocks.batches(calibration), calibration.numel(), parse(words), print)
     for word in words:

@@ -55,7 +55,7 @@ def packed(name: str, p: Problem) -> Variant:
     assert generate is not None and provider.tuning is not None
     made = generate(p, provider.layout, 1, 0)
     size = sum(t.numel() * t.element_size() for t in made.args[0][1:] if isinstance(t, torch.Tensor))
-    made = inputs._copied(made, max(2, COLD // size))
+    made = inputs.copied(made, max(2, COLD // size))
     config = provider.tuning.first(p)
     expected = made.expected()[0]
     y = expected.pick(provider.call(*made.args[0], problem=p, config=config)).double()

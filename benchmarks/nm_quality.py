@@ -1,11 +1,14 @@
 """What N:M patterns cost the demo model: perplexity as a ratio to dense, per pattern and solver, with equal calibration.
 
     python benchmarks/nm_quality.py [--texts WHEEL] [--patterns 2:4,4:8,6:8] [--methods magnitude,wanda,...] [--windows 16]
+                                    [--permute inner] [--ratios farms] [--recipe "nm(pattern=2:4, solver=sparsegpt, bits=4)"]
 
 Every linear of the decoder layers is solved, the embedding and head stay dense. Statistics are sequential: 16 windows of 512 tokens of
 even articles go through the layers solved so far, input by input (query/key/value, output, gate/up, down). Solved weights are written
 into the model as dense fp32 numbers, odd articles are scored in windows of 512. `method@output` aims at the dense model's outputs
 instead of the weight's outputs on the same inputs. proxy: mean over linears of the calibration error relative to the zero matrix.
+--permute reorders channels of the dense model first (effllm.reordering), --ratios gives every block a pattern of its own, the pattern being
+the mean (effllm.solvers.nm.layerwise). --recipe goes through effllm.compress instead of this script's loop, in bf16.
 Results go to benchmarks/results/nm_quality.json, rows of other runs stay there.
 """
 
@@ -24,17 +27,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import effllm
 from effllm.autotune.machine import describe
 from effllm.hf import texts
 from effllm.hf.demo import load_demo
 from effllm.hf.evaluate import perplexity
+from effllm.methods import NM
+from effllm.reordering import reorder
 from effllm.solvers import blocks, nm
 from effllm.solvers.moments import Moments, of_inputs
+from effllm.solvers.nm import layerwise
 from effllm.solvers.nm.masks import row_loss
 from effllm.solvers.statistics import Statistics, Stop
 
 RESULTS = Path(__file__).parent / "results" / "nm_quality.json"
 METHODS = ("magnitude", "wanda", "sparsegpt", "dsnot", "armor")
+_KEYS = ("pattern", "method", "rounds", "damp", "permute", "ratios", "calibration_tokens")
+_BEFORE = {"permute": "none", "ratios": "uniform"}  # of rows from before these could be chosen
 Solver = Callable[[Tensor, Moments, int, int], Tensor]
 
 
@@ -59,8 +68,8 @@ def solvers(block: int, rounds: int, damp: float) -> dict[str, Solver]:
 
 def stages(block: nn.Module, call: blocks.Call) -> list[list[str]]:
     """The block's linears by shared input, in order of execution."""
-    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-    with Statistics(linears) as probe:
+    own = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    with Statistics(own) as probe:
         block(*call.args, **call.kwargs)
     return probe.stages()
 
@@ -88,8 +97,8 @@ def outputs(block: nn.Module, calls: list[blocks.Call]) -> list[Tensor]:
 
 
 @torch.no_grad()
-def solve(model: nn.Module, calibration: Tensor, solver: Solver, n: int, m: int, *, to_output: bool) -> tuple[float, float]:
-    """Solve every linear of the decoder layers in place; (seconds in the solver, mean relative proxy loss)."""
+def solve(model: nn.Module, calibration: Tensor, solver: Solver, keeps: dict[str, int], m: int, *, to_output: bool) -> tuple[float, float]:
+    """Solve every linear of the decoder layers in place, keeps[name] of every m; (seconds in the solver, mean relative proxy loss)."""
     layers = model.get_submodule("model.layers")
     assert isinstance(layers, nn.ModuleList)
     found = blocks.chain(model, layers, blocks.batches(calibration))
@@ -105,7 +114,8 @@ def solve(model: nn.Module, calibration: Tensor, solver: Solver, n: int, m: int,
             for name in names:
                 weight = layer.get_submodule(name).weight
                 start = time.perf_counter()
-                new = solver(nm.target(weight, moments), moments, n, m)
+                n = keeps[f"model.layers.{i}.{name}"]
+                new = weight.clone() if n == m else solver(nm.target(weight, moments), moments, n, m)
                 seconds += time.perf_counter() - start
                 losses.append(float(row_loss(weight, new, moments.hessian).sum() / row_loss(weight, torch.zeros_like(weight), moments.hessian).sum()))
                 weight.copy_(new)
@@ -118,13 +128,42 @@ def solve(model: nn.Module, calibration: Tensor, solver: Solver, n: int, m: int,
     return seconds, sum(losses) / len(losses)
 
 
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The decoder layers' linears."""
+    return {n: x for n, x in model.named_modules() if isinstance(x, nn.Linear) and n.startswith("model.layers.")}
+
+
+def prepared(model: nn.Module, calibration: Tensor, n: int, m: int, permute: str, ratios: str) -> tuple[dict[str, int], dict[str, Any]]:
+    """n of every linear, channels reordered; and what to say of both."""
+    own, about = linears(model), dict[str, Any]()
+    keeps = dict.fromkeys(own, n)
+    if ratios != "uniform":
+        keeps, about["patterns"] = layerwise.per_module(model, own, n, m, ratios, calibration)
+    if permute != "none":
+        moved = reorder(model, {k: (x, NM(pattern=f"{keeps[k]}:{m}", permute=permute)) for k, x in own.items() if keeps[k] < m}, calibration)
+        kept = [d.config for d in moved.decisions if d.action == "applied"]
+        about |= {"moved": len(kept), "energy_before": sum(c["before"] for c in kept) / len(kept), "energy_after": sum(c["after"] for c in kept) / len(kept)}
+    return keeps, about
+
+
+def by_recipe(recipe: str, calibration: Tensor, windows: Tensor) -> dict[str, Any]:
+    """One row through effllm.compress."""
+    dense, _ = load_demo(torch.bfloat16)
+    base = perplexity(dense, windows)
+    start = time.perf_counter()
+    report = effllm.compress(dense, recipe, calibration)
+    seconds, value = time.perf_counter() - start, perplexity(dense, windows)
+    packed = sum(d.bytes_after for d in report.applied) / max(1, sum(d.bytes_before for d in report.applied))
+    row = {"pattern": "", "method": recipe, "perplexity": value, "ratio": value / base, "log_ratio": math.log(value / base), "bytes_of_dense": packed}
+    return row | {"compress_seconds": seconds, "calibration_tokens": calibration.numel(), "tokens": windows.numel(), "dense_perplexity": base}
+
+
 @torch.no_grad()
-def data_free(model: nn.Module, n: int, m: int) -> float:
+def data_free(model: nn.Module, keeps: dict[str, int], m: int) -> float:
     """Magnitude masks on every linear of the decoder layers, in place; seconds."""
     start = time.perf_counter()
-    for module in model.get_submodule("model.layers").modules():
-        if isinstance(module, nn.Linear):
-            module.weight.mul_(nm.nm_mask(nm.magnitude(module.weight), n, m))
+    for name, module in linears(model).items():
+        module.weight.mul_(nm.nm_mask(nm.magnitude(module.weight), keeps[name], m))
     return time.perf_counter() - start
 
 
@@ -134,6 +173,9 @@ def rows(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
     source = texts.evaluation_text(a.texts)
     windows = texts.windows(tokenizer, source.text, 512, a.windows)
     calibration = texts.windows(tokenizer, texts.calibration_text(a.texts).text, 512, a.calibration)
+    if a.recipe:
+        yield by_recipe(a.recipe, calibration, windows)
+        return
     base = perplexity(dense, windows)
     table = solvers(a.block, a.rounds, a.damp)
     for pattern in a.patterns.split(","):
@@ -141,13 +183,15 @@ def rows(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for entry in a.methods.split(","):
             method, _, aim = entry.partition("@")
             model = copy.deepcopy(dense)
+            keeps, about = prepared(model, calibration, n, m, a.permute, a.ratios)
             if method == "magnitude":  # needs no statistics
-                seconds, proxy = data_free(model, n, m), None
+                seconds, proxy = data_free(model, keeps, m), None
             else:
-                seconds, proxy = solve(model, calibration, table[method], n, m, to_output=aim == "output")
+                seconds, proxy = solve(model, calibration, table[method], keeps, m, to_output=aim == "output")
             value = perplexity(model, windows)
             row = {"pattern": pattern, "method": entry, "perplexity": value, "ratio": value / base, "log_ratio": math.log(value / base), "proxy": proxy}
             row |= {"solve_seconds": seconds, "calibration_tokens": calibration.numel(), "tokens": windows.numel(), "text": source.name, "damp": a.damp}
+            row |= {"permute": a.permute, "ratios": a.ratios, **about}
             yield row | ({"block": a.block, "rounds": a.rounds} if method.startswith("armor") else {}) | {"dense_perplexity": base}
 
 
@@ -162,11 +206,14 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=64, help="block of ARMOR's wrappers")
     parser.add_argument("--rounds", type=int, default=10, help="rounds of ARMOR's descent")
     parser.add_argument("--damp", type=float, default=0.01, help="share of H's mean diagonal that SparseGPT and ARMOR add to it")
+    parser.add_argument("--permute", default="none", help="none, inner or all")
+    parser.add_argument("--ratios", default="uniform", help="uniform, farms, essential or knee")
+    parser.add_argument("--recipe", help="a recipe for effllm.compress")
     a = parser.parse_args()
     for row in rows(a):
         print("  ".join(f"{k}={v:.5g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
         old = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
-        keep = [r for r in old if any(r.get(k) != row.get(k) for k in ("pattern", "method", "rounds", "damp"))]
+        keep = [r for r in old if any((_BEFORE | r).get(k) != (_BEFORE | row).get(k) for k in _KEYS)]
         RESULTS.write_text(json.dumps({"machine": describe(), "rows": [*keep, row]}, indent=1) + "\n")
 
 

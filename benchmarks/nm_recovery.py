@@ -1,11 +1,11 @@
 """What masked training gives back of an N:M demo model: perplexity before and after some hundred steps of `effllm.recover`.
 
-    python benchmarks/nm_recovery.py [--recipes "nm(pattern=2:4, solver=wanda);armor(pattern=2:4, block=64)"] [--steps 300] [--lr 0.01]
+    python benchmarks/nm_recovery.py [--recipes "nm(pattern=2:4, solver=wanda);armor(pattern=2:4, block=64)"] [--steps 300] [--lr 0.003]
                                      [--what factors] [--texts WHEEL]
 
 The model is compressed through `effllm.compress`, then the kept values of the packed weights (and ARMOR's wrappers) are trained in their packed
 form, so that the pattern cannot change; teacher is the dense model. Loss: KL of the logits plus SquareHead on some block outputs. A step reads
-2 windows of 256 tokens of even articles, every window is read once; odd articles are scored in windows of 512. gap_left: log(after / dense) over
+`batch` windows of 256 tokens of even articles, every window is read once; odd articles are scored in windows of 512. gap_left: log(after / dense) over
 log(before / dense). Results stay in benchmarks/results/nm_recovery.json.
 """
 
@@ -59,7 +59,8 @@ def row(recipe: str, a: argparse.Namespace, calibration: Tensor, training: Tenso
 
     what = a.what.split(",") if "*" in a.what else a.what
     loss = {"kl": a.kl, "lm": a.lm, "features": a.features}
-    done = effllm.recover(model, dense, training, a.steps, what=what, lr=a.lr, loss=loss, features=a.blocks, progress=progress)
+    keep = {"checkpoint": a.checkpoint, "every": 25, "resume": True} if a.checkpoint else {}
+    done = effllm.recover(model, dense, training, a.steps, what=what, batch=a.batch, lr=a.lr, loss=loss, features=a.blocks, progress=progress, **keep)
     after = perplexity(model, windows)
     left = math.log(after / base) / math.log(before / base)
     for name, mask in masks(model).items():
@@ -67,7 +68,7 @@ def row(recipe: str, a: argparse.Namespace, calibration: Tensor, training: Tenso
     print(f"{recipe}: after {a.steps} steps {after:.2f} ({after / base:.3f}x), {left:.3f} of the log gap left, {done.seconds:.0f} s", flush=True)
     found = {"recipe": recipe, "dense": base, "ratio": before / base, "compress_s": packed, "steps": a.steps, "what": a.what, "lr": a.lr, **loss}
     found |= {"blocks": a.blocks, "recovered": after / base, "gap_left": left, "recover_s": done.seconds, "trained": done.trained, "tokens": done.tokens}
-    return found | {"tokens_per_step": done.tokens // a.steps, "calibration_tokens": calibration.numel(), "scored_tokens": windows.numel()}
+    return found | {"tokens_per_step": a.batch * _WINDOW, "calibration_tokens": calibration.numel(), "scored_tokens": windows.numel()}
 
 
 def main() -> None:
@@ -76,11 +77,13 @@ def main() -> None:
     parser.add_argument("--recipes", default=RECIPES, help="separated by semicolons")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--what", default="factors", help='as for `recover`; globs with commas between them, such as "*.values,*norm*"')
-    parser.add_argument("--lr", type=float, default=1e-2, help="relative to each tensor's root mean square")
+    parser.add_argument("--lr", type=float, default=3e-3, help="relative to each tensor's root mean square")
     parser.add_argument("--kl", type=float, default=1.0)
     parser.add_argument("--lm", type=float, default=0.0)
     parser.add_argument("--features", type=float, default=1.0, help="weight of SquareHead")
     parser.add_argument("--blocks", type=int, default=4, help="blocks whose outputs are matched")
+    parser.add_argument("--batch", type=int, default=1, help="windows of 256 tokens in a step")
+    parser.add_argument("--checkpoint", metavar="DIR", help="where the state of one recipe's recovery is kept, to go on from after an interruption")
     parser.add_argument("--calibration", type=int, default=16)
     parser.add_argument("--windows", type=int, default=16)
     parser.add_argument("--texts", metavar="WHEEL")
@@ -88,7 +91,7 @@ def main() -> None:
     _, tokenizer = load_demo(torch.bfloat16)
     read = texts.calibration_text(a.texts).text
     calibration = texts.windows(tokenizer, read, 512, a.calibration)
-    training = texts.windows(tokenizer, read, _WINDOW, 2 * a.steps)
+    training = texts.windows(tokenizer, read, _WINDOW, a.batch * a.steps)
     windows = texts.windows(tokenizer, texts.evaluation_text(a.texts).text, 512, a.windows)
     data = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"rows": []}
     for recipe in a.recipes.split(";"):

@@ -118,6 +118,7 @@ def bench(
     rounds: Annotated[int | None, typer.Option("--rounds", min=1, help="interleaved rounds (default 3)")] = None,
     tokens: Annotated[int | None, typer.Option("--tokens", min=1, help="decoded tokens per round (default 64)")] = None,
     prefill: Annotated[int | None, typer.Option("--prefill", min=1, help="prefill tokens (default 512)")] = None,
+    context: Annotated[int | None, typer.Option("--context", min=1, help="tokens in the cache before decoding is timed (default 32)")] = None,
     eager_prefill: Annotated[bool, typer.Option("--eager-prefill", help="do not compile the prefill graph: half the compile time")] = False,
     text: Text = None,
     windows: Windows = None,
@@ -157,18 +158,18 @@ def bench(
         "--windows": windows, "--calibrate": calibrate, "--reference": reference,
     }  # fmt: skip
     if serve_trace is not None:
-        cli_serve.run(serve, other | own | {"--kernels": kernels, "--png": png}, model, recipe, threads, device, json)
+        timed: dict[str, Any] = {"--kernels": kernels, "--context": context, "--png": png}
+        cli_serve.run(serve, other | own | timed, model, recipe, threads, device, json)
         return
     cli_serve.only_with_trace(serve)
     if kernels:
-        cli_kernels.run(own, {"MODEL": model, "--recipe": recipe} | other, threads, device, json, png)
+        cli_kernels.run(own, {"MODEL": model, "--recipe": recipe, "--context": context} | other, threads, device, json, png)
         return
     width = cli_kernels.only_with_kernels(own, bits)
     if model is None:
         raise OptionError("E-OPT-VALUE", "Missing argument 'MODEL'", "name a model, or add --kernels; see `effllm bench --help`")
-    result = commands.bench(
-        model, recipe, baseline, rounds or 3, tokens or 64, prefill or 512, not eager_prefill, text, windows, calibrate, threads, device, width, reference
-    )
+    counts = (rounds or 3, tokens or 64, prefill or 512)
+    result = commands.bench(model, recipe, baseline, *counts, not eager_prefill, text, windows, calibrate, threads, device, width, reference, context)
     console.out().print(console.bench_table(result))
     if "comparison" in result["settings"]:
         console.out().print(result["settings"]["comparison"], markup=False, highlight=False)

@@ -53,9 +53,9 @@ def evaluate(
     """perplexity, kl, top1_agreement, tokens, weight_bytes; and the dense model's perplexity beside them.
 
     A checkpoint is scored as it is, or at `bits`; without `reference`, its dense model, kl and top1_agreement are None and
-    "comparison" says so. Recipes without a kv part are scored in windows of 512; `prompt_tokens` is for those with one.
+    "comparison" says so. Recipes without a kv part are scored in windows of 512; with one the 512 tokens behind a compressed prompt of
+    `prompt_tokens` are scored.
     """
-    del prompt_tokens  # no recipe of this version has a kv part: Recipe.parse refuses them
     parsed = Recipe.parse(recipe or DEFAULT)
     import copy
 
@@ -77,18 +77,20 @@ def evaluate(
             loaded = subject.load(model, bits, reference)
             packed, dense, tokenizer, name = loaded.model, loaded.reference, loaded.tokenizer, loaded.recipe
             scored = _windows(text, tokenizer, model, windows)
+            parsed = Recipe.parse("dense")
         else:
             dense, tokenizer = models.resolve(model, bits=bits)
             name = parsed.name
-            scored = _windows(text, tokenizer, model, windows)
+            scored = _windows(text, tokenizer, model, windows, prompt_tokens if parsed.kv else 0)
             show("packing", 0.1)
             packed = copy.deepcopy(dense)
             run(packed, parsed, calibration=_calibration(calibrate, tokenizer, model))
         steps = iter(range(len(scored)))
         both = {"packed": packed} | ({} if dense is None else {"dense": dense})
-        found = score(both, dense, scored, lambda: show("scoring", 0.3 + 0.7 * (next(steps) + 1) / len(scored)))
+        found = score(both, dense, scored, lambda: show("scoring", 0.3 + 0.7 * (next(steps) + 1) / len(scored)), parsed.kv, prompt_tokens if parsed.kv else 0)
     figures: dict[str, Any] = {"perplexity": None, "kl": None, "top1_agreement": None, "tokens": None} | found["packed"]
     figures |= {"weight_bytes": size.weight_size(packed).read, "recipe": name}
+    figures |= {} if parsed.kv is None else {"kv": parsed.kv, "prompt_tokens": prompt_tokens}
     if dense is None:
         return figures | {"comparison": subject.ALONE}
     return figures | {
@@ -113,8 +115,12 @@ def bench(
     device: str,
     bits: int | None = None,
     reference: str | None = None,
+    context: int | None = None,
 ) -> dict[str, Any]:
-    """The result of `hf.bench.run`. A checkpoint runs as it is, or at `bits`; recipes and baselines beside it need `reference`."""
+    """The result of `hf.bench.run`, decoding behind a prompt of `context` tokens (default 32).
+
+    A checkpoint runs as it is, or at `bits`; recipes and baselines beside it need `reference`.
+    """
     from effllm.hf import bench as harness
     from effllm.hf import models, subject, variants
 
@@ -146,7 +152,7 @@ def bench(
         plan = harness.Plan(
             recipes=wanted,
             baselines=named if baselines is not None or alone else list(variants.BASELINES),
-            shape=variants.Shape(tokens=tokens, prefill=prefill),
+            shape=variants.Shape(prompt=context or variants.Shape.prompt, tokens=tokens, prefill=prefill),
             rounds=rounds,
             windows=scored,
             calibration=calibration,
@@ -241,14 +247,14 @@ def draw(what: str, result: dict[str, Any], path: Path | None) -> None:
         raise OptionError("E-OPT-WRITE", f"cannot write {path}: {error}", "give a path in a folder that exists and is writable") from error
 
 
-def _windows(text: Path | None, tokenizer: Any, model: str, count: int | None) -> Any:
+def _windows(text: Path | None, tokenizer: Any, model: str, count: int | None, prompt: int = 0) -> Any:
     from effllm.hf import models, texts
 
     if text is None and model != "demo":
         raise OptionError("E-OPT-TEXT", "no text to score", "give --text FILE")
     words = texts.evaluation_text().text if text is None else _read(text)
     # the built-in text has 600k tokens: score a fixed head of it unless asked for more
-    return texts.windows(models.need_tokenizer(tokenizer, model), words, 512, count or (SCORED if text is None else None))
+    return texts.windows(models.need_tokenizer(tokenizer, model), words, prompt + 512, count or (SCORED if text is None else None))
 
 
 def _calibration(path: Path | None, tokenizer: Any, model: str) -> Any:

@@ -11,6 +11,7 @@ import os
 import re
 import shutil
 import sys
+import types
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -312,3 +313,9 @@ def takes_attention(model: Any) -> bool:
     """Whether a transformers model looks its attention up in the registry, by transformers' own test."""
     test = getattr(type(model), "_can_set_attn_implementation", None)
     return bool(test()) if test is not None else False
+
+
+def fresh(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a code object of its own: Dynamo counts recompilations per code object."""
+    assert isinstance(function, types.FunctionType)
+    return types.FunctionType(function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__, function.__closure__)

@@ -285,7 +285,11 @@ def _run(model: nn.Module, sites: list[Site], swap: Swap, report: PassReport, ca
     with one_thread():
         for site in direct:
             tied = swap.shared(site) is not None
-            finish(site, None if tied else solve(site.matrix, site.params))
+            try:
+                packed = None if tied else solve(site.matrix, site.params)
+            except EffllmError as error:
+                raise type(error)(error.code, f"{site.name}: {error.cause}", error.next_step) from None
+            finish(site, packed)
 
 
 def decision(site: Site, dense_bytes: int, weight: PackedWeight, *, tied: bool) -> Decision:

@@ -115,8 +115,8 @@ def _sparse(model: nn.Module, sparse: dict[str, tuple[nn.Module, NM]], calibrati
                 del done.params[name], sparse[name]
                 done.kept.append(Decision(name, name, "kept", "dense-ratio", f"ratios={rule.ratios} takes nothing from its block"))
             else:
-                done.params[name] = replace(rule, pattern=f"{n}:{rule.of_group}", ratios="uniform")
-                sparse[name] = (sparse[name][0], done.params[name])
+                own_rule = replace(rule, pattern=f"{n}:{rule.of_group}", ratios="uniform")
+                done.params[name], sparse[name] = own_rule, (own[name], own_rule)
     moving = {n: mp for n, mp in sparse.items() if mp[1].permute != "none"}
     if moving:
         moved = reorder(model, moving, calibration)

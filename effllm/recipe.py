@@ -18,8 +18,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from effllm.errors import RecipeError, nearest
+from effllm.errors import CacheError, RecipeError, nearest
 from effllm.methods import METHODS, Activation, Bipolar, Method, base
+from effllm.runtime.caches import base as caches
 
 KINDS = ("linear", "embedding", "any")
 _SHORT = re.compile(r"w([1-8])(a8|a16)?")
@@ -60,11 +61,16 @@ class Rule:
 
 @dataclass(frozen=True)
 class Recipe:
-    """Ordered rules; the first that hits a module decides. `name` is what the user wrote, `act` which activations are skipped."""
+    """Ordered rules; the first that hits a module decides. `name` is what the user wrote, `act` which activations are skipped.
+
+    `kv` is the format of key-value caches as text (see runtime/caches/base.py), None for dense ones: `hf.generate` and the command line
+    make such a cache. The backend fuses whatever cache a model is called with.
+    """
 
     rules: tuple[Rule, ...]
     name: str = "custom"
     act: Activation | None = None
+    kv: str | None = None
 
     def rule_for(self, module: str, kind: str, shape: tuple[int, int]) -> Rule | None:
         """The first rule that hits, or None."""
@@ -89,7 +95,8 @@ class Recipe:
         for r in self.rules:
             flat = {k: v for k, v in asdict(r).items() if k != "params"}
             rules.append(flat | ({} if r.method == "dense" else r.params.to_dict()))
-        return {"name": self.name, "rules": rules} | ({} if self.act is None else {"act": self.act.to_dict()})
+        act = {} if self.act is None else {"act": self.act.to_dict()}
+        return {"name": self.name, "rules": rules} | act | ({} if self.kv is None else {"kv": self.kv})
 
     def preview(self, model: Any) -> list[dict[str, Any]]:
         """Which rule hits which Linear, Conv1D or Embedding module, and which none do; touches nothing."""
@@ -118,7 +125,7 @@ def _from_file(path: Path) -> Recipe:
 
 
 def _from_dict(data: dict[str, Any]) -> Recipe:
-    _known(data, {"name", "rules", "act"}, "recipe")
+    _known(data, {"name", "rules", "act", "kv"}, "recipe")
     rules = []
     act = _act_of(data["act"]) if "act" in data else None
     if not isinstance(data.get("rules"), list) or not data["rules"]:
@@ -140,7 +147,8 @@ def _from_dict(data: dict[str, Any]) -> Recipe:
         made = Bipolar() if method == "dense" else METHODS[method].of(method, {k: v for k, v in raw.items() if k in params})
         _fits(method, kind)
         rules.append(Rule(params=made, **{k: v for k, v in raw.items() if k in own}))
-    return Recipe(tuple(rules), str(data.get("name", "custom")), act)
+    kv = None if data.get("kv") is None else _cache_text(str(data["kv"]))
+    return Recipe(tuple(rules), str(data.get("name", "custom")), act, kv)
 
 
 def _act_of(raw: Any) -> Activation:
@@ -155,6 +163,7 @@ def _from_line(line: str) -> Recipe:
         raise RecipeError("E-RCP-EMPTY", f"empty part in recipe {line!r}", "write for example 'w4' or 'bipolar(bits=4)'")
     rules: list[Rule] = []
     act: Activation | None = None
+    kv: str | None = None
     for part in parts:
         found = re.fullmatch(r"(?:(\w+):)?(\w+)(?:\((.*)\))?", part, re.S)
         if found is None:
@@ -169,10 +178,30 @@ def _from_line(line: str) -> Recipe:
         if scope or not short:
             _method(name, scope)
         values = _arguments(inside)
-        if short:
+        if scope == "kv":
+            if kv is not None:
+                raise RecipeError("E-RCP-FORM", f"two kv parts in {line!r}", "give one cache format")
+            kv = _cache(name, values)
+            continue
+        if short and not scope:
             name, values = "bipolar", {"bits": int(short[1]), "act": short[2] or "a16"} | values
         rules += [Rule(method="dense", kind="any")] if name == "dense" else _whole_model(name, values)
-    return Recipe(tuple(rules or [Rule(method="dense", kind="any")]), line, act)
+    return Recipe(tuple(rules) or (Rule(method="dense", kind="any"),), line, act, kv)
+
+
+def _cache(name: str, values: dict[str, Any]) -> str:
+    """The text of a cache format."""
+    try:
+        return caches.make(name, values).spec
+    except CacheError as error:
+        raise RecipeError(error.code.replace("KVC", "RCP"), f"kv: {error.cause}", error.next_step) from error
+
+
+def _cache_text(text: str) -> str:
+    try:
+        return caches.parse(text).spec
+    except CacheError as error:
+        raise RecipeError(error.code.replace("KVC", "RCP"), f"kv: {error.cause}", error.next_step) from error
 
 
 def _whole_model(name: str, values: dict[str, Any]) -> list[Rule]:
@@ -206,9 +235,11 @@ def _method(name: str, scope: str) -> None:
         raise RecipeError("E-RCP-SCOPE", f"unknown scope {scope!r}", "scopes are act and kv; weights need none")
     if not scope and (name == "dense" or name in METHODS):
         return
+    if scope == "kv" and name in caches.formats():
+        return
     if name in _PLANNED.get(scope, ()):
         raise RecipeError("E-RCP-PLANNED", f"method {name!r} is not in this version of effllm", "use a weight method alone, or a later version")
-    valid = _PLANNED[scope] if scope else (*METHODS, "dense", "w4", "w8", "w4a8", "w3")
+    valid = sorted({*_PLANNED[scope], *(caches.formats() if scope == "kv" else ())}) if scope else (*METHODS, "dense", "w4", "w8", "w4a8", "w3")
     raise RecipeError("E-RCP-METHOD", f"unknown method {name!r}", nearest(name, valid))
 
 

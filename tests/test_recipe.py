@@ -91,8 +91,17 @@ def test_round_trip_through_dict_json_and_toml(line: str, tmp_path: Path) -> Non
         ("nm(pattern=4:4)", "E-RCP-VALUE", "2:4"),
         ("nm(solver=wnda)", "E-RCP-VALUE", "wanda"),
         ("armor(block=1)", "E-RCP-VALUE", "whole number"),
-        ("w4+kv:gear(bits=4)", "E-RCP-PLANNED", "alone"),
+        ("w4+act:chess(sparsity=0.5)", "E-RCP-PLANNED", "alone"),
+        ("w4+kv:geer(bits=4)", "E-RCP-METHOD", "gear"),
+        ("w4+kv:gear(bits=3)", "E-RCP-VALUE", "2, 4 or 8"),
+        ("w4+kv:gear(bit=4)", "E-RCP-KEY", "bits"),
+        ("w4+kv:gear+kv:kivi", "E-RCP-FORM", "one"),
         ("w4+act:ches", "E-RCP-METHOD", "chess"),
+        ("act:chess(sparsity=1.0)", "E-RCP-VALUE", "below 1"),
+        ("act:chess(sparsity=-0.1)", "E-RCP-VALUE", "below 1"),
+        ("act:cats(attention=true)", "E-RCP-KEY", "sparsity"),
+        ("act:teal+act:cats", "E-RCP-FORM", "one"),
+        ("act:teal(rows=5)", "E-RCP-VALUE", "4"),
         ("w4+cache:gear", "E-RCP-SCOPE", "kv"),
         ("w4+", "E-RCP-EMPTY", "w4"),
         ({"rules": []}, "E-RCP-EMPTY", "rules"),
@@ -117,3 +126,14 @@ def test_preview_lists_every_module_and_touches_none() -> None:
     assert by_name["blocks.0.o"]["method"].startswith("4-bit") and by_name["blocks.1.o"]["method"] == "dense"
     assert by_name["blocks.1.q"]["rule"] is None and by_name["emb"]["method"] == "no rule"
     assert [id(m) for m in model.modules()] == before
+
+
+def test_an_act_part_stands_beside_the_weights() -> None:
+    recipe = Recipe.parse("w4+act:teal(sparsity=0.4, allocation=uniform)")
+    assert recipe.act is not None and (recipe.act.name, recipe.act.sparsity, recipe.act.allocation) == ("teal", 0.4, "uniform")
+    assert recipe.rules == Recipe.parse("w4").rules
+    assert Recipe.parse(recipe.to_dict()) == recipe
+    alone = Recipe.parse("act:chess")
+    assert [r.method for r in alone.rules] == ["dense"] and Recipe.parse(alone.to_dict()) == alone
+    with pytest.raises(RecipeError, match="E-RCP-VALUE"):
+        Recipe.parse({"rules": [{"bits": 4}], "act": "chess"})

@@ -22,9 +22,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "effllm.errors": (),
     "effllm.report": _BASE,
     "effllm.methods": ("effllm.errors", "effllm.methods", "effllm.runtime.formats"),
-    "effllm.recipe": (*_BASE, "effllm.methods", "effllm.runtime.dense"),
+    "effllm.recipe": (*_BASE, "effllm.runtime.caches.base", "effllm.methods", "effllm.runtime.dense"),
     "effllm.runtime.formats": (*_BASE, "effllm.runtime.formats"),
-    "effllm.runtime.layouts": _DATA,
+    "effllm.runtime.layouts": (*_DATA, "effllm.runtime.semi_structured"),
+    "effllm.runtime.semi_structured": _DATA,
     "effllm.runtime.dense": ("effllm.compat",),
     "effllm.runtime.rotary": _BASE,
     "effllm.runtime.edit": (*_BASE, "effllm.runtime.rotary", "effllm.runtime.edit"),
@@ -37,7 +38,10 @@ LAYERS: dict[str, tuple[str, ...]] = {
     # tuning lies below the kernels, which ask it for configurations; it reaches them through the registry of ops
     "effllm.autotune": _TUNING,
     "effllm.autotune.bench": (*_TUNING, "effllm.__version__"),
-    "effllm.kernels": (*_DATA, "effllm.runtime.caches", "effllm.lowering", "effllm.kernels", "effllm.autotune", "effllm.compat", "effllm.runtime.atomic", "effllm.runtime.host"),
+    "effllm.kernels": (
+        *_DATA, "effllm.runtime.caches", "effllm.lowering", "effllm.kernels",
+        "effllm.autotune", "effllm.compat", "effllm.runtime.atomic", "effllm.runtime.host",
+    ),
     "effllm.coupling": (*_BASE, "effllm.coupling", "effllm.compat"),
     "effllm.passes": (
         *_BASE, "effllm.coupling", "effllm.methods", "effllm.runtime", "effllm.lowering.op", "effllm.lowering", "effllm.passes", "effllm.compat",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import effllm
-from effllm.errors import CalibrationError, EffllmError, WeightError
+from effllm.errors import CalibrationError, EffllmError, RecipeError, WeightError
 from effllm.runtime.packed import PackedLinear, packed_weights
 from tests.hf.tiny import tiny_llama
 
@@ -122,6 +122,9 @@ def test_ratio_is_the_share_of_the_numbers(subject: tuple[Any, Tensor, Tensor]) 
         ("whitened(ratio=0.8)", CalibrationError, "E-CAL-NONE"),
         ("nm(solver=wanda)", CalibrationError, "E-CAL-NONE"),
         ("armor", CalibrationError, "E-CAL-NONE"),
+        ("sltrain", CalibrationError, "E-CAL-NONE"),
+        ("svd(rank=0)", RecipeError, "E-RCP-VALUE"),
+        ("monarch(blocks=0)", RecipeError, "E-RCP-VALUE"),
         ("svd(rank=100000)", WeightError, "E-WGT-RANK"),
         ("monarch(ratio=0.5, blocks=7, pad=false)", WeightError, "E-WGT-PAD"),
     ],
@@ -136,11 +139,37 @@ def test_what_cannot_be_is_said_and_changes_nothing(recipe: str, kind: type[Effl
     assert torch.equal(logits(model, ids), want) and not packed_weights(model)
 
 
-def test_backend_keeps_dense_what_needs_calibration(subject: tuple[Any, Tensor, Tensor]) -> None:
+@pytest.mark.parametrize("recipe", ["whitened(ratio=0.8)", "monarch(ratio=0.8)", "nm(solver=wanda)"])
+@pytest.mark.parametrize(
+    ("ids", "code"),
+    [
+        (torch.full((3, 20), 64), "E-CAL-VOCAB"),
+        (torch.full((3, 20), -1), "E-CAL-VOCAB"),
+        ([{"input_ids": torch.full((1, 20), 1000)}], "E-CAL-VOCAB"),
+        (torch.zeros(2, 8), "E-CAL-FORM"),
+        (torch.zeros(0, 8, dtype=torch.long), "E-CAL-SHORT"),
+    ],
+)
+def test_calibration_of_another_model_is_refused(recipe: str, ids: Any, code: str, subject: tuple[Any, Tensor, Tensor]) -> None:
+    model = copy.deepcopy(subject[0])
+    with pytest.raises(CalibrationError) as caught:
+        effllm.compress(model, recipe, ids)
+    assert caught.value.code == code and not packed_weights(model)
+
+
+def test_calibration_with_fewer_tokens_than_channels_is_damped(subject: tuple[Any, Tensor, Tensor]) -> None:
+    dense, calibration, ids = subject
+    model = copy.deepcopy(dense)
+    effllm.compress(model, "whitened(ratio=0.9)", calibration[:1])  # 24 tokens for 64 and 96 channels
+    assert torch.isfinite(logits(model, ids)).all() and distance(logits(model, ids), logits(dense, ids)) < 1
+
+
+@pytest.mark.parametrize("recipe", ["whitened(ratio=0.8)", "sltrain(ratio=0.7)", "lost", "armor", "nm(solver=sparsegpt)"])
+def test_backend_keeps_dense_what_needs_calibration(recipe: str, subject: tuple[Any, Tensor, Tensor]) -> None:
     model, _, ids = subject
     torch._dynamo.reset()
     with torch.no_grad():
-        decisions = effllm.explain(model, (ids,), "whitened(ratio=0.8)").decisions
+        decisions = effllm.explain(model, (ids,), recipe).decisions
     kept = [d for d in decisions if d.code == "calibration"]
     assert kept and all("compress" in d.reason for d in kept)
 

@@ -107,7 +107,8 @@ def _input(swap: Swap, name: str, cut: Cut, plan: Plan) -> Decision:
         t["u"], t["v"] = t["u"].to(dtype), t["v"].to(dtype)
     device = next(iter(stored.tensors.values())).device
     t = {"colnorm" if key == "norm" else key: x.to(device) for key, x in t.items()}
-    made = _make(module, thresholded.make(stored, **t, limit=plan.method.rows, method=plan.method.name, target=cut.target, realised=cut.realised))
+    about: dict[str, Any] = {"limit": plan.method.rows, "method": plan.method.name, "target": cut.target, "realised": cut.realised}
+    made = _make(module, thresholded.make(stored, t.pop("threshold"), colnorm=t.get("colnorm"), u=t.get("u"), v=t.get("v"), **about))
     swap.put(name, made)
     return _applied(name, made, cut, stored, f"{cut.realised:.1%} of its inputs skipped, {cut.skipped:.1%} of its weight not read")
 
@@ -149,7 +150,7 @@ def _up(swap: Swap, name: str, half: int | None, about: dict[str, Any], cut: Cut
     module = swap.model.get_submodule(name)
     if half is not None:
         coded = isinstance(module, PackedLinear)
-        why = "gate and up are one matrix: rows of its up half are skipped where a compiled graph shows both" if not coded else "gate and up are one packed matrix"
+        why = "gate and up are one packed matrix" if coded else "gate and up are one matrix: rows of its up half are skipped in a compiled graph"
         return [Decision(name, name, "kept", "fused-up", why)]
     stored = _stored(module)
     if isinstance(stored, str):
@@ -169,7 +170,7 @@ def sparse_parts(model: nn.Module) -> list[ThresholdedWeight | ThresholdedActiva
 @contextmanager
 def every_row(model: nn.Module) -> Iterator[None]:
     """Skip in every call, prompts included, for as long as the context lasts: how quality is measured on text."""
-    before = []
+    before: list[tuple[ThresholdedWeight | ThresholdedActivation, int]] = []
     for part in sparse_parts(model):
         if isinstance(part, ThresholdedActivation):
             before.append((part, part.limit))

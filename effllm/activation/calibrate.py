@@ -161,7 +161,7 @@ class Recording:
 
 def graph_hash(found: Roles) -> str:
     """A hash of the graph's operators and of the modules of its linears; sizes of inputs leave it alone."""
-    nodes = next(iter(found.linears)).graph.nodes if found.linears else []
+    nodes: Iterable[fx.Node] = next(iter(found.linears)).graph.nodes if found.linears else []
     text = "\n".join(f"{n.op} {_named(n)} {[m.name for m in n.all_input_nodes if m.op != 'placeholder']}" for n in nodes if n.op != "placeholder")
     text += "\n".join(f"{m} {r}" for m, r in found.of.items())
     return hashlib.sha256(text.encode()).hexdigest()[:32]

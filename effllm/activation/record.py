@@ -6,6 +6,7 @@ sites are found by how data flow (passes/roles.py), not by the names of a model 
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -65,7 +66,7 @@ def through(model: nn.Module, inputs: list[Batch], place: Place) -> None:
     """
 
     def recording(gm: fx.GraphModule, _: Sequence[Any]) -> Callable[..., Any]:
-        copy, _ = compat.copy_graph(gm)
+        copy = compat.copy_graph(gm)[0]
         for i, (node, see) in enumerate(place(roles(copy.graph))):
             copy.add_submodule(f"record_{i}", Recorder(see))
             with copy.graph.inserting_after(node):
@@ -75,8 +76,10 @@ def through(model: nn.Module, inputs: list[Batch], place: Place) -> None:
         call: Callable[..., Any] = copy.forward
         return call
 
-    # a fresh function object: graphs of the model that are compiled already are not touched
-    compiled = torch.compile(lambda *a, **k: model(*a, **k), backend=recording, fullgraph=True, dynamic=False)
+    # a function of its own: graphs of the model that are compiled already are not touched, and calibrating often is no recompilation
+    # and of the head only as much as the model can do with: nothing of it is recorded
+    extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    compiled = torch.compile(compat.fresh(lambda *a, **k: model(*a, **extra | k)), backend=recording, fullgraph=True, dynamic=False)
     evaluating = model.training
     model.eval()
     try:

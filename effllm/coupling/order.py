@@ -35,7 +35,7 @@ def channel_energy(dimension: Dimension, tensors: Mapping[str, Tensor]) -> Tenso
     total = torch.zeros(prod(blocks), size, dtype=torch.float64)
     for m in dimension.members:
         if m.parameter in tensors:
-            total += _rows(tensors[m.parameter].double().square(), m, dimension).sum((0, 2))
+            total += _rows(tensors[m.parameter].double().square(), m, dimension).sum(2)
     return total.reshape(dimension.structure.shape)
 
 

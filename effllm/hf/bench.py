@@ -126,6 +126,8 @@ def _row(v: Variant, times: Times, error: float, quality: dict[str, float], roof
         "prefill_tok_s_range": [plan.shape.prefill / prefill.high, plan.shape.prefill / prefill.low],
         "ttft_s": prefill.median,
         "weight_bytes": size.read,
+        "kv_bytes": v.runner.cache_bytes,
+        "kv_bytes_per_token": v.runner.cache_bytes / v.runner.length,
         "held_bytes": size.held,
         "bits_per_weight": size.bits_per_weight,
         "achieved_gb_s": achieved,

@@ -261,7 +261,7 @@ class EditSession:
         cos, sin = turns(angles, self._dtype)
         on = [t.to(self.device) for t in (source, row, cos, sin)]
         # one layer after the other, but nothing is dropped before the edit has succeeded
-        for layer in self._cache.layers:
+        for layer in self._cache.own:
             layer.keys, layer.values = layer.moved(*on)
         if self._omegas is not None:
             self._omegas = self._omegas.clone()
@@ -290,8 +290,7 @@ class EditSession:
     # ---- small parts
 
     def _layer(self, layer: int) -> EditLayer:
-        found: EditLayer = self._cache.layers[layer]
-        return found
+        return self._cache.own[layer]
 
     def _new_cache(self, kind: str) -> EditCache:
         self._kind = kind
@@ -302,7 +301,7 @@ class EditSession:
     def _reserve(self, count: int) -> None:
         if self._slots.room() < count:
             size = max(2 * self._slots.size, self._slots.size + count)
-            for layer in self._cache.layers:
+            for layer in self._cache.own:
                 layer.grow(size)
             self._slots = self._slots.grown(size)
             if self._omegas is not None:

@@ -88,11 +88,12 @@ class EditLayer(CacheLayerMixin):
     def moved(self, source: Tensor, row: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """Copies in another order, keys turned once and for all: slot t holds what source[t] held, nothing where that is negative."""
         assert self.keys is not None and self.values is not None
-        keys = torch.ops.effllm.pie_apply(self.keys, source, row, cos, sin, self.tables.layout, self.tables.kernel) if self.turns else _gather(self.keys, source)
-        pair = []
-        for t in (keys, _gather(self.values, source)):
-            pair.append(torch.cat((t, t.new_zeros(*t.shape[:2], max(0, self.size - t.shape[2]), t.shape[3])), 2))
-        return pair[0], pair[1]
+        t = self.tables
+        keys = torch.ops.effllm.pie_apply(self.keys, source, row, cos, sin, t.layout, t.kernel) if self.turns else _gather(self.keys, source)
+        return self._padded(keys), self._padded(_gather(self.values, source))
+
+    def _padded(self, t: Tensor) -> Tensor:
+        return torch.cat((t, t.new_zeros(*t.shape[:2], max(0, self.size - t.shape[2]), t.shape[3])), 2)
 
     def get_mask_sizes(self, query_length: Any) -> tuple[int, int]:
         """(keys, offset) of the mask of a first pass; later passes bring their own mask."""
@@ -120,18 +121,23 @@ class EditCache(Cache):
     def __init__(self, tables: Tables, size: int, turning: tuple[bool, ...]) -> None:
         super().__init__(layers=[EditLayer(tables, size, t) for t in turning])
 
+    @property
+    def own(self) -> list[EditLayer]:
+        """The layers."""
+        return [layer for layer in self.layers if isinstance(layer, EditLayer)]
+
     def use(self, tables: Tables) -> None:
         """Let the next pass write and turn by these tables."""
-        for layer in self.layers:
+        for layer in self.own:
             layer.tables = tables
 
     def snapshot(self) -> list[tuple[Tensor | None, Tensor | None]]:
         """The tensors of all layers, to be put back by `restore`."""
-        return [(layer.keys, layer.values) for layer in self.layers]
+        return [(layer.keys, layer.values) for layer in self.own]
 
     def restore(self, held: list[tuple[Tensor | None, Tensor | None]]) -> None:
         """Put tensors back."""
-        for layer, (keys, values) in zip(self.layers, held, strict=True):
+        for layer, (keys, values) in zip(self.own, held, strict=True):
             layer.keys, layer.values = keys, values
 
 

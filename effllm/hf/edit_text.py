@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -116,12 +117,13 @@ def _checked(edits: Iterable[tuple[int, int, str]], length: int) -> list[tuple[i
     places = []
     for edit in edits:
         if not (len(edit) == 3 and isinstance(edit[0], int) and isinstance(edit[1], int) and isinstance(edit[2], str)):
-            raise EditError("E-EDT-FORM", f"{str(edit)[:60]} is not (start, stop, text)", "give a list of (start, stop, text) in characters of the present text")
+            step = "give a list of (start, stop, text) in characters of the present text"
+            raise EditError("E-EDT-FORM", f"{str(edit)[:60]} is not (start, stop, text)", step)
         if not 0 <= edit[0] <= edit[1] <= length:
             raise EditError("E-EDT-RANGE", f"characters {edit[0]} to {edit[1]} of a text of {length}", "edits lie in 0 <= start <= stop <= length")
         places.append(edit)
     places.sort(key=lambda e: e[:2])
-    for a, b in zip(places, places[1:], strict=False):
+    for a, b in itertools.pairwise(places):
         if b[0] < a[1] or b[:2] == a[:2]:
             raise EditError("E-EDT-OVERLAP", f"edits [{a[0]}, {a[1]}) and [{b[0]}, {b[1]}) overlap", "join them into one, or apply them one after the other")
     return places

@@ -45,19 +45,21 @@ def compare(model: Any, dense: Any, windows: Iterable[Tensor]) -> dict[str, floa
 
 @torch.no_grad()
 def score(
-    models: Mapping[str, Any], dense: Any, windows: Iterable[Tensor], tick: Callable[[], None] = lambda: None
+    models: Mapping[str, Any], dense: Any, windows: Iterable[Tensor], tick: Callable[[], None] = lambda: None, kv: str | None = None, prompt: int = 0
 ) -> dict[str, dict[str, float]]:
     """`compare` for several models at once, so that the dense logits of a window are computed once.
 
     Without a dense model (None) there is nothing to compare to: kl and top1_agreement are left out. `tick` is called after
-    each window.
+    each window. With `kv`, a cache format, each window's first `prompt` tokens are read into such a cache by every model but the dense one,
+    and the tokens behind them are scored: those see the compressed prompt and each other exact.
     """
     sums = {name: _Sums() for name in models}
     for ids in windows:
-        reference = None if dense is None else _logits(dense, ids)
+        reference = None if dense is None else _logits(dense, ids)[prompt:]
         base = None if reference is None else [torch.log_softmax(rows.float(), -1) for rows in reference.split(_ROWS)]
         for name, model in models.items():
-            _add(sums[name], reference if reference is not None and model is dense else _logits(model, ids), ids, base)
+            own = reference if reference is not None and model is dense else _continued(model, ids, kv, prompt)
+            _add(sums[name], own, ids.reshape(-1)[prompt:], base)
         tick()
     return {name: _figures(s, compared=dense is not None) for name, s in sums.items()}
 
@@ -71,6 +73,20 @@ def _logits(model: Any, ids: Tensor) -> Tensor:
     """Logits (T - 1, vocabulary) that predict ids[1:], in the model's dtype."""
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     out: Tensor = model(input_ids=ids.reshape(1, -1).to(device), use_cache=False).logits
+    return out[0, :-1]
+
+
+def _continued(model: Any, ids: Tensor, kv: str | None, prompt: int) -> Tensor:
+    """Logits that predict ids[prompt + 1:] behind a prompt in a compressed cache; without one those of the whole window."""
+    if kv is None:
+        return _logits(model, ids)[prompt:]
+    from effllm.hf.cache import CompressedCache
+
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    rows, cache = ids.reshape(1, -1).to(device), CompressedCache(model, kv)
+    if prompt:
+        model(input_ids=rows[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    out: Tensor = model(input_ids=rows[:, prompt:], past_key_values=cache, use_cache=True).logits
     return out[0, :-1]
 
 

@@ -12,10 +12,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from transformers import CompileConfig, DynamicCache, EncoderDecoderCache
 
 from effllm import compat
 from effllm.backend import Options
+from effllm.errors import RecipeError
+from effllm.hf.cache import CompressedCache
 from effllm.recipe import Recipe
 
 _DEVICES = ("cuda", "xpu", "neuron", "tpu")  # where transformers compiles without being asked twice
@@ -33,6 +36,33 @@ def compile_config(recipe: Any = "w8", *, fullgraph: bool = False, dynamic: bool
     config = CompileConfig(fullgraph=fullgraph, dynamic=dynamic, backend="effllm", mode=None, options=given)  # type: ignore[arg-type]
     compat.compile_on_every_device(config)
     return config
+
+
+def cache_for(model: Any, recipe: Any, tokens: int, attention_mask: Tensor | None = None, rows: int = 1) -> CompressedCache:
+    """The static cache of a recipe's kv part for `tokens` tokens (prompt and answer), ready for `generate`'s past_key_values.
+
+    `attention_mask` (B, S) is that of a left-padded prompt: padding stays out of packed pages. `rows` are beams or returned sequences a
+    prompt. Raises RecipeError (E-RCP-KV) where the recipe has no kv part.
+    """
+    parsed = Recipe.parse(recipe)
+    if parsed.kv is None:
+        raise RecipeError("E-RCP-KV", f"recipe {parsed.name!r} has no kv part", "add one, for example +kv:kivi(bits=4)")
+    cache = CompressedCache(model, parsed.kv, tokens)
+    return cache if attention_mask is None else cache.prepare(model, attention_mask=attention_mask.repeat_interleave(rows, 0))
+
+
+def generate(model: Any, input_ids: Tensor, recipe: Any = "w8", attention_mask: Tensor | None = None, *, max_new_tokens: int, **kwargs: Any) -> Any:
+    """`model.generate` with the recipe's cache and compiled decode steps; `kwargs` are those of transformers.
+
+    A recipe without a kv part gets transformers' static cache. Beam search runs in eager mode, as transformers has it.
+    """
+    parsed = Recipe.parse(recipe)
+    rows = (kwargs.get("num_beams") or 1) if (kwargs.get("num_beams") or 1) > 1 else (kwargs.get("num_return_sequences") or 1)
+    given: dict[str, Any] = {"cache_implementation": "static"}
+    if parsed.kv is not None:
+        given = {"past_key_values": cache_for(model, parsed, input_ids.shape[1] + max_new_tokens, attention_mask, rows)}
+    config = {"compile_config": compile_config(parsed), "max_new_tokens": max_new_tokens}
+    return model.generate(input_ids, **{**config, **given, **kwargs, "attention_mask": attention_mask})
 
 
 def why_not_compiled(model: Any, generation_config: Any = None, **kwargs: Any) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from effllm.autotune import machine
 from effllm.errors import KernelError
+from effllm.hf.cache import CompressedCache
 from effllm.hf.static import StaticRunner
 from effllm.hf.variants import Shape, Variant
 
@@ -60,10 +61,11 @@ def check(variant: Variant, ids: Tensor, shape: Shape) -> float:
         logits = runner.start(prompt)
         tokens, outs = runner.decode(logits, shape.prompt, min(CHECKED, shape.tokens))
         teacher = torch.cat([prompt, torch.tensor([tokens], device=ids.device)], 1)
-        want = variant.model(input_ids=teacher, use_cache=False).logits[0, shape.prompt :]
+        want = _uncompiled(variant, teacher, shape.prompt)
         errors = {"decode": _error(torch.cat(outs), want)}
         # twice: the first call compiles, the second would show state left in the cache
         got = [runner.prefill(ids[:, : shape.prefill])[0] for _ in range(2)][-1]
+        # a prompt sees itself exact, whatever the cache
         whole = variant.model(input_ids=ids[:, : shape.prefill], use_cache=False, logits_to_keep=1).logits[0]
         errors["prefill"] = _error(got, whole)
     for part, value in errors.items():
@@ -71,6 +73,17 @@ def check(variant: Variant, ids: Tensor, shape: Shape) -> float:
             cause = f"{variant.name}: compiled and eager logits of {part} differ by {value:.3g} (relative), {TOLERANCE} is allowed"
             raise KernelError("E-KRN-RESULT", cause, "leave this variant out, and report its recipe with `effllm doctor --json`")
     return max(errors.values())
+
+
+def _uncompiled(variant: Variant, teacher: Tensor, prompt: int) -> Tensor:
+    """Logits behind the prompt of a teacher-forced run in eager mode, through a cache of the variant's format if it has one."""
+    if variant.runner.kv is None:
+        out: Tensor = variant.model(input_ids=teacher, use_cache=False).logits[0, prompt:]
+        return out
+    cache = CompressedCache(variant.model, variant.runner.kv)
+    variant.model(input_ids=teacher[:, :prompt], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    steps = [variant.model(input_ids=teacher[:, i : i + 1], past_key_values=cache, use_cache=True).logits[0] for i in range(prompt, teacher.shape[1])]
+    return torch.cat(steps)
 
 
 def measure(variants: list[Variant], ids: Tensor, shape: Shape, rounds: int, tick: Callable[[], None] = lambda: None) -> dict[str, Times]:

@@ -14,21 +14,27 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import StaticCache
+from transformers.cache_utils import StaticLayer
+
+from effllm.hf.cache import CompressedCache
+from effllm.hf.cache_layer import CompressedLayer
 
 Compile = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 
 
 class StaticRunner:
-    """Greedy decoding of batch 1. `length` is the size of the decode cache, `prefill_length` that of the prefill graph."""
+    """Greedy decoding of batch 1. `length` is the size of the decode cache, `prefill_length` that of the prefill graph, `kv` the format
+    of both caches (see hf.cache), None for dense ones."""
 
     def __init__(
-        self, model: Any, compile: Compile | None = None, *, length: int, prefill_length: int, compile_prefill: bool = True
+        self, model: Any, compile: Compile | None = None, *, length: int, prefill_length: int, compile_prefill: bool = True, kv: str | None = None
     ) -> None:
         self.model = model
         self.device = next(t.device for t in (*model.parameters(), *model.buffers()))
-        self.length, self.prefill_length = length, prefill_length
-        self._cache = _cache(model, length, self.device)
-        self._prefill_cache = _cache(model, prefill_length, self.device)
+        self.length, self.prefill_length, self.kv = length, prefill_length, kv
+        self._cache = _cache(model, length, self.device, kv)
+        self._prefill_cache = _cache(model, prefill_length, self.device, kv)
+        self._read: tuple[Tensor, Tensor, list[dict[str, Tensor]]] | None = None  # last prompt, its logits, and the state behind it
         # one code object per graph: Dynamo keeps compiled graphs per code object, and variants must not see each other's
         self._prefill = _fresh(_step) if compile is None or not compile_prefill else compile(_fresh(_step))
         self._decode = _fresh(_step) if compile is None else compile(_fresh(_step))
@@ -42,10 +48,28 @@ class StaticRunner:
 
     @torch.no_grad()
     def start(self, ids: Tensor) -> Tensor:
-        """Empty the decode cache and read a prompt (1, S) into it, in eager mode; logits (1, V)."""
+        """Empty the decode cache and read a prompt (1, S) into it, in eager mode; logits (1, V). The same prompt again is not read again."""
+        if self._read is not None and torch.equal(self._read[0], ids):
+            for layer, state in zip(self._cache.layers, self._read[2], strict=True):
+                for name, value in state.items():
+                    getattr(layer, name).copy_(value)
+            return self._read[1].clone()
         self._cache.reset()
         positions = torch.arange(ids.shape[1], device=self.device)[None]
-        return _step(self.model, ids, positions, self._cache)
+        logits = _step(self.model, ids, positions, self._cache)
+        # enough to come back: what lies behind the prompt is overwritten or hidden
+        kept = ("lens", "ring") if isinstance(self._cache, CompressedCache) else ("cumulative_length",)
+        simple = all(type(layer) in (StaticLayer, CompressedLayer) for layer in self._cache.layers)
+        states = [{n: getattr(layer, n).clone() for n in kept} for layer in self._cache.layers]
+        self._read = (ids.clone(), logits.clone(), states) if simple else None
+        return logits
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the decode cache."""
+        if isinstance(self._cache, CompressedCache):
+            return self._cache.nbytes
+        return sum(t.numel() * t.element_size() for layer in self._cache.layers for t in (layer.keys, layer.values))
 
     @torch.no_grad()
     def decode_step(self, token: Tensor, position: Tensor) -> Tensor:
@@ -72,7 +96,9 @@ def _fresh(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return types.FunctionType(step.__code__.replace(), step.__globals__, step.__name__)
 
 
-def _cache(model: Any, length: int, device: torch.device) -> StaticCache:
+def _cache(model: Any, length: int, device: torch.device, kv: str | None) -> Any:
+    if kv is not None:
+        return CompressedCache(model, kv, length).prepare(model)
     config = model.config.get_text_config(decoder=True)
     cache = StaticCache(config=config, max_cache_len=length)
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

@@ -78,20 +78,20 @@ def recipe(what: str, dense: Any, shape: Shape, calibration: Tensor | None = Non
     parsed = Recipe.parse(what)
     model = copy.deepcopy(dense)
     report = compress(model, parsed, calibration=calibration)
-    variant = packed(what, model, shape, compile_prefill=compile_prefill)
+    variant = packed(what, model, shape, compile_prefill=compile_prefill, kv=parsed.kv)
     variant.notes = [*report.notes, "calibrated" if calibration is not None else "data-free"]
     return variant
 
 
-def packed(what: str, model: Any, shape: Shape, *, compile_prefill: bool = True) -> Variant:
-    """A model that is packed already (a checkpoint), with the effllm backend."""
+def packed(what: str, model: Any, shape: Shape, *, compile_prefill: bool = True, kv: str | None = None) -> Variant:
+    """A model that is packed already (a checkpoint), with the effllm backend; `kv` is the format of its caches, None for dense ones."""
     import effllm.backend  # noqa: F401 - registers the backend for a checkout that is not installed
 
     def compiled(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return torch.compile(step, fullgraph=True, backend="effllm")
 
-    return Variant(f"effllm-{what}", what, model, _runner(model, compiled, shape, compile_prefill))
+    return Variant(f"effllm-{what}", what, model, _runner(model, compiled, shape, compile_prefill, kv))
 
 
-def _runner(model: Any, compiled: Any, shape: Shape, compile_prefill: bool) -> StaticRunner:
-    return StaticRunner(model, compiled, length=shape.length, prefill_length=shape.prefill, compile_prefill=compile_prefill)
+def _runner(model: Any, compiled: Any, shape: Shape, compile_prefill: bool, kv: str | None = None) -> StaticRunner:
+    return StaticRunner(model, compiled, length=shape.length, prefill_length=shape.prefill, compile_prefill=compile_prefill, kv=kv)

@@ -1,7 +1,7 @@
 """Ops of edited caches: move keys to new positions, and attend to keys that were stored for other positions.
 
     pie_apply          K'[t] = R(angle[row[t]]) K[source[t]]: one gather and rotation, rounded once (PIE, arXiv 2407.03157)
-    segment_attention  softmax(scale * q . R(angle[row[s]]) k[s] + mask) v, by q . R(a) k = R(-a) q . k: keys are read as stored
+    rotated_attention  softmax(scale * q . R(angle[row[s]]) k[s] + mask) v, by q . R(a) k = R(-a) q . k: keys are read as stored
 
 cos and sin are (A, R / 2), computed from fp64 angles; row 0 need not be the identity. A rotation by cos 1 and sin 0 is exact.
 """
@@ -29,7 +29,7 @@ def pie_apply_reference(k: Tensor, source: Tensor | None, row: Tensor, cos: Tens
     return out if source is None else out.masked_fill((source < 0)[:, None], 0)
 
 
-def segment_attention_reference(
+def rotated_attention_reference(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, row: Tensor, cos: Tensor, sin: Tensor, layout: str, scale: float
 ) -> Tensor:
     """Attention (B, H, Q, D) of q over keys k and values v (B, G, S, D), key s turned by table row row[s]; mask bool or additive, 4-D."""
@@ -49,7 +49,7 @@ def pie_problem(k: Tensor, pairs: int) -> Problem:
 def attention_problem(q: Tensor, pairs: int) -> Problem:
     """What a provider has to know to attend to edited keys."""
     m = q.shape[2] if isinstance(q.shape[2], int) else None
-    return Problem("segment_attention", q.shape[1], q.shape[-1], 0, 0, False, m=m, dtype=q.dtype, device=q.device.type, detail=(("pairs", pairs),))
+    return Problem("rotated_attention", q.shape[1], q.shape[-1], 0, 0, False, m=m, dtype=q.dtype, device=q.device.type, detail=(("pairs", pairs),))
 
 
 def floats_only(problem: Problem) -> Verdict:
@@ -64,7 +64,7 @@ def _apply(k, source, row, cos, sin, layout, kernel):  # type: ignore[no-untyped
 
 
 def _attention(q, k, v, mask, row, cos, sin, layout, scale, kernel):  # type: ignore[no-untyped-def]
-    return provider("segment_attention", kernel).call(q, k, v, mask, row, cos, sin, layout, scale)
+    return provider("rotated_attention", kernel).call(q, k, v, mask, row, cos, sin, layout, scale)
 
 
 APPLY: Op = define(
@@ -73,11 +73,11 @@ APPLY: Op = define(
     _apply,
     tolerance=_TOLERANCE,
 )
-SEGMENT_ATTENTION: Op = define(
-    "segment_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor row, Tensor cos, Tensor sin, str layout, float scale, str kernel) -> Tensor",
-    segment_attention_reference,
+ROTATED_ATTENTION: Op = define(
+    "rotated_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor row, Tensor cos, Tensor sin, str layout, float scale, str kernel) -> Tensor",
+    rotated_attention_reference,
     _attention,
     tolerance=_TOLERANCE,
 )
 APPLY.register(Provider("reference", "pie_apply", "any", "dense", lambda p: YES, pie_apply_reference, rank=-1))
-SEGMENT_ATTENTION.register(Provider("reference", "segment_attention", "any", "dense", lambda p: YES, segment_attention_reference, rank=-1))
+ROTATED_ATTENTION.register(Provider("reference", "rotated_attention", "any", "dense", lambda p: YES, rotated_attention_reference, rank=-1))

@@ -7,7 +7,7 @@ import importlib
 from effllm.errors import KernelError, nearest
 from effllm.lowering.op import OPS, Problem, Provider, Verdict
 
-_MODULES: dict[str, tuple[str, ...]] = {"cpu": ("effllm.kernels.cpu",), "cuda": ("effllm.kernels.triton",)}
+_MODULES: dict[str, tuple[str, ...]] = {"cpu": ("effllm.kernels.cpu",), "cuda": ("effllm.kernels.triton", "effllm.kernels.semi_structured")}
 _FAMILIES = (
     "bipolar_linear",
     "attention",

@@ -72,8 +72,8 @@ class NM(base.Method):
 
     @property
     def aims_at_dense(self) -> bool:
-        """Where values are solved for: what is left of a layer is far from it, and the next layers can make up for a part."""
-        return self.calibrates and (self.name == "armor" or self.solver in ("auto", "sparsegpt"))
+        """Where SparseGPT solves for values: the next layers can make up for a part. ARMOR fits a layer so well that aiming past it overfits."""
+        return self.calibrates and self.name == "nm" and self.solver in ("auto", "sparsegpt")
 
     @property
     def label(self) -> str:

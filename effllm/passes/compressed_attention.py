@@ -13,9 +13,10 @@ import torch
 from torch import fx
 
 from effllm import compat
+from effllm.autotune import kv_cost
 from effllm.lowering import kv_cache, providers
 from effllm.passes.base import Context, call, is_op, replace
-from effllm.passes.decode_attention import _NAMES, MAX_QUERIES, _grouped
+from effllm.passes.decode_attention import MAX_QUERIES, NAMES, grouped
 from effllm.report import Decision, PassReport
 from effllm.runtime.caches.base import parse
 
@@ -92,7 +93,17 @@ def _read(graph: fx.Graph, read: fx.Node, context: Context) -> Decision:
     heads, dim = state.shape[2], state.shape[4]
     before, after = 2 * heads * dim * state.element_size(), fmt.bytes_per_token(heads, dim, state.dtype)
     about: dict[str, Any] = {"cache": fmt.spec, "queries": q.shape[2], "heads_per_key_head": q.shape[1] // heads, "bytes_per_token": round(after, 1)}
-    return Decision(new.name, module, "applied", "applied", f"{why}; {after / before:.1%} of the bytes of dense keys and values a token", kernel=provider.name, config=about)
+    reason = f"{why}; {after / before:.1%} of the bytes of dense keys and values a token"
+    held = compat.example_value(pages).shape[1] * fmt.page + state.shape[3]
+    cost = kv_cost.predict(fmt.name, held, state.shape[3], q.shape[1], dim, before, after, q.shape[2]) if state.device.type == "cpu" else None
+    if cost is not None:
+        about["crossover_tokens"] = cost.crossover
+        reason += f"; predicted to pay from {cost.crossover} tokens of context" if cost.crossover else "; predicted to save memory, but no time"
+    _, count, size = compat.example_value(pages).shape
+    return Decision(
+        new.name, module, "applied", "applied", reason, int(before * held), int(count * size + state.shape[3] * before),
+        cost and cost.dense, cost and cost.compressed, provider.name, about,
+    )  # fmt: skip
 
 
 def _attention(read: fx.Node) -> tuple[fx.Node, dict[str, Any]] | str:
@@ -113,8 +124,8 @@ def _attention(read: fx.Node) -> tuple[fx.Node, dict[str, Any]] | str:
             return f"the {('keys', 'values')[i]} have {len(node.users)} users"
     if ends[0] is not ends[1]:
         return "keys and values go to different attentions"
-    given: dict[str, Any] = dict(zip(_NAMES, ends[0].args, strict=False)) | dict(ends[0].kwargs)
-    if _grouped(given["key"]) is not parts[0] or _grouped(given["value"]) is not parts[1]:
+    given: dict[str, Any] = dict(zip(NAMES, ends[0].args, strict=False)) | dict(ends[0].kwargs)
+    if grouped(given["key"]) is not parts[0] or grouped(given["value"]) is not parts[1]:
         return "something other than the repetition of key heads lies between the cache and the attention"
     return ends[0], given
 

@@ -11,8 +11,11 @@ from effllm.passes.outline_layers import OutlineLayers
 from effllm.passes.packed_linear import PackLinear
 from effllm.passes.query_rotation import QueryRotation
 from effllm.passes.share_activation import ShareActivation
+from effllm.passes.sparse_gate import SparseGate
 
 
 def default() -> list[Pass]:
     """A fresh list of every pass."""
-    return [PackLinear(), ShareActivation(), MergeLinear(), MergeLowRank(), QueryRotation(), CompressedAttention(), DecodeAttention(), OutlineLayers()]
+    weights = [PackLinear(), ShareActivation(), MergeLinear(), MergeLowRank(), SparseGate()]
+    attention = [QueryRotation(), CompressedAttention(), DecodeAttention()]
+    return [*weights, *attention, OutlineLayers()]

@@ -44,7 +44,8 @@ def _site(graph: fx.Graph, node: fx.Node, given: dict[str, Any], turned: fx.Node
     def kept(code: str, reason: str) -> Decision:
         return Decision(node.name, module, "kept", code, reason)
 
-    stored, source, row, cos, sin, layout, _ = turned.args
+    operands: tuple[Any, ...] = turned.args
+    stored, source, row, cos, sin, layout, _ = operands
     q, v, mask = given["query"], grouped(given["value"]), given.get("attn_mask")
     query, keys = compat.example_value(q), compat.example_value(stored)
     if torch.is_grad_enabled() and any(compat.example_value(t).requires_grad for t in (q, stored, v)):
@@ -63,7 +64,7 @@ def _site(graph: fx.Graph, node: fx.Node, given: dict[str, Any], turned: fx.Node
     scale = given.get("scale")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     with graph.inserting_before(node):
-        new = call(graph, torch.ops.effllm.segment_attention.default, (q, stored, v, mask, row, cos, sin, layout, scale, provider.name), node)
+        new = call(graph, torch.ops.effllm.rotated_attention.default, (q, stored, v, mask, row, cos, sin, layout, scale, provider.name), node)
     context.changed.append(new)
     if tuple(compat.example_value(new).stride()) == tuple(compat.example_value(node).stride()):
         replace(context, node, new)
@@ -75,4 +76,5 @@ def _site(graph: fx.Graph, node: fx.Node, given: dict[str, Any], turned: fx.Node
         before = None if dead is turned else dead.all_input_nodes[0]
         graph.erase_node(dead)
         dead = before
-    return Decision(new.name, module, "applied", "applied", why, kernel=provider.name, config={"queries": query.shape[2], "table": compat.example_value(cos).shape[0]})
+    config = {"queries": query.shape[2], "table": compat.example_value(cos).shape[0]}
+    return Decision(new.name, module, "applied", "applied", why, kernel=provider.name, config=config)

@@ -213,7 +213,7 @@ def _half(node: fx.Node, linears: dict[fx.Node, Linear]) -> tuple[Linear, int | 
     if name in ("chunk", "split") and isinstance(parent, fx.Node) and parent in linears and index in (0, 1):
         value, whole = compat.example_value(node), linears[parent].shape[0]
         if isinstance(value, Tensor) and value.shape[-1] * 2 == whole:
-            return linears[parent], int(index)
+            return linears[parent], 0 if index == 0 else 1
     return None
 
 

@@ -42,7 +42,8 @@ class RopeSites:
         report = PassReport(self.name)
         self.found.clear()
         sites = rope_flow.attentions(graph)
-        inputs = {kind: [n for n in graph.nodes if n.op == "placeholder" and compat.real_tensor(n) is t] for kind, t in ((CONTENT, self.content), (ANGLE, self.angle))}
+        held = [(n, compat.real_tensor(n)) for n in graph.nodes if n.op == "placeholder"]
+        inputs = {kind: [n for n, t in held if t is own] for kind, own in ((CONTENT, self.content), (ANGLE, self.angle))}
         colour = rope_flow.colours(graph, inputs[CONTENT], inputs[ANGLE], [s.node for s in sites])
         known: set[fx.Node] = {s.node for s in sites}
         evaluator = rope_eval.Evaluator(graph, inputs[ANGLE], colour)

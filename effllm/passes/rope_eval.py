@@ -57,7 +57,7 @@ class Evaluator:
         feeds = {i for n in self.nodes if colour[n] & ANGLE or n.all_input_nodes for i in n.all_input_nodes}
         self.tables = {n: t for n in graph.nodes if n in feeds and n.op == "placeholder" and (t := compat.real_tensor(n)) is not None}
         floats = [torch.finfo(t.dtype).eps for t in self.tables.values() if t.is_floating_point() and not isinstance(t, torch.nn.Parameter)]
-        self.epsilon = max(floats, default=0.0)
+        self.epsilon = max(floats, default=0.0) and max(*floats, torch.finfo(torch.float32).eps)  # tables are computed in fp32
         self._held: tuple[bytes, dict[fx.Node, Any]] = (b"", {})
 
     def _angles(self, positions: Tensor) -> dict[fx.Node, Any]:

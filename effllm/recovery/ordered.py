@@ -41,16 +41,16 @@ def dropped(pairs: list[Pair], options: Ordered, generator: torch.Generator) -> 
     with torch.no_grad():
         for i in chosen:
             pair = pairs[i]
-            k = int(torch.randint(1, pair.a.shape[1] + 1, (), generator=generator))
-            kept.append((pair, k, pair.a[:, k:].clone(), pair.b[k:].clone()))
-            pair.a[:, k:] = 0
+            k = int(torch.randint(1, pair.rank + 1, (), generator=generator))
+            kept.append((pair, k, pair.left[:, k:].clone(), pair.b[k:].clone()))
+            pair.left[:, k:] = 0
             pair.b[k:] = 0
     try:
         yield [(pair.name, k) for pair, k, _, _ in kept]
     finally:
         with torch.no_grad():
             for pair, k, a, b in kept:
-                pair.a[:, k:] = a
+                pair.left[:, k:] = a
                 pair.b[k:] = b
 
 

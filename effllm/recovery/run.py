@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from effllm.recovery.forward import Body, block_names
 from effllm.recovery.loss import Weights
 from effllm.recovery.optimizer import Masters
 from effllm.recovery.ordered import Ordered
+from effllm.recovery.pivoted import plain_forms, quantized
 from effllm.recovery.report import RecoveryReport
 from effllm.recovery.select import Selection, frozen_except, selected
 from effllm.recovery.targets import Targets, asker
@@ -90,38 +91,43 @@ def recover(
     weights = loss if isinstance(loss, Weights) else _weights(loss)
     items = read(data, batch, accumulate)
     first = items.join(items.micro(0, seed))
-    with _evaluating(model), _graph(model) as freeze:
-        body = _body(model, first, weights, features)
-        ask = asker(teacher, items, body, body.features)
-        kind = _precision(precision, model)
-        adapted = _adapt(model, what, adapter, masks, body, seed)
-        try:
-            selection = selected(model, what)
-            freeze(selection)
-            masters = Masters(selection.parameters, betas=betas, decay=decay, clip=clip)
-            regularisers = Regularisers(model, selection, truncation, ordered, perturbation, seed)
-            options: dict[str, Any] = {"what": what, "steps": steps, "accumulate": accumulate, "lr": lr, "warmup": warmup, "betas": betas}
-            options |= {"decay": decay, "clip": clip, "loss": weights, "adapter": adapter}
-            options |= {"truncation": truncation, "ordered": ordered, "perturbation": perturbation}
-            settings = _settings(items, body, **options, precision=kind, seed=seed)
-            trainer = Trainer(body, ask, items, masters, weights, regularisers, kind, seed, accumulate)
-            report = RecoveryReport(selection.what, selection.count, selection.share, str(selection), steps, kind, body.head_name, body.features)
-            folder = None if checkpoint is None else Path(checkpoint)
-            if resume and folder is not None and folder.exists():
-                report.resumed_from, report.history = state.load(folder, masters, regularisers.generator, settings)
-            _passes(report, items, steps * accumulate)
+    pruned = truncation is not None or ordered is not None
+    with plain_forms(model) if pruned else nullcontext():
+        with _evaluating(model), _graph(model) as freeze:
+            body = _body(model, first, weights, features)
+            ask = asker(teacher, items, body, body.features)
+            kind = _precision(precision, model)
+            adapted = _adapt(model, what, adapter, masks, body, seed)
+            try:
+                selection = selected(model, what)
+                freeze(selection)
+                masters = Masters(selection.parameters, betas=betas, decay=decay, clip=clip)
+                regularisers = Regularisers(model, selection, truncation, ordered, perturbation, seed)
+                options: dict[str, Any] = {"what": what, "steps": steps, "accumulate": accumulate, "lr": lr, "warmup": warmup, "betas": betas}
+                options |= {"decay": decay, "clip": clip, "loss": weights, "adapter": adapter}
+                options |= {"truncation": truncation, "ordered": ordered, "perturbation": perturbation}
+                settings = _settings(items, body, **options, precision=kind, seed=seed)
+                trainer = Trainer(body, ask, items, masters, weights, regularisers, kind, seed, accumulate)
+                report = RecoveryReport(selection.what, selection.count, selection.share, str(selection), steps, kind, body.head_name, body.features)
+                folder = None if checkpoint is None else Path(checkpoint)
+                if resume and folder is not None and folder.exists():
+                    report.resumed_from, report.history = state.load(folder, masters, regularisers.generator, settings)
+                _passes(report, items, steps * accumulate)
 
-            def keep(step: int) -> None:
-                if folder is not None:
-                    state.save(folder, masters, regularisers.generator, step, settings, report.history)
+                def keep(step: int) -> None:
+                    if folder is not None:
+                        state.save(folder, masters, regularisers.generator, step, settings, report.history)
 
-            report.tokens = trainer.run(report.history, report.resumed_from, steps, lr, round(warmup * steps), progress, every, keep)
-        finally:
-            # after an error the trainer has put the last good values back: they are worth keeping
-            if adapted:
-                adapters.remove(model, merge=True)
-    # only now: parameters that are cut get what requires_grad the old ones had at first
-    report.ranks = regularisers.finish(masters)
+                report.tokens = trainer.run(report.history, report.resumed_from, steps, lr, round(warmup * steps), progress, every, keep)
+            finally:
+                # after an error the trainer has put the last good values back: they are worth keeping
+                if adapted:
+                    adapters.remove(model, merge=True)
+        # only now: parameters that are cut get what requires_grad the old ones had at first
+        report.ranks = regularisers.finish(masters)
+    held = quantized(model) if pruned else []
+    if held:
+        report.notes.append(f"{len(held)} low-rank weights hold integer codes, which have no gradient: not trained and not pruned ({held[0]}, ...)")
     report.seconds = time.perf_counter() - start
     return report
 

@@ -3,9 +3,11 @@
 A compressed module says what of it can be trained by two attributes, read here and nowhere else:
 
     recovery_factors: tuple[str, ...]      names of its own parameters that hold factors or sparse values
-    recovery_pair: tuple[str, str] | None  the two of them whose product a (N, r) @ b (r, K) is a low-rank weight
+    recovery_pair: tuple[str, str] | None  the two of them whose product a[:, :r] (N, r) @ b (r, K) is a low-rank weight; further columns
+                                           of a belong to something else (input channels folded in) and are never truncated
 
-and, where its rank can be cut, by a method `shrink(rank: int)` that keeps the first columns of a and rows of b.
+and, where its rank can be cut, by a method `shrink(rank: int)` that keeps the first columns of a and rows of b,
+and what lies behind the ranks.
 """
 
 from __future__ import annotations
@@ -23,12 +25,22 @@ WHAT = ("factors", "perp", "lora", "dsee", "all")
 
 @dataclass(frozen=True)
 class Pair:
-    """The two factors of a low-rank weight: a (N, r), b (r, K)."""
+    """The two factors of a low-rank weight: a (N, r) or wider, b (r, K)."""
 
     name: str
     module: nn.Module
     a: nn.Parameter
     b: nn.Parameter
+
+    @property
+    def rank(self) -> int:
+        """r."""
+        return self.b.shape[0]
+
+    @property
+    def left(self) -> Tensor:
+        """The columns (N, r) of a that meet b; a view."""
+        return self.a[:, : self.rank]
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,7 @@ def pairs(model: nn.Module) -> list[Pair]:
         if names is None:
             continue
         a, b = (getattr(module, leaf) for leaf in names)
-        if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:
+        if a.dim() != 2 or b.dim() != 2 or a.shape[1] < b.shape[0]:
             raise RecoveryError("E-REC-PAIR", f"{name}: factors of shapes {tuple(a.shape)} and {tuple(b.shape)} have no product", "report this bug")
         found.append(Pair(name, module, a, b))
     return found

@@ -19,6 +19,7 @@ from effllm.recovery.forward import Body
 from effllm.recovery.loss import Losses, Weights, head_gradient, squarehead
 from effllm.recovery.optimizer import Masters, rate
 from effllm.recovery.ordered import Ordered
+from effllm.recovery.pivoted import quantized
 from effllm.recovery.select import Pair, Selection, pairs
 from effllm.recovery.targets import Answer, Ask
 from effllm.recovery.truncation import Truncation
@@ -44,6 +45,10 @@ class Regularisers:
             self.matrices = {n: p for n, p in selection.parameters.items() if id(p) in weights}
         if (ordered is not None and not self.pairs) or (truncation is not None and not self.pairs and not self.matrices):
             option = "ordered" if ordered is not None else "truncation"
+            held = quantized(model)
+            if held:
+                cause = f"{option} works on floating-point factors, and those of {held[0]} are integer codes, as are all others of this model"
+                raise RecoveryError("E-REC-PAIR", cause, "recover first with bits=16, then compress the result with bits")
             raise RecoveryError("E-REC-PAIR", f"{option} works on low-rank weights, and no such weight is trained", "compress with a low-rank recipe first")
 
     def around(self, stack: ExitStack, parameters: dict[str, nn.Parameter]) -> None:
@@ -72,15 +77,13 @@ class Regularisers:
         """Add the nuclear norm's and the group lasso's gradients."""
         if self.truncation is not None and self.truncation.nuclear:
             for pair in self.pairs:
-                for p, g in zip((pair.a, pair.b), trp.nuclear_gradient(*self._values(pair, masters)), strict=True):
-                    masters.add_gradient(self.names[id(p)], self.truncation.nuclear * g)
+                self._add(pair, masters, self.truncation.nuclear, *trp.nuclear_gradient(*self._values(pair, masters)))
             for name in self.matrices:
                 masters.add_gradient(name, self.truncation.nuclear * trp.nuclear_gradient_dense(masters.value(name)))
         if self.ordered is not None and self.ordered.lasso:
             for pair in self.pairs:
                 a, b = self._values(pair, masters)
-                masters.add_gradient(self.names[id(pair.a)], self.ordered.lasso * ordering.lasso_gradient(a))
-                masters.add_gradient(self.names[id(pair.b)], self.ordered.lasso * ordering.lasso_gradient(b.t()).t())
+                self._add(pair, masters, self.ordered.lasso, ordering.lasso_gradient(a), ordering.lasso_gradient(b.t()).t())
 
     @torch.no_grad()
     def after(self, masters: Masters, step: int) -> None:
@@ -93,7 +96,7 @@ class Regularisers:
         ranks = {}
         for pair in self.pairs:
             a, b, ranks[pair.name] = trp.truncate(*self._values(pair, masters), self.truncation.energy)
-            masters.replace(self.names[id(pair.a)], a)
+            masters.replace(self.names[id(pair.a)], torch.cat([a, masters.value(self.names[id(pair.a)])[:, pair.rank :]], 1))
             masters.replace(self.names[id(pair.b)], b)
         for name in self.matrices:
             w, ranks[name] = trp.truncate_dense(masters.value(name), self.truncation.energy)
@@ -106,12 +109,12 @@ class Regularisers:
         ranks = self._truncate(masters) if self.truncation is not None else {}
         if self.ordered is not None:
             for pair in self.pairs:
-                left = ordering.rank_left(pair.a, pair.b, self.ordered.cut)
+                left = ordering.rank_left(pair.left, pair.b, self.ordered.cut)
                 ranks[pair.name] = min(left, ranks.get(pair.name, left))
         for pair in self.pairs:
-            rank = ranks.get(pair.name, pair.a.shape[1])
-            if rank < pair.a.shape[1]:
-                pair.a[:, rank:] = 0
+            rank = ranks.get(pair.name, pair.rank)
+            if rank < pair.rank:
+                pair.left[:, rank:] = 0
                 pair.b[rank:] = 0
                 shrink = getattr(pair.module, "shrink", None)
                 if shrink is not None:
@@ -119,7 +122,13 @@ class Regularisers:
         return ranks
 
     def _values(self, pair: Pair, masters: Masters) -> tuple[Tensor, Tensor]:
-        return masters.value(self.names[id(pair.a)]), masters.value(self.names[id(pair.b)])
+        return masters.value(self.names[id(pair.a)])[:, : pair.rank], masters.value(self.names[id(pair.b)])
+
+    def _add(self, pair: Pair, masters: Masters, weight: float, a: Tensor, b: Tensor) -> None:
+        """Add `weight` times the gradients a (N, r) and b (r, K)."""
+        behind = pair.a.shape[1] - pair.rank
+        masters.add_gradient(self.names[id(pair.a)], weight * (torch.nn.functional.pad(a, (0, behind)) if behind else a))
+        masters.add_gradient(self.names[id(pair.b)], weight * b)
 
 
 class Trainer:

@@ -72,6 +72,20 @@ def batches(calibration: Any) -> list[Batch]:
     return found
 
 
+def check_ids(model: nn.Module, found: Iterable[Batch]) -> None:
+    """Raise CalibrationError (E-CAL-VOCAB) where token ids lie outside of the model's embedding: they are of another model's tokenizer."""
+    table = model.get_input_embeddings() if callable(getattr(model, "get_input_embeddings", None)) else None
+    count = getattr(table, "num_embeddings", None)
+    for item in found if count else ():
+        ids = item if isinstance(item, Tensor) else item.get("input_ids")
+        if not isinstance(ids, Tensor) or ids.is_floating_point() or not ids.numel():
+            continue
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= count:
+            cause = f"the calibration data has the token {low if low < 0 else high}, and the model's vocabulary has {count}"
+            raise CalibrationError("E-CAL-VOCAB", cause, "tokenize the text with the tokenizer of this model")
+
+
 def run(model: nn.Module, batch: Batch, call: Callable[..., Any] | None = None) -> None:
     """One forward pass without a cache; `Stop` raised by a hook ends it early. `call` is called in the model's place, where given."""
     # parameters on meta: a skeleton whose blocks are loaded one after another

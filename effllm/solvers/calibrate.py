@@ -54,9 +54,10 @@ def calibrated(
     targets: whether moments get `cross`, the dense model's inputs against those of the packed prefix (sequential modules only).
     solver: called with the weight (N, K), the module's parameters and its moments.
     Returns per module how it was solved: "sequential", "one-pass" or "unseen" (data-free: no calibration input reached it).
-    Raises CalibrationError: E-CAL-SHORT, E-CAL-FORM; E-CAL-UNSEEN where a module with solver="gptq" saw no input.
+    Raises CalibrationError: E-CAL-SHORT, E-CAL-FORM, E-CAL-VOCAB; E-CAL-UNSEEN where a module with solver="gptq" saw no input.
     """
     inputs = blocks.batches(calibration)
+    blocks.check_ids(model, inputs)
     job = _Job(covered, install, progress, around, targets, solver)
     with _evaluating(model):
         for prefix, members in blocks.lists(model, covered).items():

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import pty
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +15,7 @@ import pytest
 from tests.hf.tiny import tiny_dir, tiny_text
 
 FOLDER = Path(__file__).resolve().parent.parent.parent / "examples"
-TESTED = {"compress_and_generate", "backend_only", "choose_a_recipe", "recover_quality", "prefill_many_prompts"}
+TESTED = {"compress_and_generate", "backend_only", "choose_a_recipe", "recover_quality", "editor", "prefill_many_prompts"}
 
 
 @pytest.fixture(scope="module")
@@ -56,3 +61,31 @@ def test_recover_quality(model):
 def test_prefill_many_prompts(model):
     figures = load("prefill_many_prompts").main(model, 6, 3)  # raises where packed and padded answers differ
     assert figures["tokens"] < figures["padded_tokens"]
+
+
+def test_editor_in_a_terminal(model, tmp_path):
+    """Typed into a real terminal: changes show their time beside a full reading, errors leave the file, `w` writes it."""
+    file = tmp_path / "code.txt"
+    file.write_text("".join(f"w{i} w{i + 1} w{i + 2}\n" for i in range(40)))
+    master, slave = pty.openpty()
+    command = [sys.executable, str(FOLDER / "editor.py"), str(file), "--model", model]
+    env = os.environ | {"PYTHONPATH": str(FOLDER.parent), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdin=slave, stdout=slave, stderr=subprocess.PIPE, env=env, text=True) as child:
+        os.close(slave)
+        os.write(master, b"i 3 w50 w51\nc 1 w9\nd 20\nd 99\ns\nr\nw\nq\n")
+        shown = b""
+        while True:
+            try:
+                shown += os.read(master, 4096)
+            except OSError:  # the terminal is gone: the program has ended
+                break
+        assert child.wait(timeout=60) == 0, child.stderr.read()
+    os.close(master)
+    lines = [line for line in shown.decode().splitlines() if "tokens in" in line and "everything" in line]
+    assert len(lines) == 3
+    for line, total in zip(lines, (122, 120, 117), strict=True):
+        encoded, tokens = re.match(r"(\d+) of (\d+) tokens in \d+ ms; reading everything took \d+ ms \(\d+ %\)", line).groups()
+        assert int(tokens) == total and int(encoded) <= 4
+    assert b"no line '99'" in shown and b"next line:" in shown and b"read 117 tokens" in shown
+    after = file.read_text().splitlines()
+    assert after[:3] == ["w9", "w1 w2 w3", "w50 w51"] and len(after) == 40 and "w18 w19 w20" not in after

@@ -25,6 +25,7 @@ _LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_f
 _LONG = {"rope_type": "longrope", "factor": 8.0, "original_max_position_embeddings": 64}
 _SHORT, _FAR = [1.0 + 0.1 * i for i in range(8)], [1.0 + 0.9 * i for i in range(8)]
 
+# ruff: noqa: E501 - a table
 # name -> (model, scaling, layout, channels, factor, limit)
 PROVED: dict[str, tuple[Callable[[], Any], str, str, int, float, int | None]] = {
     "llama": (llama(), "default", "half", 16, 1.0, None),
@@ -59,8 +60,8 @@ def exact(model: Any) -> Any:
     for m in model.modules():
         if hasattr(m, "inv_freq") and hasattr(m, "attention_scaling"):
 
-            def forward(x: torch.Tensor, positions: torch.Tensor, m: Any = m) -> tuple[torch.Tensor, torch.Tensor]:
-                angles = positions[..., None].double() * m.inv_freq.double()
+            def forward(x: torch.Tensor, position_ids: torch.Tensor, m: Any = m) -> tuple[torch.Tensor, torch.Tensor]:
+                angles = position_ids[..., None].double() * m.inv_freq.double()
                 both = torch.cat((angles, angles), -1)
                 return (both.cos() * m.attention_scaling).to(x.dtype), (both.sin() * m.attention_scaling).to(x.dtype)
 

@@ -41,6 +41,13 @@ def cases() -> list[Problem]:
             m, n, k = shapes[1 + (i + 2 * j) % 5]
             scale_dtype = F32 if i == 2 else F16
             found.append(ops.problem("nm_bipolar_linear", n, k, keep, of, m=m, dtype=dtype, bits=bits, group=group, affine=affine, scale_dtype=scale_dtype))
+    # groups that are whole words of columns, where AVX-512 multiplies codes as they are; and 6:8, whose groups are not
+    words = [(4, 8, 8, 0, False), (4, 8, 8, 32, True), (4, 8, 4, 128, False), (8, 16, 3, 64, True), (1, 4, 6, 16, False)]
+    words += [(6, 8, 8, 0, True), (6, 8, 8, 128, False)]
+    for i, (keep, of, bits, group, affine) in enumerate(words):
+        m, n, k = [(1, 9, 1088), (2, 6, 336), (5, 5, 400), (1, 4, 208)][i % 4]
+        for dtype in (BF16, F32):
+            found.append(ops.problem("nm_bipolar_linear", n, k, keep, of, m=m, dtype=dtype, bits=bits, group=group, affine=affine))
     for i, block in enumerate((16, 32, 64)):
         for j, dtype in enumerate((BF16, F32)):
             found.append(ops.problem("armor_linear", 64, 192, 2, 4, m=(1, 5, 40)[(i + j) % 3], dtype=dtype, values=BF16, block=block))

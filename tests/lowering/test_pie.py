@@ -12,7 +12,7 @@ from effllm.lowering.pie import attention_problem, pie_problem
 from effllm.runtime.rotary import change_angles, rotate, shift_angles, turns
 
 providers.load("cpu")
-HERE = {op: [p for p in OPS[op].providers.values() if p.device in ("any", "cpu")] for op in ("pie_apply", "segment_attention")}
+HERE = {op: [p for p in OPS[op].providers.values() if p.device in ("any", "cpu")] for op in ("pie_apply", "rotated_attention")}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LAYOUTS = ("half", "interleaved")
 
@@ -106,8 +106,8 @@ def test_two_frequency_rule() -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("mask", ["none", "bool", "float"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("provider", HERE["segment_attention"], ids=lambda p: p.name)
-def test_segment_attention(provider: Provider, dtype: torch.dtype, mask: str, layout: str) -> None:
+@pytest.mark.parametrize("provider", HERE["rotated_attention"], ids=lambda p: p.name)
+def test_rotated_attention(provider: Provider, dtype: torch.dtype, mask: str, layout: str) -> None:
     q = made(2, 6, 3, 40, seed=1).to(dtype)
     k, v = (made(2, 70, 2, 40, seed=s).to(dtype).transpose(1, 2) for s in (2, 3))
     usable(provider, attention_problem(q, 10))
@@ -124,12 +124,12 @@ def test_segment_attention(provider: Provider, dtype: torch.dtype, mask: str, la
     true = score.softmax(-1) @ v.double().repeat_interleave(3, 1)
     plain = torch.nn.functional.scaled_dot_product_attention(q, moved.to(dtype), v.repeat_interleave(3, 1), m, scale=0.3)
     y = provider.call(q, k, v, m, row, cos, sin, layout, 0.3)
-    assert distance(y, true) <= 2 * distance(plain, true) + OPS["segment_attention"].tolerance[dtype] / 10
+    assert distance(y, true) <= 2 * distance(plain, true) + OPS["rotated_attention"].tolerance[dtype] / 10
     swapped = provider.call(q, k, v, m, row.flip(0), cos, sin, layout, 0.3)
     assert distance(swapped, true) > 0.1
 
 
-@pytest.mark.parametrize("provider", HERE["segment_attention"], ids=lambda p: p.name)
+@pytest.mark.parametrize("provider", HERE["rotated_attention"], ids=lambda p: p.name)
 def test_masked_keys_are_not_read(provider: Provider) -> None:
     """Unused slots may hold anything; a query that sees the other keys sees no NaN."""
     q, k, v = made(1, 4, 1, 16).float(), made(1, 2, 9, 16, seed=1).float(), made(1, 2, 9, 16, seed=2).float()
@@ -164,4 +164,4 @@ def test_opcheck(provider: Provider) -> None:
     row, (cos, sin) = torch.zeros(9, dtype=torch.int32), turns(shift_angles([0, 4], omega(8)))
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(own.pie_apply.default, (k, None, row, cos, sin, True), test_utils=tests)
-    torch.library.opcheck(own.segment_attention.default, (q, k, k, None, row, cos, sin, True, 0.25), test_utils=tests)
+    torch.library.opcheck(own.rotated_attention.default, (q, k, k, None, row, cos, sin, True, 0.25), test_utils=tests)

@@ -92,10 +92,7 @@ template <Type T> struct Bitmap {
     if (at.bits < 16) scales(record + at.kscale, t, least, step);
     for (int64_t i = 0; i < c.d; ++i) {
       if (at.bits == 16) from = expand<T>(maps[i], from, tile);
-      else {
-        from = levels(maps[i], from, tile);
-        restore(maps[i], tile, [&](int j) { return least[j]; }, [&](int j) { return step[j]; });
-      }
+      else from = restore(maps[i], from, least, step, 1, tile);
       for (int64_t r = 0; r < rows; ++r) axpy(s + r * BLOCK, q[r * c.d + i], tile, 64);
     }
   }
@@ -123,10 +120,7 @@ template <Type T> struct Bitmap {
       for (int64_t w = 0; w < tiles; ++w) {
         const uint64_t m = maps[i * tiles + w];
         if (at.bits == 16) from = expand<T>(m, from, tile);
-        else {
-          from = levels(m, from, tile);
-          restore(m, tile, [&](int) { return least[i]; }, [&](int) { return step[i]; });
-        }
+        else from = restore(m, from, least + i, step + i, 0, tile);
         for (int64_t r = 0; r < rows; ++r) axpy(acc + r * width + 64 * w, p[r * BLOCK + i], tile, 64);
       }
   }
@@ -141,35 +135,40 @@ template <Type T> struct Bitmap {
     if (at.bits == 16) return base + t * at.keep * (T == Type::f32 ? 4 : 2);
     if (at.bits == 8) { std::memcpy(codes.data(), base + t * at.keep, static_cast<size_t>(count)); return codes.data(); }
     const uint8_t* packed = base + t * at.keep / 2;
-    for (int64_t i = 0; i < count / 2; ++i) codes[static_cast<size_t>(2 * i)] = packed[i] & 15, codes[static_cast<size_t>(2 * i + 1)] = packed[i] >> 4;
+    for (int64_t i = 0; i < count / 2; ++i) {
+      const uint16_t two = static_cast<uint16_t>((packed[i] & 15) | (packed[i] >> 4) << 8);  // first element at the lower address
+      std::memcpy(codes.data() + 2 * i, &two, 2);
+    }
     return codes.data();
   }
   static void scales(const uint8_t* base, int64_t t, float* least, float* step) {
     for (int64_t i = 0; i < 64; ++i) least[i] = load_as_float(base, 2 * (t + i), Type::f16), step[i] = load_as_float(base, 2 * (t + i) + 1, Type::f16);
   }
-  // Codes at their places among 64 floats.
-  static const uint8_t* levels(uint64_t map, const uint8_t* from, float* out) {
+  // The next elements of a tile from codes, one a byte: +-(least + level step) where the map has a bit, else zero. `stride` 1: one scale an element
+  // of the tile (keys), 0: one for all of it (values).
+  const uint8_t* restore(uint64_t map, const uint8_t* from, const float* least, const float* step, int stride, float* out) const {
+    const int half = 1 << (at.bits - 1);
 #if defined(__AVX512VBMI2__)
-    const __m512i x = _mm512_maskz_expand_epi8(map, _mm512_loadu_si512(from));
     alignas(64) uint8_t bytes[64];
-    _mm512_store_si512(bytes, x);
-#pragma omp simd
-    for (int i = 0; i < 64; ++i) out[i] = bytes[i];
+    _mm512_store_si512(bytes, _mm512_maskz_expand_epi8(map, _mm512_loadu_si512(from)));
+    const __m512i sign = _mm512_set1_epi32(half), levels = _mm512_set1_epi32(half - 1), flip = _mm512_set1_epi32(static_cast<int>(0x80000000u));
+    for (int part = 0; part < 4; ++part) {
+      const __m512i code = _mm512_cvtepu8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(bytes) + part));
+      const __m512 l = stride ? _mm512_loadu_ps(least + 16 * part) : _mm512_set1_ps(*least), d = stride ? _mm512_loadu_ps(step + 16 * part) : _mm512_set1_ps(*step);
+      const __m512i x = _mm512_castps_si512(_mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_and_si512(code, levels)), d, l));
+      const __m512i y = _mm512_mask_xor_epi32(x, _mm512_test_epi32_mask(code, sign), x, flip);
+      _mm512_storeu_ps(out + 16 * part, _mm512_castsi512_ps(_mm512_maskz_mov_epi32(static_cast<__mmask16>(map >> (16 * part)), y)));
+    }
     return from + __builtin_popcountll(map);
 #else
     std::memset(out, 0, 256);
-    for (uint64_t m = map; m; m &= m - 1) out[__builtin_ctzll(m)] = *from++;
+    for (uint64_t m = map; m; m &= m - 1) {
+      const int i = __builtin_ctzll(m), code = *from++;
+      const float x = least[i * stride] + static_cast<float>(code & (half - 1)) * step[i * stride];
+      out[i] = code & half ? -x : x;
+    }
     return from;
 #endif
-  }
-  template <class Least, class Step> void restore(uint64_t map, float* tile, Least&& least, Step&& step) const {
-    const float half = static_cast<float>(1 << (at.bits - 1));
-#pragma omp simd
-    for (int i = 0; i < 64; ++i) {
-      const bool negative = tile[i] >= half;
-      const float level = negative ? tile[i] - half : tile[i], x = least(i) + level * step(i);
-      tile[i] = map >> i & 1 ? (negative ? -x : x) : 0.f;
-    }
   }
 
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)

@@ -67,7 +67,9 @@ def _matryoshka(spec: str, heads: int, dim: int, dtype: torch.dtype) -> tuple[in
     return (fmt.page, *fmt.ranks(heads, dim), at["k"], at["v"])
 
 
-def _call_mustafar(ops: Any, q: Tensor, pages: Tensor, ring: Tensor, lens: Tensor, tables: list[Tensor], mask: Tensor | None, scale: float, spec: str) -> Tensor:
+def _call_mustafar(
+    ops: Any, q: Tensor, pages: Tensor, ring: Tensor, lens: Tensor, tables: list[Tensor], mask: Tensor | None, scale: float, spec: str
+) -> Tensor:  # fmt: skip
     y: Tensor = ops.kv_attend_bitmap(q, pages, ring, lens, mask, scale, *_mustafar(spec, ring.shape[2], ring.shape[4], ring.dtype))
     return y
 
@@ -77,7 +79,9 @@ def _call_bfp(ops: Any, q: Tensor, pages: Tensor, ring: Tensor, lens: Tensor, ta
     return y
 
 
-def _call_matryoshka(ops: Any, q: Tensor, pages: Tensor, ring: Tensor, lens: Tensor, tables: list[Tensor], mask: Tensor | None, scale: float, spec: str) -> Tensor:
+def _call_matryoshka(
+    ops: Any, q: Tensor, pages: Tensor, ring: Tensor, lens: Tensor, tables: list[Tensor], mask: Tensor | None, scale: float, spec: str
+) -> Tensor:  # fmt: skip
     page, k, v, kat, vat = _matryoshka(spec, ring.shape[2], ring.shape[4], ring.dtype)
     y: Tensor = ops.kv_attend_matryoshka(q, pages, ring, lens, *tables, mask, scale, page, k, v, kat, vat)
     return y

@@ -13,6 +13,7 @@
 #include <optional>
 
 #include "blockdiag.h"
+#include "nm_codes.h"
 #include "nm_rows.h"
 #include "nm_tiles.h"
 
@@ -26,6 +27,7 @@ using V = effllm::EFFLLM_ISA;
 
 constexpr int64_t kDenseBytes = 4 << 20;
 constexpr int64_t kTokens = 32;  // at a time: their sums of one block of rows stay in the first-level cache
+constexpr int64_t kDecoded = 6;  // tokens from which decoding a row once for all of them costs less
 
 Type type_of(const Tensor& t) {
   const ScalarType s = t.scalar_type();
@@ -117,6 +119,10 @@ struct Rows final : Core {
   void many(int64_t from, int64_t to, int64_t m0, int64_t m1, float* out, int64_t ldo) const override {
 #ifdef EFFLLM_NM_WIDE
     if (wide) { effllm::rows_times_bf16(w, from, to, xh.data() + m0 * ld, ld, m1 - m0, out, ldo); return; }
+    if (V::fast_bf16 && m1 - m0 < kDecoded && effllm::aligned(w)) {
+      effllm::rows_times_codes(w, from, to, xf.data() + m0 * ld, ld, m1 - m0, out, ldo);
+      return;
+    }
 #endif
     effllm::rows_times<V>(w, from, to, xf.data() + m0 * ld, ld, m1 - m0, out, ldo);
   }

@@ -59,7 +59,8 @@ def symbols_of(problem: Problem, isa: str = "") -> dict[str, float]:
     keep, of = int(found["keep"]), int(found["of"])
     bits = of if nm.index_kind(keep, of) == "bitmap" else keep * nm.WIDTHS[of]
     narrow = problem.dtype == torch.bfloat16 and ("values", "bfloat16") in problem.detail
-    fast = isa == "avx512" and narrow and {"avx512_bf16", "avx512_vbmi2"} <= build.cpu_flags()
+    words = problem.bits > 0 and problem.group % max(1, 64 * keep // of) == 0  # groups of codes that are whole words of columns; 0 is the whole row
+    fast = isa == "avx512" and (narrow or words) and {"avx512_bf16", "avx512_vbmi2"} <= build.cpu_flags()
     return found | {"index_bits": bits / of, "fast": float(fast), "coded": int(problem.bits > 0)}
 
 

@@ -5,7 +5,8 @@
     registers  every token reads the compressed weight; its bytes come from memory once, then from the second-level cache
     expand     the weight becomes dense once, PyTorch's product does the rest
 
-Instructions are per kept weight and token: those of the inner loops, with the table lookups and the conversions.
+Instructions are per kept weight and token: those of the inner loops, with the table lookups and the conversions. Codes of rows whose
+groups are whole words of columns (nm_codes.h) are multiplied as they are by up to DECODED tokens, then decoded once for all.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from effllm.kernels.cpu.cost import ISSUE, PRODUCT, SINGLE, THREADS, WAKE
 KEEP, OF, VALUE_BYTES, INDEX_BITS, BLOCK, FAST = sympy.symbols("keep of value_bytes index_bits block fast", positive=True)
 CODED = sympy.Symbol("coded", integer=True)  # 1 for codes, 0 for floating-point values (`bits` counts as positive everywhere)
 PATHS = ("registers", "expand")
+DECODED = 6  # kDecoded in nm.cpp
 
 _SPREAD = {"avx512": 0.25, "avx2": 0.9, "portable": 4.0}  # instructions of a dense column: spreading 16 to their places
 _DOT = {"avx512": 0.0625, "avx2": 0.13, "portable": 0.25}
@@ -50,7 +52,11 @@ def _model(path: str, isa: str, tiles: bool) -> Model:
         instructions = M * (per_token + K * (0.5 + CODED))
     else:
         wide = dense / 32 * (2 + M)
-        instructions = sympy.Piecewise((wide, sympy.Eq(FAST, 1)), (kept * _DECODE[isa] + dense * (sympy.ceiling(M / 4) * _SPREAD[isa] + M * _DOT[isa]), True))
+        words = dense / 64 * 22 * M
+        as_they_are = sympy.Eq(FAST, 1) & sympy.Eq(CODED, 1) & (M < DECODED)
+        decoded = kept * _DECODE[isa] + dense * (sympy.ceiling(M / 4) * _SPREAD[isa] + M * _DOT[isa])
+        bf16 = sympy.Eq(FAST, 1) & sympy.Eq(CODED, 0)
+        instructions = sympy.Piecewise((words, as_they_are), (wide, bf16), (decoded, True))
     instructions += M * (N + K) * BLOCK / 16 * 2 * (1 if isa == "avx512" else 2)
     stored = weight_bytes()
     nbytes = stored + M * (K * ACT + N * OUT)

@@ -1,12 +1,12 @@
 // Rotary keys at new positions: rotate them while they are gathered, or rotate the query instead and read them as they lie.
 //
 // Maths     pie_apply          out[b, g, t] = R(row[t]) k[b, g, source[t]]
-//           segment_attention  o = softmax(scale * (R(-row[s]) q) . k[s] + mask) v, since q . R(a) k = R(-a) q . k
+//           rotated_attention  o = softmax(scale * (R(-row[s]) q) . k[s] + mask) v, since q . R(a) k = R(-a) q . k
 //           R turns the first 2 * P channels by pairs: (c, c + P) for "half", (2c, 2c + 1) for "interleaved"; the others pass.
 // Layout    k, v (B, G, S, D) and q (B, H, Q, D) with any strides but a dense last dimension; H = G * repeat. source int64 (T), negative:
 //           zeros, or absent: the token itself. row int32 or int64 (T or S). cos, sin float32 (A, P), rounded from fp64 angles.
 // Mask      as in attention.cpp: absent, bool (true: attend) or added; keys that no query attends to are not read.
-// Bytes     pie_apply: 2 * B * G * T * D * element size. segment_attention: those of k and v, as without segments.
+// Bytes     pie_apply: 2 * B * G * T * D * element size. rotated_attention: those of k and v, as without segments.
 // Numerics  fp32, one rounding to the output's dtype; cos 1 and sin 0 give the input back exactly. A query is rotated once per table row
 //           that its keys use, in fp32 and never rounded.
 #include "attention.h"
@@ -131,7 +131,7 @@ void one_head(const View& q, const View& k, const View& v, const Mask& mask, con
   finish<T>(scores.data(), v, b, hk, repeat, queries, keys, d, out, heads);
 }
 
-Tensor segment_attention(const Tensor q, const Tensor k, const Tensor v, std::optional<Tensor> mask, const Tensor row, const Tensor cos, const Tensor sin, bool half, double scale) {
+Tensor rotated_attention(const Tensor q, const Tensor k, const Tensor v, std::optional<Tensor> mask, const Tensor row, const Tensor cos, const Tensor sin, bool half, double scale) {
   const int64_t batch = q.size(0), heads = q.size(1), queries = q.size(2), d = q.size(3), kv = k.size(1), keys = k.size(2);
   const Type type = check(q, k, v);
   const Turns turns = turns_of(cos, sin, half, d);
@@ -155,9 +155,9 @@ Tensor segment_attention(const Tensor q, const Tensor k, const Tensor v, std::op
 
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
   m.def("pie_apply(Tensor k, Tensor? source, Tensor row, Tensor cos, Tensor sin, bool half) -> Tensor");
-  m.def("segment_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor row, Tensor cos, Tensor sin, bool half, float scale) -> Tensor");
+  m.def("rotated_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor row, Tensor cos, Tensor sin, bool half, float scale) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) {
   m.impl("pie_apply", TORCH_BOX(&pie_apply));
-  m.impl("segment_attention", TORCH_BOX(&segment_attention));
+  m.impl("rotated_attention", TORCH_BOX(&rotated_attention));
 }

@@ -19,20 +19,20 @@ def pie_apply(k: Tensor, source: Tensor | None, row: Tensor, cos: Tensor, sin: T
     return k.new_empty(k.shape[0], k.shape[1], row.shape[0], k.shape[3])
 
 
-def segment_attention(
+def rotated_attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, row: Tensor, cos: Tensor, sin: Tensor, half: bool, scale: float
 ) -> Tensor:
     """Fake of the C++ op."""
     return q.new_empty(q.shape)
 
 
-FAKES: tuple[Callable[..., Tensor], ...] = (pie_apply, segment_attention)
+FAKES: tuple[Callable[..., Tensor], ...] = (pie_apply, rotated_attention)
 
 
 def register(ensure: Callable[[Isa], None]) -> None:
     """Add a provider per build; nothing is built yet."""
     for rank, isa in enumerate(reversed(ISAS), start=1):
-        for op in ("pie_apply", "segment_attention"):
+        for op in ("pie_apply", "rotated_attention"):
             OPS[op].register(_provider(op, isa, rank, ensure))
 
 

@@ -86,15 +86,7 @@ template <Type T> void write_block(const float* acc, const float* more, const fl
     }
     if (more)
       for (int64_t j = 0; j < count; ++j) plain[j] += more[c + j];
-    if (bias)
-      for (int64_t j = 0; j < count; ++j) plain[j] += bias[c + j];
-    if (type == Type::bf16) {
-      auto* to = static_cast<uint16_t*>(y) + at + c;
-#pragma omp simd
-      for (int64_t j = 0; j < count; ++j) to[j] = effllm::float_to_bf16(plain[j]);
-    } else {
-      for (int64_t j = 0; j < count; ++j) effllm::store_from_float(y, at + c + j, type, plain[j]);
-    }
+    write(plain, bias ? bias + c : nullptr, y, at + c, count, type);
   }
 }
 

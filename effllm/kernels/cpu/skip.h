@@ -162,6 +162,21 @@ inline Tensor shaped(const Tensor& y, const Tensor& x) {
   return torch::stable::view(y, shape);
 }
 
+// count sums, and a bias or none, to y[at ..].
+inline void write(float* sums, const float* bias, void* y, int64_t at, int64_t count, Type type) {
+  if (bias)
+    for (int64_t j = 0; j < count; ++j) sums[j] += bias[j];
+  if (type == Type::bf16) {
+    auto* to = static_cast<uint16_t*>(y) + at;
+#pragma omp simd
+    for (int64_t j = 0; j < count; ++j) to[j] = float_to_bf16(sums[j]);
+  } else if (type == Type::f32) {
+    std::memcpy(static_cast<float*>(y) + at, sums, static_cast<size_t>(count) * 4);
+  } else {
+    for (int64_t j = 0; j < count; ++j) store_from_float(y, at + j, type, sums[j]);
+  }
+}
+
 // One core reads some 20 bytes a nanosecond; a thread is worth waking for 3 us.
 inline int64_t threads_for(int64_t asked, double nbytes) {
   const auto most = static_cast<int64_t>(torch::stable::get_num_threads());

@@ -1,4 +1,4 @@
-"""CPU providers of the ops of activation sparsity: any build, weights in floating point or 2, 4 and 8 bits wide.
+"""CPU providers of the ops of activation sparsity: any build, weights in floating point or codes of 1 to 8 bits, 4 or 8 wide.
 
 A configuration is {"threads": t, "block": outputs}: threads 0 for as many as the work is worth, block the outputs (of kernels that skip
 outputs: rows) of one task.
@@ -64,8 +64,6 @@ def supports(problem: Problem, isa: Isa) -> Verdict:
         return Verdict(False, f"weights are {dict(problem.detail).get('values')}, not float32, bfloat16 or float16")
     if problem.bits and problem.group not in (bipolar.CHANNEL, *bipolar.GROUPS):
         return Verdict(False, f"groups of {problem.group}, the kernels read {bipolar.GROUPS} or whole channels")
-    if problem.op == "sparse_up_bipolar_linear" and problem.group == 16:
-        return Verdict(False, "rows of groups of 16 have no kernel: a product joins 32 columns of one group")
     return YES
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effllm.kernels.triton import launch, lowrank_launch, monarch_launch, nm_ops, ops, segments_launch
+from effllm.kernels.triton import launch, lowrank_launch, monarch_launch, nm_ops, ops, pie, segments_launch, skip_ops
 from effllm.kernels.triton.choose import TritonTuning
 from effllm.kernels.triton.lowrank_cost import LowrankTritonTuning
 from effllm.kernels.triton.monarch_choose import MonarchTritonTuning
@@ -104,7 +104,9 @@ def register() -> None:
     for op in (bipolar_linear.LINEAR, bipolar_linear.LINEAR_A8):
         op.register(Provider("triton", op.name, "cuda", "words", supports, calls[op.name], TritonTuning(), late=True, rank=10))
     nm_ops.register()
+    pie.register()
     segments_launch.register()
+    skip_ops.register()
     name = lowrank_linear.LOWRANK.name
     lowrank_linear.LOWRANK.register(Provider("triton", name, "cuda", "dense", supports_lowrank, _lowrank, LowrankTritonTuning(), late=True, rank=10))
     tuning = MonarchTritonTuning()

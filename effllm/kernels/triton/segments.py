@@ -21,11 +21,11 @@ import triton.language as tl
 
 
 @triton.jit
-def packed_attention_kernel(
+def packed_attention_kernel(  # type: ignore[no-untyped-def]
     q, k, v, table, out, S, H, qh, qt, kh, kt, vh, vt, scale, softcap, window,
     R: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, DP: tl.constexpr, DVP: tl.constexpr, SP: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, IEEE: tl.constexpr,
-):  # type: ignore[no-untyped-def]  # fmt: skip
+):  # fmt: skip
     """One block of rows of one segment and key head."""
     BQ: tl.constexpr = BM // R
     block, head = tl.program_id(0), tl.program_id(1)

@@ -114,7 +114,7 @@ def power_iteration(e: Tensor, rank: int, loops: int) -> tuple[Tensor, Tensor]:
 
     Starts from the same seeded matrix each time, so a page's bytes depend on the page alone. Zero where e is zero.
     """
-    m, n = e.shape[-2:]
+    n = e.shape[-1]
     if rank == 0:
         return e.new_zeros(*e.shape[:-1], 0), e.new_zeros(*e.shape[:-2], n, 0)
     p = torch.randn(n, rank, generator=torch.Generator().manual_seed(0)).to(e).expand(*e.shape[:-2], n, rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -51,7 +52,7 @@ def read_edits(edits: Iterable[Sequence[object]], length: int, vocabulary: int) 
                 raise EditError("E-EDT-TOKEN", f"token id {i} is outside of the vocabulary of {vocabulary}", "encode the text with the model's own tokenizer")
         found.append(read)
     found.sort(key=lambda e: (e.start, e.stop))
-    for a, b in zip(found, found[1:], strict=False):
+    for a, b in itertools.pairwise(found):
         if b.start < a.stop or (b.start, b.stop) == (a.start, a.stop):
             cause = f"edits [{a.start}, {a.stop}) and [{b.start}, {b.stop}) overlap"
             raise EditError("E-EDT-OVERLAP", cause, "join them into one, or apply them one after the other")

@@ -43,7 +43,7 @@ class Slots:
     def take(self, count: int) -> list[int]:
         """The lowest free slots. They are not marked as used."""
         used = set(self.order)
-        free = []
+        free: list[int] = []
         at = 0
         while len(free) < count:
             if at >= self.size:

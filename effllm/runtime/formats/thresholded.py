@@ -32,8 +32,8 @@ _PARTS = {"dense": dense, "bipolar": bipolar}
 
 
 def make(
-    weight: Packed, threshold: Tensor | None, *, colnorm: Tensor | None = None, u: Tensor | None = None, v: Tensor | None = None, side: str = "in", limit: int = LIMIT,
-    method: str = "", target: float = 0.0, realised: float = 0.0,
+    weight: Packed, threshold: Tensor | None, *, colnorm: Tensor | None = None, u: Tensor | None = None, v: Tensor | None = None,
+    side: str = "in", limit: int = LIMIT, method: str = "", target: float = 0.0, realised: float = 0.0,
 ) -> Packed:  # fmt: skip
     """Join a dense or bipolar weight (N, K) with its thresholds."""
     tensors = {key: t for key, t in (("threshold", threshold), ("colnorm", colnorm), ("u", u), ("v", v)) if t is not None}
@@ -73,7 +73,8 @@ def validate(packed: Packed) -> None:
     if a.get("side") not in ("in", "out") or type(a.get("limit")) is not int or a["limit"] < -1:
         raise bad(f"side={a.get('side')!r}, limit={a.get('limit')!r}")
     own = {key: x for key, x in t.items() if "." not in key}
-    if set(own) - {"threshold", "colnorm", "u", "v"} or ("threshold" in own) != (a["side"] == "in") or ("u" in own) != ("v" in own) or (a["side"] == "out" and own):
+    one_sided = ("threshold" in own) == (a["side"] == "in") and not (a["side"] == "out" and own)
+    if set(own) - {"threshold", "colnorm", "u", "v"} or not one_sided or ("u" in own) != ("v" in own):
         raise bad(f"its tensors are {sorted(t)}")
     if "threshold" in own and (own["threshold"].dtype != torch.float32 or tuple(own["threshold"].shape) not in ((1,), (k,))):
         raise bad(f"threshold is {own['threshold'].dtype} {tuple(own['threshold'].shape)}")

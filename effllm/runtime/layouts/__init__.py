@@ -14,12 +14,20 @@ from __future__ import annotations
 from types import ModuleType
 
 from effllm.errors import KernelError, nearest
-from effllm.runtime.layouts import input_major, nm_plain, nm_rows, nm_tiles, nm_words, planes, row_major, tile16, words
+from effllm.runtime.layouts import input_major, nm_plain, nm_rows, nm_semi, nm_tiles, nm_words, planes, row_major, tile16, words
 
 LAYOUTS: dict[str, ModuleType] = {
-    "planes": planes, "tile16": tile16, "words": words, "nm_plain": nm_plain, "nm_rows": nm_rows, "nm_tiles": nm_tiles, "nm_words": nm_words,
-    "input_major": input_major, "row_major": row_major,
-}  # fmt: skip
+    "input_major": input_major,
+    "nm_plain": nm_plain,
+    "nm_rows": nm_rows,
+    "nm_semi": nm_semi,
+    "nm_tiles": nm_tiles,
+    "nm_words": nm_words,
+    "planes": planes,
+    "row_major": row_major,
+    "tile16": tile16,
+    "words": words,
+}
 
 
 def get(name: str) -> ModuleType:

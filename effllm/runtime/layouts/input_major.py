@@ -1,11 +1,11 @@
 """Codes by input channel, for kernels that skip inputs: the codes of one channel, packed along the outputs, are contiguous bytes.
 
-Codes are stored 2, 4 or 8 bits wide (`width`: the next of these). A unit of 64 bytes, seen as 16 little-endian words, holds 512 / width
-outputs of one channel:
+Codes are stored 4 or 8 bits wide (`width`: the next of these). A unit of 64 bytes holds 512 / width outputs of one channel; with
+per = 8 / width codes in a byte,
 
-    bits a * width .. of word l of unit u   hold the code of output u * 512 / width + 16 * a + l
+    bits j * width .. of byte 16 q + 4 r + i of unit u   hold the code of output u * 512 / width + 16 * (r * per + j) + 4 q + i
 
-so that masking one field of a register gives 16 consecutive outputs, and two channels share the 16-bit halves of a word after one blend.
+so that four channels, interleaved byte by byte within 16 bytes, give registers of 16 consecutive outputs times four channels.
 
     codes    uint8  (K, U, 64)       U = ceil(N * width / 512)
     scale    fp16 or fp32  (G, Np)   groups along K, Np = U * 512 / width; padding is 0
@@ -27,7 +27,7 @@ UNIT = 64  # bytes
 
 def width_of(bits: int) -> int:
     """Stored bits of a code."""
-    return next(w for w in (2, 4, 8) if bits <= w)
+    return next(w for w in (4, 8) if bits <= w)
 
 
 def units(n: int, bits: int) -> int:
@@ -42,16 +42,16 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     full = codes.new_zeros(count, u * (512 // width), dtype=torch.uint8)
     full[:, :n] = codes
     per = 8 // width  # codes in a byte
-    fields = full.view(count, u, 4, per, 16)  # byte of a word, code of a byte, word
-    shift = (torch.arange(per, device=codes.device) * width).to(torch.uint8).view(per, 1)
+    fields = full.view(count, u, 4, per, 4, 4)  # r, j, q, i
+    shift = (torch.arange(per, device=codes.device) * width).to(torch.uint8).view(per, 1, 1)
     return (fields << shift).sum(3, dtype=torch.uint8).transpose(2, 3).reshape(count, u, UNIT)
 
 
 def decode(codes: Tensor, bits: int, n: int) -> Tensor:
     """Units (R, U, 64) to unsigned codes (R, n)."""
     width, (count, u, _) = width_of(bits), codes.shape
-    shift = (torch.arange(8 // width, device=codes.device) * width).to(torch.uint8).view(-1, 1)
-    fields = (codes.view(count, u, 16, 4).transpose(2, 3).unsqueeze(3) >> shift) & (2**width - 1)
+    shift = (torch.arange(8 // width, device=codes.device) * width).to(torch.uint8).view(-1, 1, 1)
+    fields = (codes.view(count, u, 4, 4, 4).transpose(2, 3).unsqueeze(3) >> shift) & (2**width - 1)
     return fields.reshape(count, -1)[:, :n]
 
 

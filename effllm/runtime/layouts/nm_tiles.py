@@ -69,7 +69,7 @@ def repack(packed: Packed) -> dict[str, Tensor]:
 
 def columns(index: Tensor, n: int, k: int, keep: int, of: int, coded: bool = False) -> Tensor:
     """Columns (N, Kc) of the kept weights."""
-    lane = index.view(index.shape[0], -1, ROWS, 4).transpose(1, 2).to(torch.int64)  # (T, row, H / 8, byte)
+    lane = index.view(index.shape[0], -1, ROWS, 4).transpose(1, 2)  # (T, row, H / 8, byte); bytes as long as that will do
     low, high = lane & 15, lane >> 4
     order = [low[..., 0], low[..., 2], high[..., 0], high[..., 2], low[..., 1], low[..., 3], high[..., 1], high[..., 3]]
     nibble = torch.stack(order if coded else [t[..., i] for i in range(4) for t in (low, high)], -1).reshape(-1, index.shape[1] * 8)[:n, : -(-k // 4)]

@@ -1,10 +1,8 @@
 """Codes by output row, for kernels that skip outputs: the codes of one row are contiguous bytes.
 
-Codes are stored 2, 4 or 8 bits wide (see input_major). A unit of 64 bytes, seen as 16 little-endian words, holds 512 / width columns of a row:
+Codes are stored 4 or 8 bits wide (see input_major). A unit of 64 bytes holds 512 / width columns of a row:
 
-    bits h * 16 + f * width .. of word l of unit u   hold the code of column u * 512 / width + 32 * f + 16 * h + l
-
-so that masking field f of both halves of a register gives 32 consecutive columns as 16-bit numbers, pairs that share a product.
+    bits j * width .. of byte b of unit u   hold the code of column u * 512 / width + 64 * j + b
 
     codes    uint8  (N, U, 64)      U = ceil(K * width / 512)
     scale    fp16 or fp32  (N, G)   as in the canonical layout
@@ -29,19 +27,15 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     u, per = units(k, bits), 8 // width
     full = codes.new_zeros(n, u * (512 // width), dtype=torch.uint8)
     full[:, :k] = codes
-    # column = (byte of a half, code of a byte, half, word)
-    fields = full.view(n, u, 2, per, 2, 16)
-    shift = (torch.arange(per, device=codes.device) * width).to(torch.uint8).view(per, 1, 1)
-    halves = (fields << shift).sum(3, dtype=torch.uint8)  # (N, U, byte, half, word)
-    return halves.permute(0, 1, 4, 3, 2).reshape(n, u, UNIT)
+    shift = (torch.arange(per, device=codes.device) * width).to(torch.uint8).view(per, 1)
+    return (full.view(n, u, per, UNIT) << shift).sum(2, dtype=torch.uint8)
 
 
 def decode(codes: Tensor, bits: int, k: int) -> Tensor:
     """Units (N, U, 64) to unsigned codes (N, k)."""
-    width, (n, u, _) = width_of(bits), codes.shape
-    shift = (torch.arange(8 // width, device=codes.device) * width).to(torch.uint8).view(-1, 1, 1)
-    halves = codes.view(n, u, 16, 2, 2).permute(0, 1, 4, 3, 2)  # (N, U, byte, half, word)
-    return ((halves.unsqueeze(3) >> shift) & (2**width - 1)).reshape(n, -1)[:, :k]
+    width = width_of(bits)
+    shift = (torch.arange(8 // width, device=codes.device) * width).to(torch.uint8).view(-1, 1)
+    return ((codes.unsqueeze(2) >> shift) & (2**width - 1)).reshape(codes.shape[0], -1)[:, :k]
 
 
 def repack(packed: Packed) -> dict[str, Tensor]:

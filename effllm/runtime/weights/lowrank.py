@@ -30,15 +30,21 @@ class LowRankWeight(StructuredWeight):
 
     @property
     def recovery_pair(self) -> tuple[str, str] | None:
-        """The factors whose product is the weight, in plain form alone."""
-        plain = _formats(self._meta) == (dense.name, dense.name) and not {"channels", "pivots"} & self._meta.tensors.keys()
-        return ("a", "b") if plain else None
+        """The factors whose product is the weight (folded channels lie behind it in a); not codes, and not pivoted rows, which are both at once."""
+        product = _formats(self._meta) == (dense.name, dense.name) and "pivots" not in self._meta.tensors
+        return ("a", "b") if product else None
 
     def shrink(self, rank: int) -> None:
-        """Keep the first `rank` columns of a and rows of b (plain form)."""
+        """Keep the first `rank` columns of a and rows of b, and the columns of folded channels."""
         now = self.packed()
-        a, b = (dense.make(parts.part(now, key).tensors["values"][cut]) for key, cut in (("a", (slice(None), slice(rank))), ("b", (slice(rank),))))
-        self._install(lowrank.make(a, b, shape=now.shape))
+        a, b = (parts.part(now, key).tensors["values"] for key in ("a", "b"))
+        a = torch.cat([a[:, :rank], a[:, b.shape[0] :]], 1)
+        rest = {key: now.tensors.get(key) for key in ("shift", "channels")}
+        self.hold(lowrank.make(dense.make(a), dense.make(b[:rank]), shape=now.shape, **rest))
+
+    def hold(self, packed: Packed) -> None:
+        """Another stored form in the place of this one, of the same shape."""
+        self._install(packed)
 
     @staticmethod
     def call(packed: Packed) -> Call:
@@ -106,6 +112,16 @@ class SparseLowRankWeight(StructuredWeight):
 
     format: ClassVar[str] = sltrain.name
     recovery_factors: ClassVar[tuple[str, ...]] = ("a", "b", "values")
+    recovery_pair: ClassVar[tuple[str, str]] = ("a", "b")
+
+    def shrink(self, rank: int) -> None:
+        """Keep the first `rank` columns of a and rows of b."""
+        now = self.packed()
+        cut = {"a.values": now.tensors["a.values"][:, :rank].contiguous(), "b.values": now.tensors["b.values"][:rank].contiguous()}
+        attrs: dict[str, Any] = {**now.attrs, "rank": rank}
+        for key, shape in (("a", [now.shape[0], rank]), ("b", [rank, now.shape[1]])):
+            attrs[key] = {**attrs[key], "shape": shape}
+        self._install(Packed(now.format, now.version, now.shape, {**now.tensors, **cut}, attrs))
 
     @staticmethod
     def call(packed: Packed) -> Call:

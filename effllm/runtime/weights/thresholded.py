@@ -81,10 +81,8 @@ class ThresholdedWeight(StructuredWeight):
         else:
             w = part.tensors["values"]
             out["weight_t" if inwards else "weight"] = w.t().contiguous() if inwards else w.contiguous()
-        if not inwards:  # one for a gate, which nothing is below
-            device = next(iter(t.values())).device
-            out["gate"] = torch.ones(packed.shape[0], device=device)
-            out["threshold"] = torch.full((1,), -1.0, device=device)
+        if not inwards:
+            out["threshold"] = torch.full((1,), -1.0, device=next(iter(t.values())).device)
         return out
 
     @classmethod
@@ -101,10 +99,16 @@ class ThresholdedWeight(StructuredWeight):
 
     def _bind(self, provider: Provider) -> None:
         super()._bind(provider)
+        self._outwards = self._meta.attrs["side"] == "out"
         self._apart = op_of(self._meta) == "sparse_bipolar_linear" and "u" in self._meta.tensors
 
     def linear(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """x (..., K) times the transposed weight, plus bias; small inputs skipped in calls of up to `limit` rows."""
+        if self._outwards:
+            op, names, scalars, kernel = self._form
+            gate = x.new_ones(*x.shape[:-1], self.shape[0])  # no gate is below its threshold: all outputs are computed
+            product: Tensor = op(x, gate, *[getattr(self, name) for name in names[1:]], bias, *scalars, kernel)
+            return product
         y = super().linear(x, bias)
         if not self._apart:
             return y

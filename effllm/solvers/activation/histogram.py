@@ -36,11 +36,14 @@ class Histogram:
 
     def add(self, x: Tensor) -> None:
         """Count |x| of a tensor of any shape. CalibrationError (E-CAL-NAN) for NaN or infinite values."""
-        flat = x.detach().reshape(-1).float().abs()
-        index = (flat.view(torch.int32) >> _SHIFT).long()
-        if index.numel() and int(index.max()) >= 255 * _PER_OCTAVE:
+        index = (x.detach().reshape(-1).float().contiguous().view(torch.int32) & 0x7FFFFFFF) >> _SHIFT
+        if index.numel() == 0:
+            return
+        least, most = (int(i) for i in torch.aminmax(index))
+        if most >= 255 * _PER_OCTAVE:
             raise CalibrationError("E-CAL-NAN", "activations are NaN or infinite on the calibration data", "calibrate in fp32 or bf16, or check the weights")
-        self.zeros += int((flat == 0).sum())
+        if least == 0:  # zero, or below 2^-126
+            self.zeros += int((index == 0).sum())
         self.counts += torch.bincount((index - _OFFSET).clamp_(0, BINS - 1), minlength=BINS).cpu()
 
     @property

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 TOP = 0.95  # no projection is made sparser than this
 
@@ -57,7 +58,7 @@ def greedy(sizes: Mapping[str, int], error: Callable[[Mapping[str, float]], floa
 
 def at(path: list[Step], target: float) -> dict[str, float]:
     """Shares for a target on or between the points of a path."""
-    for before, after in zip(path, path[1:], strict=False):
+    for before, after in pairwise(path):
         if before.level <= target <= after.level:
             part = (target - before.level) / (after.level - before.level) if after.level > before.level else 1.0
             return {n: before.shares[n] + part * (after.shares[n] - before.shares[n]) for n in before.shares}

@@ -35,7 +35,7 @@ class Covariance:
     def centred(self) -> Tensor:
         """(heads, D, D): E[x x^T] - mean mean^T. Raises CacheError (E-KVC-CALIBRATION) where nothing, or nothing finite, was added."""
         if not self.count or not bool(self.second.isfinite().all()):
-            raise CacheError("E-KVC-CALIBRATION", f"a covariance of {self.count} vectors, or of some that are not finite", "calibrate on text of the model's kind")
+            raise CacheError("E-KVC-CALIBRATION", f"a covariance of {self.count} vectors, or of some that are not finite", "calibrate on text")
         return self.second / self.count - self.mean[..., :, None] * self.mean[..., None, :]
 
 

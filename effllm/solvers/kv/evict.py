@@ -29,31 +29,53 @@ class Kept:
     weight: Tensor
 
 
-def attention_scores(q: Tensor, k: Tensor, scale: float, *, window: int, kind: str = "visible", mask: Tensor | None = None, block: int = 256) -> tuple[Tensor, Tensor]:
-    """Global and local score of every key, (B, G, T) fp32 each, for causal q (B, H, T, D), k (B, G, T, D); the query heads of a key head are summed.
+@dataclass(frozen=True)
+class Seen:
+    """What queries paid to keys, (B, G, T) fp32: the sum over queries (of A, or of (j + 1) A), how many queries saw the key, and the mean of
+    the last `window` queries that were given."""
 
-    global: mean attention from the queries that see the key ("visible"), or the mean of (j + 1) A[j, i], flat under uniform attention ("flat").
-    local: mean attention from the last `window` queries. mask (B, T) bool says which tokens are real (left padding). No T x T matrix is held:
-    `block` queries at a time.
+    total: Tensor
+    queries: Tensor
+    local: Tensor
+
+
+def observe(q: Tensor, k: Tensor, scale: float, *, window: int, kind: str = "visible", mask: Tensor | None = None, block: int = 256) -> Seen:
+    """Attention that the last n tokens, q (B, H, n, D), pay to all keys k (B, G, T, D), causal; query heads of a key head are summed.
+
+    mask (B, T) bool says which tokens are real (left padding). No n x T matrix is held: `block` queries at a time. Raises CacheError (E-KVC-SCORE).
     """
     if kind not in GLOBAL:
         raise CacheError("E-KVC-SCORE", f"global score {kind!r}", f"valid: {', '.join(GLOBAL)}")
-    b, h, t, _ = q.shape
-    g = k.shape[1]
+    b, h, n, _ = q.shape
+    g, t = k.shape[1:3]
     real = torch.ones(b, t, dtype=torch.bool, device=q.device) if mask is None else mask
     total, local = torch.zeros(b, g, t, device=q.device), torch.zeros(b, g, t, device=q.device)
+    count = torch.zeros(b, g, t, device=q.device)
     place = real.long().cumsum(-1)  # 1 for the first real token
-    for start in range(0, t, block):
-        rows = torch.arange(start, min(t, start + block), device=q.device)
+    for start in range(0, n, block):
+        rows = torch.arange(start, min(n, start + block), device=q.device)
+        at = rows + t - n
         s = torch.einsum("bgrqd,bgkd->bgrqk", q[:, :, rows].float().unflatten(1, (g, h // g)), k.float()) * scale
-        see = (torch.arange(t, device=q.device) <= rows[:, None]) & real[:, None, :]
+        see = (torch.arange(t, device=q.device) <= at[:, None]) & real[:, None, :]
         a = torch.softmax(s.masked_fill(~see[:, None, None], -torch.inf), -1).nan_to_num(0.0)
-        a = a.sum(2) * real[:, None, rows, None]
-        total += (a * place[:, None, rows, None] if kind == "flat" else a).sum(2)
-        local += (a * (rows >= t - window)[:, None]).sum(2)
-    length = place[:, -1:].float()
-    seen = (length - place + 1 if kind == "visible" else length.expand(b, t)).clamp_min(1)[:, None]
-    return total / seen, local / min(window, t)
+        a = a.sum(2) * real[:, None, at, None]
+        total += (a * place[:, None, at, None] if kind == "flat" else a).sum(2)
+        count += (see & real[:, at, None]).sum(1)[:, None]
+        local += (a * (rows >= n - window)[:, None]).sum(2)
+    return Seen(total, count, local / min(window, n))
+
+
+def attention_scores(
+    q: Tensor, k: Tensor, scale: float, *, window: int, kind: str = "visible", mask: Tensor | None = None, block: int = 256
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Global and local score of every key of a whole prompt, (B, G, T) each; arguments as for `observe`.
+
+    global: mean attention from the queries that see the key ("visible"), or the mean over all of (j + 1) A[j, i], flat under uniform attention
+    ("flat"). local: mean attention from the last `window` queries.
+    """
+    seen = observe(q, k, scale, window=window, kind=kind, mask=mask, block=block)
+    most = seen.queries.amax(-1, keepdim=True) if kind == "flat" else seen.queries
+    return seen.total / most.clamp_min(1), seen.local
 
 
 def combine(wide: Tensor, local: Tensor, *, how: str = "max", pool: int = 5) -> Tensor:
@@ -117,7 +139,8 @@ def _rows(index: Tensor, d: int) -> Tensor:
 
 
 def _merge(
-    loose: tuple[Tensor, Tensor, Tensor], held: tuple[Tensor, Tensor, Tensor, Tensor], window: Tensor, count: int, threshold: float, merge_keys: bool, weighted: bool
+    loose: tuple[Tensor, Tensor, Tensor], held: tuple[Tensor, Tensor, Tensor, Tensor], window: Tensor, count: int, threshold: float,
+    merge_keys: bool, weighted: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (k, v, a), (ck, cv, ca, cw) = loose, held
     count = min(count, ck.shape[2])

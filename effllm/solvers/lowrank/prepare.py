@@ -40,10 +40,10 @@ def collect(model: nn.Module, calibration: Any, covered: Covered) -> dict[str, G
     wanted = {n: m for n, (m, p) in covered.items() if p.weighs_outputs}
     found: dict[str, Gradients] = {}
     if fisher:
-        found |= gradients(model, _windows(calibration), fisher, weights=True, sampled=False)
+        found |= gradients(model, _windows(model, calibration), fisher, weights=True, sampled=False)
     rest = {n: m for n, m in wanted.items() if n not in found}
     if rest:
-        found |= gradients(model, _windows(calibration), rest)
+        found |= gradients(model, _windows(model, calibration), rest)
     return found
 
 
@@ -74,8 +74,9 @@ def allocated(
     return given, kept
 
 
-def _windows(calibration: Any) -> list[Tensor]:
+def _windows(model: nn.Module, calibration: Any) -> list[Tensor]:
     found = blocks.batches(calibration)
+    blocks.check_ids(model, found)
     ids = [b if isinstance(b, Tensor) else b.get("input_ids") for b in found[:_GRADIENT_WINDOWS]]
     if any(not isinstance(t, Tensor) or t.is_floating_point() for t in ids):
         raise CalibrationError("E-CAL-FORM", "gradients of the language-model loss need windows of token ids", "pass token ids (windows, length)")
@@ -119,7 +120,7 @@ class _Name(str):
 @contextmanager
 def _reference(model: nn.Module, calibration: Any) -> Iterator[Callable[[], float]]:
     """A function that gives the mean KL divergence of the logits to what they are now, over a few windows."""
-    windows = [t.reshape(1, -1)[:, :256] for t in _windows(calibration)[:_WINDOWS]]
+    windows = [t.reshape(1, -1)[:, :256] for t in _windows(model, calibration)[:_WINDOWS]]
     training = model.training
     model.eval()
     with torch.no_grad():

@@ -30,7 +30,7 @@ def solve(w: Tensor, params: NM, moments: Moments | None) -> Packed:
 
     if params.name == "armor":
         seen = _needed(params, moments)
-        found = armor(_aim(w, seen), seen, n, m, block=params.block)
+        found = armor(w, seen, n, m, block=params.block)
         left, right = (t.reshape(-1, params.block).to(torch.bfloat16 if dtype == torch.float32 else dtype) for t in (found.left, found.right))
         return armor_format.make(store(found.core, found.mask), left, right)
     solver = params.solver if params.solver != "auto" else ("magnitude" if moments is None else "sparsegpt")

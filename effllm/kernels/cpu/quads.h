@@ -1,0 +1,112 @@
+// Codes of four channels, byte by byte: four registers become four others whose lanes hold the same byte of each channel, what a byte dot
+// product takes; and activations as int8 digits of one segment.
+//
+// turn(a, b, c, d, t)   dword 4 q + i of t[r] holds byte 16 q + 4 r + i of a, b, c, d, in this order
+// high(raw, low)        the sum over high nibbles, times kHigh: from sums over whole bytes and low nibbles, or over high nibbles themselves
+// dot(c, x)             lane l: sum of c[4 l + i] x[4 l + i] of unsigned codes and 64 activations
+// spread(c, per)        c[0 .. per) over the sixteen lanes, 16 / per lanes each; per is 1, 2 or 4
+#pragma once
+#include <cmath>
+
+#include "vector.h"
+
+namespace effllm {
+
+template <class V> struct Quads;
+
+template <> struct Quads<Portable> {
+  using W = Portable::W;
+  static constexpr bool raw = false;  // whether sums over whole bytes stand in for those over high nibbles
+  static constexpr float kHigh = 1.f;
+  static void turn(const W& a, const W& b, const W& c, const W& d, W (&t)[4]) {
+    const W* from[4] = {&a, &b, &c, &d};
+    for (int r = 0; r < 4; ++r)
+      for (int l = 0; l < 16; ++l)
+        for (int s = 0; s < 4; ++s) t[r].v[4 * l + s] = from[s]->v[16 * (l / 4) + 4 * r + l % 4];
+  }
+  static Portable::I high(const Portable::I& sum, const Portable::I&) { return sum; }
+  static Portable::I dot(const W& c, const int8_t* x) {
+    Portable::I s;
+    for (int l = 0; l < 16; ++l) s.v[l] = c.v[4 * l] * x[4 * l] + c.v[4 * l + 1] * x[4 * l + 1] + c.v[4 * l + 2] * x[4 * l + 2] + c.v[4 * l + 3] * x[4 * l + 3];
+    return s;
+  }
+  static Portable::F spread(const float* c, int64_t per) { Portable::F f; for (int l = 0; l < 16; ++l) f.v[l] = c[l * per / 16]; return f; }
+};
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+template <> struct Quads<Avx2> {
+  using W = Avx2::W;
+  static constexpr bool raw = false;
+  static constexpr float kHigh = 1.f;
+  static void turn(const W& a, const W& b, const W& c, const W& d, W (&t)[4]) {
+    auto half = [](__m256i p, __m256i q, __m256i r, __m256i s, __m256i (&o)[4]) {
+      const __m256i pq = _mm256_unpacklo_epi8(p, q), rs = _mm256_unpacklo_epi8(r, s), PQ = _mm256_unpackhi_epi8(p, q), RS = _mm256_unpackhi_epi8(r, s);
+      o[0] = _mm256_unpacklo_epi16(pq, rs), o[1] = _mm256_unpackhi_epi16(pq, rs), o[2] = _mm256_unpacklo_epi16(PQ, RS), o[3] = _mm256_unpackhi_epi16(PQ, RS);
+    };
+    __m256i lo[4], hi[4];
+    half(a.a, b.a, c.a, d.a, lo), half(a.b, b.b, c.b, d.b, hi);
+    for (int r = 0; r < 4; ++r) t[r] = {lo[r], hi[r]};
+  }
+  static Avx2::I high(const Avx2::I& sum, const Avx2::I&) { return sum; }
+  static __m256i dot_half(__m256i c, const int8_t* x) {  // bytes above 127 would saturate the pair sums, so the top bit goes alone
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)), one = _mm256_set1_epi16(1), top = _mm256_set1_epi8(static_cast<char>(0x80));
+    const __m256i low = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_andnot_si256(top, c), v), one);
+    const __m256i half = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(c, 1), _mm256_set1_epi8(0x40)), v), one);
+    return _mm256_add_epi32(low, _mm256_add_epi32(half, half));
+  }
+  static Avx2::I dot(const W& c, const int8_t* x) { return {dot_half(c.a, x), dot_half(c.b, x + 32)}; }
+  static Avx2::F spread(const float* c, int64_t per) {
+    if (per == 1) return {_mm256_set1_ps(c[0]), _mm256_set1_ps(c[0])};
+    if (per == 2) return {_mm256_set1_ps(c[0]), _mm256_set1_ps(c[1])};
+    return {_mm256_set_m128(_mm_set1_ps(c[1]), _mm_set1_ps(c[0])), _mm256_set_m128(_mm_set1_ps(c[3]), _mm_set1_ps(c[2]))};
+  }
+};
+#endif
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+template <> struct Quads<Avx512> {
+  using W = __m512i;
+  static constexpr bool raw = true;  // bytes of 255 do not saturate here, so the shift is saved
+  static constexpr float kHigh = 1.f / 16.f;
+  static void turn(W a, W b, W c, W d, W (&t)[4]) {
+    const W ab = _mm512_unpacklo_epi8(a, b), cd = _mm512_unpacklo_epi8(c, d), AB = _mm512_unpackhi_epi8(a, b), CD = _mm512_unpackhi_epi8(c, d);
+    t[0] = _mm512_unpacklo_epi16(ab, cd), t[1] = _mm512_unpackhi_epi16(ab, cd), t[2] = _mm512_unpacklo_epi16(AB, CD), t[3] = _mm512_unpackhi_epi16(AB, CD);
+  }
+  static __m512i high(__m512i sum, __m512i low) { return _mm512_sub_epi32(sum, low); }
+  static __m512i dot(W c, const int8_t* x) { return _mm512_dpbusd_epi32(_mm512_setzero_si512(), c, _mm512_loadu_si512(x)); }
+  static __m512 spread(const float* c, int64_t per) {
+    if (per == 1) return _mm512_set1_ps(c[0]);
+    const __m512i lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_permutexvar_ps(per == 4 ? lane : _mm512_srli_epi32(lane, 1), _mm512_castps128_ps512(_mm_loadu_ps(c)));
+  }
+};
+#endif
+
+// x ~ step * (256 q0 + q1), or for three digits step * (65536 q0 + 256 q1 + q2): q[d][c] int8, most significant first. The sum is of x itself.
+// At most 128 values. Returns false where x is not finite: the result is then NaN, as the dense product's would be.
+inline bool digits_of_segment(const float* x, int64_t count, int digits, int8_t* const* q, float& step, float& sum) {
+  const float top = digits == 2 ? 127.f * 256.f : 127.f * 65536.f;
+  float big = 0;
+  sum = 0;
+  for (int64_t c = 0; c < count; ++c) {
+    const float a = x[c] < 0 ? -x[c] : x[c];
+    big = a > big ? a : big;
+    sum += x[c];
+  }
+  step = big / top;
+  if (!(std::fabs(sum) <= 3.4e38f) || !(big <= 3.4e38f)) return false;
+  const float inverse = step > 1e-37f ? 1.f / step : 0.f;
+  if (inverse == 0.f) step = 0.f;
+  int32_t rest[128];
+  for (int64_t c = 0; c < count; ++c) rest[c] = static_cast<int32_t>(std::nearbyint(x[c] * inverse));
+  for (int d = digits - 1; d > 0; --d)
+    for (int64_t c = 0; c < count; ++c) {
+      const int32_t up = (rest[c] + 128) >> 8;
+      q[d][c] = static_cast<int8_t>(rest[c] - up * 256);
+      rest[c] = up;
+    }
+  for (int64_t c = 0; c < count; ++c) q[0][c] = static_cast<int8_t>(rest[c]);
+  return true;
+}
+
+}  // namespace effllm

@@ -1,0 +1,23 @@
+"""The predicted context from which a compressed cache is faster."""
+
+from __future__ import annotations
+
+import pytest
+
+from effllm.autotune import kv_cost
+
+
+@pytest.mark.parametrize("name", ["kivi", "gear"])
+def test_the_crossover_is_where_the_curves_meet(name: str) -> None:
+    def at(tokens: int) -> kv_cost.Prediction:
+        return kv_cost.predict(name, tokens, 128, 32, 128, 4096.0, 1152.0)
+
+    crossing = at(1).crossover
+    assert crossing is not None and crossing > 128
+    assert at(crossing).compressed <= at(crossing).dense
+    assert at(crossing - 2).compressed > at(crossing - 2).dense
+    assert at(16384).dense / at(16384).compressed > 1.3
+
+
+def test_no_gain_has_no_crossover() -> None:
+    assert kv_cost.predict("dense", 1000, 128, 8, 64, 1024.0, 1024.0).crossover is None
