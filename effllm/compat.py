@@ -140,8 +140,8 @@ def module_paths(node: fx.Node) -> list[str]:
     return [_dotted(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
 
 
-def example_value(node: fx.Node) -> Any:
-    """The fake value of a node in a Dynamo graph."""
+def example_value(node: Any) -> Any:
+    """The fake value of a node in a Dynamo graph; arguments of nodes are typed as anything, so this is too."""
     return node.meta.get("example_value")
 
 

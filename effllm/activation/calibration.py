@@ -196,7 +196,7 @@ def structure(model: nn.Module) -> str:
     """A hash of the names and classes of all modules, and of the configuration where there is one."""
     names = [f"{n} {type(m).__module__}.{type(m).__qualname__}" for n, m in model.named_modules(remove_duplicate=False)]
     config: Any = getattr(model, "config", None)
-    about = config.to_dict() if hasattr(config, "to_dict") else {}
+    about = config.to_dict() if config is not None and hasattr(config, "to_dict") else {}
     volatile = ("dtype", "torch_dtype", "_name_or_path", "transformers_version", "use_cache")
     text = json.dumps({k: v for k, v in about.items() if k not in volatile and not k.startswith("_")}, sort_keys=True, default=str)
     return hashlib.sha256("\n".join([*names, text]).encode()).hexdigest()[:32]

@@ -102,7 +102,7 @@ def _read(graph: fx.Graph, read: fx.Node, context: Context) -> Decision:
     _, count, size = compat.example_value(pages).shape
     return Decision(
         new.name, module, "applied", "applied", reason, int(before * held), int(count * size + state.shape[3] * before),
-        cost and cost.dense, cost and cost.compressed, provider.name, about,
+        None if cost is None else cost.dense, None if cost is None else cost.compressed, provider.name, about,
     )  # fmt: skip
 
 

@@ -16,6 +16,6 @@ from effllm.passes.sparse_gate import SparseGate
 
 def default() -> list[Pass]:
     """A fresh list of every pass."""
-    weights = [PackLinear(), ShareActivation(), MergeLinear(), MergeLowRank(), SparseGate()]
-    attention = [QueryRotation(), CompressedAttention(), DecodeAttention()]
+    weights: list[Pass] = [PackLinear(), ShareActivation(), MergeLinear(), MergeLowRank(), SparseGate()]
+    attention: list[Pass] = [QueryRotation(), CompressedAttention(), DecodeAttention()]
     return [*weights, *attention, OutlineLayers()]

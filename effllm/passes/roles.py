@@ -210,7 +210,7 @@ def _half(node: fx.Node, linears: dict[fx.Node, Linear]) -> tuple[Linear, int | 
         return None
     name = source.target if isinstance(source.target, str) else getattr(source.target, "__name__", "")
     parent = source.args[0] if source.args else None
-    if name in ("chunk", "split") and isinstance(parent, fx.Node) and parent in linears and index in (0, 1):
+    if name in ("chunk", "split") and isinstance(parent, fx.Node) and parent in linears and isinstance(index, int) and index in (0, 1):
         value, whole = compat.example_value(node), linears[parent].shape[0]
         if isinstance(value, Tensor) and value.shape[-1] * 2 == whole:
             return linears[parent], 0 if index == 0 else 1

@@ -74,8 +74,8 @@ def batches(calibration: Any) -> list[Batch]:
 
 def check_ids(model: nn.Module, found: Iterable[Batch]) -> None:
     """Raise CalibrationError (E-CAL-VOCAB) where token ids lie outside of the model's embedding: they are of another model's tokenizer."""
-    table = model.get_input_embeddings() if callable(getattr(model, "get_input_embeddings", None)) else None
-    count = getattr(table, "num_embeddings", None)
+    get = getattr(model, "get_input_embeddings", None)
+    count = int(getattr(get() if callable(get) else None, "num_embeddings", 0))
     for item in found if count else ():
         ids = item if isinstance(item, Tensor) else item.get("input_ids")
         if not isinstance(ids, Tensor) or ids.is_floating_point() or not ids.numel():

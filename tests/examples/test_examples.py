@@ -58,11 +58,6 @@ def test_recover_quality(model):
     assert scores["recovered"]["kl"] < 0.95 * scores["small"]["kl"]
 
 
-def test_prefill_many_prompts(model):
-    figures = load("prefill_many_prompts").main(model, 6, 3)  # raises where packed and padded answers differ
-    assert figures["tokens"] < figures["padded_tokens"]
-
-
 def test_editor_in_a_terminal(model, tmp_path):
     """Typed into a real terminal: changes show their time beside a full reading, errors leave the file, `w` writes it."""
     file = tmp_path / "code.txt"
@@ -89,3 +84,8 @@ def test_editor_in_a_terminal(model, tmp_path):
     assert b"no line '99'" in shown and b"next line:" in shown and b"read 117 tokens" in shown
     after = file.read_text().splitlines()
     assert after[:3] == ["w9", "w1 w2 w3", "w50 w51"] and len(after) == 40 and "w18 w19 w20" not in after
+
+
+def test_prefill_many_prompts(model):
+    figures = load("prefill_many_prompts").main(model, 6, 3)  # raises where packed and padded answers differ
+    assert figures["tokens"] < figures["padded_tokens"]

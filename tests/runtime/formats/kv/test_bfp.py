@@ -86,7 +86,8 @@ def test_bytes(mantissa: int, block: int) -> None:
 
 def test_bad_input() -> None:
     x = torch.zeros(2, 64)
-    for code, mantissa, block, rule in (("E-KVC-BITS", 1, 32, "clip"), ("E-KVC-BITS", 9, 32, "clip"), ("E-KVC-GROUP", 4, 48, "clip"), ("E-KVC-RULE", 4, 32, "up")):
+    wrong = (("E-KVC-BITS", 1, 32, "clip"), ("E-KVC-BITS", 9, 32, "clip"), ("E-KVC-GROUP", 4, 48, "clip"), ("E-KVC-RULE", 4, 32, "up"))
+    for code, mantissa, block, rule in wrong:
         with pytest.raises(CacheError) as caught:
             bfp.encode(x, mantissa, block, rule)
         assert caught.value.code == code
