@@ -139,7 +139,9 @@ def main() -> None:
             call()
             taken[name].append(time.perf_counter() - begin)
     times = {name: statistics.median(t) for name, t in taken.items()}
-    about = {"prompts": len(prompts), "tokens": packing.tokens, "padded_tokens": packing.padded_tokens, "longest": max(map(len, prompts)), "bins": len(packing.bins)}
+    about = {
+        "prompts": len(prompts), "tokens": packing.tokens, "padded_tokens": packing.padded_tokens, "longest": max(map(len, prompts)), "bins": len(packing.bins),
+    }  # fmt: skip
     old = RESULTS / f"{args.name}.json"
     if args.append and old.exists():
         kept = {r["variant"]: r["all"] for r in json.loads(old.read_text())["rows"]}
@@ -147,7 +149,10 @@ def main() -> None:
         times = {n: statistics.median(t) for n, t in taken.items()}
         worst = worst or json.loads(old.read_text())["machine"].get("differences", {})
     base = {"packed": times["packed"], "bound": times["bound"]}
-    result = [{"variant": n, "seconds": t, "tok_s": packing.tokens / t, "over_packed": t / base["packed"], "over_bound": t / base["bound"], "all": taken[n]} for n, t in times.items()]
+    result = [
+        {"variant": n, "seconds": t, "tok_s": packing.tokens / t, "over_packed": t / base["packed"], "over_bound": t / base["bound"], "all": taken[n]}
+        for n, t in times.items()
+    ]
     save(args.name, result, threads=args.threads, dtype=args.dtype, capacity=args.capacity, rounds=args.rounds, differences=worst, **about)
 
 

@@ -24,7 +24,9 @@ from effllm.hf.replay import choose_budget, percentiles
 from effllm.hf.serving import Loop
 
 
-def run(model: Any, ids: Tensor, decodes: int, context: int, prompt: int, budget: int, quiet: int, measured: int) -> tuple[list[float], list[float], float, list[list[int]]]:
+def run(
+    model: Any, ids: Tensor, decodes: int, context: int, prompt: int, budget: int, quiet: int, measured: int
+) -> tuple[list[float], list[float], float, list[list[int]]]:
     """Seconds between tokens while only decoding and while the prompt is read, the prompt's time to its first token, and all tokens."""
     steps = 2 * quiet + 2 * -(-measured // max(1, budget - decodes)) + 20
     loop = Loop(model, budget=decodes * context, most=decodes + 1, slots=decodes * (context + steps) + prompt + 1, eos_token_id=[])
@@ -88,7 +90,8 @@ def main() -> None:
         alone, beside = percentiles(plain), percentiles(mixed)
         kept.append(made)
         row = {"policy": name, "budget": tokens, "steps_beside": len(mixed), "prompt_s": first, "p99_over_alone_p50": beside["p99"] / alone["p50"]}
-        row |= {"p99_over_alone_p99": beside["p99"] / alone["p99"]} | {f"alone_{k}": v for k, v in alone.items()} | {f"beside_{k}": v for k, v in beside.items()}
+        row |= {"p99_over_alone_p99": beside["p99"] / alone["p99"]}
+        row |= {f"alone_{k}": v for k, v in alone.items()} | {f"beside_{k}": v for k, v in beside.items()}
         rows.append(row)
     shared = [min(len(a), len(b)) for a, b in zip(*kept, strict=True)]
     same = sum(a[:n] == b[:n] for a, b, n in zip(*kept, shared, strict=True))
