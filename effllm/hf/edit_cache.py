@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from effllm.runtime.edit.slots import Slots
 from effllm.runtime.rotary import Rotary, shift_angles, turns
 
 
@@ -131,11 +132,19 @@ class EditCache(Cache):
         for layer in self.own:
             layer.tables = tables
 
-    def snapshot(self) -> list[tuple[Tensor | None, Tensor | None]]:
+    def tidied(self, slots: Slots, live: set[int]) -> Slots:
+        """Nothing to do: free slots are used again."""
+        return slots
+
+    def dropped(self, slots: Slots) -> Slots:
+        """Nothing to do, as above."""
+        return slots
+
+    def snapshot(self) -> list[Any]:
         """The tensors of all layers, to be put back by `restore`."""
         return [(layer.keys, layer.values) for layer in self.own]
 
-    def restore(self, held: list[tuple[Tensor | None, Tensor | None]]) -> None:
+    def restore(self, held: list[Any]) -> None:
         """Put tensors back."""
         for layer, (keys, values) in zip(self.own, held, strict=True):
             layer.keys, layer.values = keys, values
