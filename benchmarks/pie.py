@@ -218,7 +218,8 @@ def _reset(session: EditSession, state: dict[str, Any]) -> None:
 def _summary(kind: str, rows: list[dict[str, Any]], a: argparse.Namespace) -> dict[str, Any]:
     mean = {k: statistics.fmean(r[k] for r in rows) for k in ("kl", "unfixed_kl", "top1", "line")}
     return {
-        "part": "quality", "edits": kind, "dtype": a.dtype, "refresh": a.refresh, "cache": a.cache, "longest": a.longest, "count": len(rows), "kl_mean": mean["kl"],
+        "part": "quality", "edits": kind, "dtype": a.dtype, "refresh": a.refresh, "cache": a.cache, "longest": a.longest, "count": len(rows),
+        "kl_mean": mean["kl"],
         "kl_median": statistics.median(r["kl"] for r in rows), "kl_max": max(r["kl"] for r in rows), "unfixed_kl_mean": mean["unfixed_kl"],
         "ratio": mean["unfixed_kl"] / mean["kl"], "top1": mean["top1"], "same_line": mean["line"],
     }  # fmt: skip

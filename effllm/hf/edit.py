@@ -62,7 +62,8 @@ class EditSession:
 
     def __init__(
         self, model: Any, ids: Any, *, tokenizer: Any = None, cache: str = "dense", form: str = "lazy", refresh: int = 0,
-        capacity: int | None = None, tables: dict[int, list[Tensor]] | None = None, compile: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None,
+        capacity: int | None = None, tables: dict[int, list[Tensor]] | None = None,
+        compile: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None,
     ) -> None:  # fmt: skip
         if form not in FORMS:
             raise EditError("E-EDT-FORM", f"form={form!r}", f"form is one of {', '.join(FORMS)}")
