@@ -38,6 +38,7 @@ from effllm.runtime.edit.slots import Slots
 RESULTS = Path(__file__).parent / "results" / "pie.json"
 EDITS = RESULTS.with_name("pie_quality.jsonl")
 LINE = 24  # tokens of a next line at most
+AGAIN = (16, 64)  # tokens behind each edit that are encoded again, for comparison
 Edits = list[tuple[int, int, list[int]]]
 
 
@@ -178,20 +179,23 @@ def compare(session: EditSession, state: dict[str, Any], ids: list[int], edits: 
     session.edit(edits)
     full, want = session.next_token_logits(), line(session, tokenizer, state["line"])
     state["line"] = want
+    more = {}
+    for n in (refresh, *AGAIN):
+        _reset(session, state)
+        session.refresh = n
+        session.edit(edits)
+        assert session.ids == ids
+        pie, said = session.next_token_logits(), line(session, tokenizer, want)
+        more |= {f"kl_{n}": kl(full, pie), f"top1_{n}": bool(full.argmax() == pie.argmax()), f"line_{n}": said == want}
     _reset(session, state)
     session.refresh = refresh
-    session.edit(edits)
-    assert session.ids == ids
-    pie, said = session.next_token_logits(), line(session, tokenizer, want)
-    _reset(session, state)
     with unfixed():
         session.edit(edits)
     bad = session.next_token_logits()
     two = full.double().softmax(-1).topk(2).values.tolist()
-    same = next((k for k, (x, y) in enumerate(zip(said, want, strict=False)) if x != y), min(len(said), len(want)))
     return {
-        "kl": kl(full, pie), "unfixed_kl": kl(full, bad), "top1": bool(full.argmax() == pie.argmax()), "line": said == want,
-        "margin": two[0] - two[1], "same_tokens": same, "line_tokens": len(want),
+        "kl": more[f"kl_{refresh}"], "unfixed_kl": kl(full, bad), "top1": more[f"top1_{refresh}"], "line": more[f"line_{refresh}"],
+        "margin": two[0] - two[1], "line_tokens": len(want), **more,
     }  # fmt: skip
 
 
@@ -221,8 +225,19 @@ def _summary(kind: str, rows: list[dict[str, Any]], a: argparse.Namespace) -> di
         "part": "quality", "edits": kind, "dtype": a.dtype, "refresh": a.refresh, "cache": a.cache, "longest": a.longest, "count": len(rows),
         "kl_mean": mean["kl"],
         "kl_median": statistics.median(r["kl"] for r in rows), "kl_max": max(r["kl"] for r in rows), "unfixed_kl_mean": mean["unfixed_kl"],
-        "ratio": mean["unfixed_kl"] / mean["kl"], "top1": mean["top1"], "same_line": mean["line"],
+        "ratio": mean["unfixed_kl"] / mean["kl"], "top1": mean["top1"], "same_line": mean["line"], **_again(rows),
     }  # fmt: skip
+
+
+def _again(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The same for edits that encode tokens behind them again, over the rows that have it."""
+    out: dict[str, Any] = {}
+    for n in AGAIN:
+        have = [r for r in rows if f"kl_{n}" in r]
+        if have:
+            kls, lines = [r[f"kl_{n}"] for r in have], [r[f"line_{n}"] for r in have]
+            out |= {f"count_{n}": len(have), f"kl_mean_{n}": statistics.fmean(kls), f"same_line_{n}": statistics.fmean(lines)}
+    return out
 
 
 def cost(a: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -233,3 +233,23 @@ def test_compiled_decoding_is_traced_once_for_all_edits() -> None:
         assert session.generate(6) == plain.generate(6)
         assert session.generate(20, keep=True) == plain.generate(20, keep=True)
     assert len(backend.reports) - before == 1
+
+
+def test_compiled_decoding_attends_to_packed_keys_where_they_lie() -> None:
+    """The pass puts one op in the place of read, turn and attention, and its tokens are those of the eager session."""
+    model = deep(torch.float32)
+    options = {"recipe": "dense", "inner": "eager"}
+    spec = "kivi(page=32,window=8,group=16,bits=4)"  # kernels take heads of 16 channels with groups of 16
+    session = EditSession(model, text(120), cache=spec, capacity=400, compile=lambda f: torch.compile(f, backend="effllm", options=options, fullgraph=True))
+    plain = EditSession(model, text(120), cache=spec, capacity=400)
+    for s in (session, plain):
+        s.edit([(10, 12, [5, 6, 7]), (60, 60, [4] * 20)])
+        s.edit([(0, 0, [9, 9])])
+    assert session.generate(8) == plain.generate(8)
+    found = next(p for p in backend.last_report().passes if p.name == "compressed_attention").decisions
+    turned = [d for d in found if d.config.get("table")]
+    if any(d.code == "no-kernel" for d in found):
+        pytest.skip("no compiler, no kernel")
+    assert len(turned) == 2 and all(d.action == "applied" and "turned" in d.reason for d in turned)
+    rotated = [d for p in backend.last_report().passes if p.name == "query_rotation" for d in p.decisions]
+    assert rotated == []

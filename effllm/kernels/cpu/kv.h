@@ -12,7 +12,7 @@
 //         It is copied for every task, so it may hold buffers.
 // Numerics fp32; a NaN anywhere in what is attended gives NaN.
 #pragma once
-#include "attention.h"
+#include "turns.h"
 
 namespace effllm::kv {
 
@@ -77,7 +77,7 @@ struct Run {
 };
 
 // The mask of one row of the batch and its key head, as a run of tokens at a time is added to scores.
-struct Rows {
+struct Shown {
   const Mask& mask;
   int64_t b, h0, queries;
   // s (rows, n) += mask for tokens [from, from + n).
@@ -107,13 +107,14 @@ struct Rows {
 };
 
 template <Type T>
-void ring_part(const State& z, int64_t b, int64_t g, const float* q, const Rows& mask, const Run& run, std::vector<float>& s) {
+void ring_part(const State& z, int64_t b, int64_t g, Turned& turned, const Shown& mask, const Run& run, std::vector<float>& s) {
   const int64_t n = z.total - z.flushed, d = z.dim, head = z.width * d;
   const int64_t keys = (b * 2 * z.heads + g) * head, values = keys + z.heads * head;
   std::vector<float> line(static_cast<size_t>(d));
   s.resize(static_cast<size_t>(run.rows * std::max(n, z.page)));
   for (int64_t t = 0; t < n; ++t) {
     widen<T>(z.ring, keys + (z.flushed + t) % z.width * d, d, line.data());
+    const float* q = turned.of(z.flushed + t);
     for (int64_t r = 0; r < run.rows; ++r) {
       float dot = 0;
       const float *x = q + r * d, *y = line.data();
@@ -138,7 +139,8 @@ void ring_part(const State& z, int64_t b, int64_t g, const float* q, const Rows&
 }
 
 template <class Codec>
-Tensor attend(const Tensor& q, const Tensor& pages, const Tensor& ring, const Tensor& lens, const std::optional<Tensor>& mask_in, double scale, int64_t page, const Codec& codec) {
+Tensor attend(const Tensor& q, const Tensor& pages, const Tensor& ring, const Tensor& lens, const std::optional<Tensor>& mask_in, double scale, int64_t page, const Codec& codec,
+              const Shift& shift = {}) {
   const State z = state_of(pages, ring, lens, page);
   const int64_t heads = q.size(1), queries = q.size(2), d = z.dim, repeat = heads / z.heads, rows = repeat * queries;
   STD_TORCH_CHECK(q.dim() == 4 && q.size(0) == z.batch && q.size(3) == d && heads % z.heads == 0, "effllm: the queries do not fit the cache");
@@ -153,7 +155,7 @@ Tensor attend(const Tensor& q, const Tensor& pages, const Tensor& ring, const Te
   std::vector<float> part(static_cast<size_t>(lanes * runs * slot));
   torch::stable::parallel_for(0, lanes * runs, std::max<int64_t>(1, 24000 / std::max<int64_t>(1, rows * d * 2 * z.total / runs)), [&](int64_t from, int64_t to) {
     Codec own = codec;
-    std::vector<float> qs(static_cast<size_t>(rows * d)), s;
+    std::vector<float> qs(static_cast<size_t>(rows * d)), s, spare;
     for (int64_t i = from; i < to; ++i) {
       const int64_t b = i / runs / z.heads, g = i / runs % z.heads, part_of = i % runs;
       for (int64_t r = 0; r < rows; ++r)
@@ -164,18 +166,20 @@ Tensor attend(const Tensor& q, const Tensor& pages, const Tensor& ring, const Te
       std::fill(run.acc, run.acc + rows * d, 0.f);
       std::fill(run.top, run.top + rows, -INFINITY);
       std::fill(run.sum, run.sum + rows, 0.f);
-      const Rows shown{mask, b, g * repeat, queries};
+      const Shown shown{mask, b, g * repeat, queries};
+      Turned turned(shift, qs.data(), rows, d);
       s.resize(static_cast<size_t>(rows * page));
       for (int64_t n = filled * part_of / runs; n < filled * (part_of + 1) / runs; ++n) {
         if (!shown.any(rows, n * page, page)) continue;
         const uint8_t* record = z.pages + (b * z.count + n) * z.page_bytes + g * z.record;
-        own.scores(record, qs.data(), rows, s.data());
+        if (!shift.on) own.scores(record, qs.data(), rows, s.data());
+        else score_turns(shift.row, n * page, page, rows, page, s.data(), spare, [&](int64_t a, float* to) { own.scores(record, turned.at(a), rows, to); });
         shown.add(s.data(), rows, n * page, page);
         if (run.take(s.data(), page)) own.values(record, s.data(), rows, run.acc);
       }
       if (part_of == runs - 1) {
         const auto near = z.type == Type::f32 ? ring_part<Type::f32> : z.type == Type::bf16 ? ring_part<Type::bf16> : ring_part<Type::f16>;
-        near(z, b, g, qs.data(), shown, run, s);
+        near(z, b, g, turned, shown, run, s);
       }
     }
   });

@@ -85,8 +85,8 @@ template <Type T> struct Bfp {
 };
 
 Tensor kv_attend_bfp(const Tensor q, const Tensor pages, const Tensor ring, const Tensor lens, const Tensor korder, const Tensor vorder, std::optional<Tensor> mask, double scale,
-                     int64_t page, int64_t block, int64_t bits, int64_t vbits, int64_t kcodes, int64_t kexp, int64_t vcodes, int64_t vexp) {
-  const Paged c = paged_of(q, pages, ring, lens, mask, scale, page, ring.size(2));
+                     int64_t page, int64_t block, int64_t bits, int64_t vbits, int64_t kcodes, int64_t kexp, int64_t vcodes, int64_t vexp, std::optional<Tensor> row, std::optional<Tensor> cos, std::optional<Tensor> sin, bool half) {
+  const Paged c = paged_of(q, pages, ring, lens, mask, scale, page, ring.size(2), row, cos, sin, half);
   STD_TORCH_CHECK(block > 0 && c.d % block == 0 && c.d % 2 == 0, "effllm: blocks do not divide the head");
   for (const Tensor* order : {&korder, &vorder})
     STD_TORCH_CHECK(order->is_contiguous() && order->scalar_type() == ScalarType::Long && order->numel() == c.kv * c.d, "effllm: an order of channels is int64 (heads, channels)");
@@ -97,6 +97,6 @@ Tensor kv_attend_bfp(const Tensor q, const Tensor pages, const Tensor ring, cons
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
-  m.def("kv_attend_bfp(Tensor q, Tensor pages, Tensor ring, Tensor lens, Tensor korder, Tensor vorder, Tensor? mask, float scale, int page, int block, int bits, int vbits, int kcodes, int kexp, int vcodes, int vexp) -> Tensor");
+  m.def("kv_attend_bfp(Tensor q, Tensor pages, Tensor ring, Tensor lens, Tensor korder, Tensor vorder, Tensor? mask, float scale, int page, int block, int bits, int vbits, int kcodes, int kexp, int vcodes, int vexp, Tensor? row, Tensor? cos, Tensor? sin, bool half) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { m.impl("kv_attend_bfp", TORCH_BOX(&kv_attend_bfp)); }

@@ -256,8 +256,8 @@ template <Type T> struct Bitmap {
 };
 
 Tensor kv_attend_bitmap(const Tensor q, const Tensor pages, const Tensor ring, const Tensor lens, std::optional<Tensor> mask, double scale, int64_t page, int64_t keep, int64_t bits,
-                        int64_t kval, int64_t kmap, int64_t vval, int64_t vmap, int64_t kscale, int64_t vscale) {
-  const Paged c = paged_of(q, pages, ring, lens, mask, scale, page, ring.size(2));
+                        int64_t kval, int64_t kmap, int64_t vval, int64_t vmap, int64_t kscale, int64_t vscale, std::optional<Tensor> row, std::optional<Tensor> cos, std::optional<Tensor> sin, bool half) {
+  const Paged c = paged_of(q, pages, ring, lens, mask, scale, page, ring.size(2), row, cos, sin, half);
   STD_TORCH_CHECK(page % 64 == 0 && keep > 0 && keep <= c.d && (bits == 4 || bits == 8 || bits == 16), "effllm: not a bitmap page");
   const Places at{keep, bits, kval, kmap, vval, vmap, kscale, vscale};
   return attend_paged<Bitmap>(q, c, at);
@@ -266,6 +266,6 @@ Tensor kv_attend_bitmap(const Tensor q, const Tensor pages, const Tensor ring, c
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
-  m.def("kv_attend_bitmap(Tensor q, Tensor pages, Tensor ring, Tensor lens, Tensor? mask, float scale, int page, int keep, int bits, int kval, int kmap, int vval, int vmap, int kscale, int vscale) -> Tensor");
+  m.def("kv_attend_bitmap(Tensor q, Tensor pages, Tensor ring, Tensor lens, Tensor? mask, float scale, int page, int keep, int bits, int kval, int kmap, int vval, int vmap, int kscale, int vscale, Tensor? row, Tensor? cos, Tensor? sin, bool half) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { m.impl("kv_attend_bitmap", TORCH_BOX(&kv_attend_bitmap)); }

@@ -63,8 +63,8 @@ template <Type T> struct Projected {
 };
 
 Tensor kv_attend_matryoshka(const Tensor q, const Tensor pages, const Tensor ring, const Tensor lens, const Tensor uk, const Tensor mk, const Tensor uv, const Tensor mv, std::optional<Tensor> mask,
-                            double scale, int64_t page, std::vector<int64_t> kranks, std::vector<int64_t> vranks, int64_t kat, int64_t vat) {
-  const Paged c = paged_of(q, pages, ring, lens, mask, scale, page, 1);
+                            double scale, int64_t page, std::vector<int64_t> kranks, std::vector<int64_t> vranks, int64_t kat, int64_t vat, std::optional<Tensor> row, std::optional<Tensor> cos, std::optional<Tensor> sin, bool half) {
+  const Paged c = paged_of(q, pages, ring, lens, mask, scale, page, 1, row, cos, sin, half);
   auto basis = [&](const Tensor& u, const Tensor& mean, const std::vector<int64_t>& ranks, int64_t at) {
     STD_TORCH_CHECK(u.is_contiguous() && mean.is_contiguous() && u.numel() == c.kv * c.d * c.d && mean.numel() == c.kv * c.d && u.scalar_type() == ScalarType::Float && mean.scalar_type() == ScalarType::Float, "effllm: a basis is fp32 (heads, D, D) with means (heads, D)");
     STD_TORCH_CHECK(static_cast<int64_t>(ranks.size()) == c.kv, "effllm: one rank per key head");
@@ -78,6 +78,6 @@ Tensor kv_attend_matryoshka(const Tensor q, const Tensor pages, const Tensor rin
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
-  m.def("kv_attend_matryoshka(Tensor q, Tensor pages, Tensor ring, Tensor lens, Tensor uk, Tensor mk, Tensor uv, Tensor mv, Tensor? mask, float scale, int page, int[] kranks, int[] vranks, int kat, int vat) -> Tensor");
+  m.def("kv_attend_matryoshka(Tensor q, Tensor pages, Tensor ring, Tensor lens, Tensor uk, Tensor mk, Tensor uv, Tensor mv, Tensor? mask, float scale, int page, int[] kranks, int[] vranks, int kat, int vat, Tensor? row, Tensor? cos, Tensor? sin, bool half) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { m.impl("kv_attend_matryoshka", TORCH_BOX(&kv_attend_matryoshka)); }

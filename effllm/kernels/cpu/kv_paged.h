@@ -15,9 +15,10 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <memory>
 #include <vector>
 
-#include "attention.h"
+#include "turns.h"
 
 namespace effllm {
 
@@ -36,11 +37,13 @@ struct Paged {
   Mask mask;
   float scale;
   Type type;
+  Shift shift;
   int64_t rows() const { return heads / kv * queries; }
   int64_t ring_at(int64_t b, int64_t side, int64_t g, int64_t t) const { return (((b * 2 + side) * kv + g) * width + t % width) * d; }
 };
 
-inline Paged paged_of(const Tensor& q, const Tensor& pages, const Tensor& ring, const Tensor& lens, const std::optional<Tensor>& mask, double scale, int64_t page, int64_t records) {
+inline Paged paged_of(const Tensor& q, const Tensor& pages, const Tensor& ring, const Tensor& lens, const std::optional<Tensor>& mask, double scale, int64_t page, int64_t records,
+                      const std::optional<Tensor>& row = {}, const std::optional<Tensor>& cos = {}, const std::optional<Tensor>& sin = {}, bool half = false) {
   STD_TORCH_CHECK(ring.dim() == 5 && ring.is_contiguous() && pages.dim() == 3 && pages.is_contiguous() && lens.numel() == 2, "effllm: not the state of a paged cache");
   Paged c{};
   c.q = view_of(q);
@@ -58,6 +61,7 @@ inline Paged paged_of(const Tensor& q, const Tensor& pages, const Tensor& ring, 
   c.type = type_of(q.scalar_type());
   c.mask = mask_of(mask, c.batch, c.heads, c.queries, c.page_count * page + c.width);
   c.scale = static_cast<float>(scale);
+  c.shift = shift_of(row, cos, sin, half, c.d, c.page_count * page + c.width);
   return c;
 }
 
@@ -121,13 +125,14 @@ inline bool prepare(const Paged& c, int64_t b, int64_t g, int64_t t, int64_t n, 
 }
 
 // The tokens of the ring, into out (rows, D).
-template <Type T> void ring_part(const Paged& c, int64_t b, int64_t g, const float* q, Softmax& soft, float* out) {
+template <Type T> void ring_part(const Paged& c, int64_t b, int64_t g, Turned& turned, Softmax& soft, float* out) {
   const int64_t rows = c.rows(), d = c.d;
   std::vector<float> s(static_cast<size_t>(rows * BLOCK)), line(static_cast<size_t>(d));
   for (int64_t t = c.flushed; t < c.total; t += BLOCK) {
     const int64_t n = std::min(BLOCK, c.total - t);
     for (int64_t i = 0; i < n; ++i) {
       widen<T>(c.ring, c.ring_at(b, 0, g, t + i), d, line.data());
+      const float* q = turned.of(t + i);
       for (int64_t r = 0; r < rows; ++r) s[static_cast<size_t>(r * BLOCK + i)] = dot(q + r * d, line.data(), d);
     }
     if (!prepare(c, b, g, t, n, s.data())) continue;
@@ -145,7 +150,15 @@ void run_part(const Paged& c, int64_t b, int64_t g, int64_t from, int64_t to, bo
   const int64_t rows = c.rows(), d = c.d, repeat = c.heads / c.kv;
   std::vector<float> q(static_cast<size_t>(rows * d)), s(static_cast<size_t>(rows * BLOCK));
   for (int64_t r = 0; r < rows; ++r) widen<T>(c.q.data, c.q.at(b, g * repeat + r / c.queries, r % c.queries), d, q.data() + r * d);
+  Turned turned(c.shift, q.data(), rows, d);
   Source source(c, b, g, rows, q.data(), more...);
+  std::vector<std::unique_ptr<Source>> others(static_cast<size_t>(c.shift.turns.count));  // for queries that are turned
+  std::vector<float> spare;
+  auto other = [&](int64_t a) -> Source& {
+    auto& own = others[static_cast<size_t>(a)];
+    if (!own) own = std::make_unique<Source>(c, b, g, rows, turned.at(a), more...);
+    return *own;
+  };
   const int64_t width = source.width;
   std::vector<float> acc(static_cast<size_t>(rows * width), 0.f);
   Softmax soft(rows);
@@ -157,14 +170,15 @@ void run_part(const Paged& c, int64_t b, int64_t g, int64_t from, int64_t to, bo
         std::fill(s.begin(), s.end(), 0.f);
         if (!prepare(c, b, g, p * c.page + t, n, s.data())) continue;
       }
-      source.scores(record, t, n, s.data());
+      if (!c.shift.on) source.scores(record, t, n, s.data());
+      else score_turns(c.shift.row, p * c.page + t, n, rows, BLOCK, s.data(), spare, [&](int64_t a, float* to) { other(a).scores(record, t, n, to); });
       prepare(c, b, g, p * c.page + t, n, s.data());
       for (int64_t r = 0; r < rows; ++r) rescale(acc.data() + r * width, width, soft.step(r, s.data() + r * BLOCK, n, [&](float x) { return source.round(x); }));
       source.values(record, t, n, s.data(), acc.data());
     }
   }
   source.finish(acc.data(), soft.sum.data(), out);
-  if (last) ring_part<T>(c, b, g, q.data(), soft, out);
+  if (last) ring_part<T>(c, b, g, turned, soft, out);
   std::copy(soft.top.begin(), soft.top.end(), top);
   std::copy(soft.sum.begin(), soft.sum.end(), sum);
 }

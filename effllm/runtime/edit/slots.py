@@ -136,6 +136,17 @@ class Log(Slots):
         longer.used += len(slots)
         return longer
 
+    def rows(self, shifts: Sequence[int]) -> Tensor:
+        """As for any slots; one that is used no more has the row before it, so that a page keeps one turn where it can."""
+        found = super().rows(shifts)
+        live, row = set(self.order), 0
+        for s in range(self.used):
+            if s in live:
+                row = int(found[s])
+            else:
+                found[s] = row
+        return found
+
     def moved(self, to: Sequence[int], used: int) -> Self:
         """The same text where slot s has become slot to[s], or -1 where it holds nothing any more; `used` slots are written then."""
         stored = [0] * self.size
