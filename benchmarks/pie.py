@@ -3,12 +3,15 @@
     python benchmarks/pie.py quality [--edits 200] [--each 10] [--dtype float32] [--refresh 0]
     python benchmarks/pie.py cost [--lengths 2048,4096,8192] [--sizes 1,8,64]
     python benchmarks/pie.py drift [--edits 100]
+    python benchmarks/pie.py packed [--cache "kivi(bits=4)"]
 
 quality: contexts of 1024 tokens and more (beginnings of files) that end with a line. An edit inserts, deletes or replaces 4 to 48 tokens,
 what is new being code of another file; a fifth of the edits does so in three places at once. Compared to reading everything behind the edit
 again: KL of the next token, the same most likely token, and the same greedy next line (up to 24 tokens); for PIE, and for the same
 edit without moving keys ("unfixed"). cost: median seconds of one edit of N tokens in the middle against reading the whole text.
-drift: bf16 keys of layer 0 after many edits against the keys that the model stores for the final text, in units of one rounding.
+packed: one text of 1024 tokens, 20 edits one after the other; after 1, 5 and 20 of them the KL of the next token of an edited session to a
+new session over the same text and cache, for a dense cache and for a packed one. drift: bf16 keys of layer 0 after many edits against the
+keys that the model stores for the final text.
 Results go to benchmarks/results/pie.json, rows of other parts stay there; each edit of "quality" also goes to results/pie_quality.jsonl as
 soon as it is measured, and a run that was stopped continues behind the edits found there (--fresh forgets them).
 """
@@ -249,9 +252,9 @@ def cost(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
         whole = []
         for _ in range(a.rounds):
             start = time.perf_counter()
-            session = EditSession(model, ids[:length])
+            session = EditSession(model, ids[:length], cache=a.cache)
             whole.append(time.perf_counter() - start)
-        for form in ("lazy", "eager"):
+        for form in ("lazy", "eager") if a.cache == "dense" else ("lazy",):
             session.form = form
             for size in (int(n) for n in a.sizes.split(",")):
                 times = []
@@ -262,8 +265,31 @@ def cost(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     session.edit([(length // 2, length // 2 + size, [])])
                 edit, full = statistics.median(times[1:]), statistics.median(whole)
                 yield {
-                    "part": "cost", "form": form, "dtype": a.dtype, "length": length, "size": size, "edit_s": edit, "full_s": full, "share": edit / full,
+                    "part": "cost", "form": form, "dtype": a.dtype, "length": length, "size": size, "cache": a.cache, "edit_s": edit, "full_s": full,
+                    "share": edit / full, "cache_bytes": session.cache_bytes,
                     "threads": torch.get_num_threads(),
+                }  # fmt: skip
+
+
+def packed(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows after 1, 5 and 20 edits: what editing loses over a dense cache and over a packed one."""
+    model, tokenizer = load_demo(torch.float32)
+    rng, texts = random.Random(2), files()
+    ids = context(tokenizer, texts[3], 1024, 1200, rng)
+    filler = encode(tokenizer, texts[50][:20000])
+    kinds = ("dense", a.cache if a.cache != "dense" else "kivi(bits=4)")
+    sessions = [EditSession(model, ids, cache=kind, capacity=3000) for kind in kinds]
+    for i in range(1, 21):
+        ids, edits, _ = made_edit(ids, filler, rng)
+        for session in sessions:
+            session.edit(edits)
+        if i in (1, 5, 20):
+            fresh = [EditSession(model, ids, cache=kind).next_token_logits() for kind in kinds]
+            for kind, session, new in zip(kinds, sessions, fresh, strict=True):
+                now = session.next_token_logits()
+                yield {
+                    "part": "packed", "cache": kind, "edits": i, "tokens": len(ids), "kl_to_fresh": kl(new, now), "kl_to_dense_fresh": kl(fresh[0], now),
+                    "segments": session._slots.segments(), "cache_bytes": session.cache_bytes,
                 }  # fmt: skip
 
 
@@ -305,7 +331,7 @@ def _key_error(session: EditSession, fresh: EditSession) -> tuple[float, float]:
 def main() -> None:
     """Print each row and keep it in the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("quality", "cost", "drift"))
+    parser.add_argument("part", choices=("quality", "cost", "drift", "packed"))
     parser.add_argument("--edits", type=int)
     parser.add_argument("--each", type=int, default=10, help="edits per context")
     parser.add_argument("--longest", type=int, default=1536, help="tokens of the longest context")
@@ -320,10 +346,10 @@ def main() -> None:
     a.edits = a.edits or {"quality": 200, "drift": 100}.get(a.part, 0)
     a.dtype = a.dtype or ("float32" if a.part == "quality" else "bfloat16")
     key = ("part", "edits", "form", "dtype", "length", "size", "refresh", "cache")
-    for row in {"quality": quality, "cost": cost, "drift": drift}[a.part](a):
+    for row in {"quality": quality, "cost": cost, "drift": drift, "packed": packed}[a.part](a):
         print("  ".join(f"{k}={v:.5g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
         old = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
-        keep = [r for r in old if any(r.get(k) != row.get(k) for k in key)]
+        keep = [r for r in old if any({"cache": "dense", **r}.get(k) != {"cache": "dense", **row}.get(k) for k in key)]
         RESULTS.write_text(json.dumps({"machine": describe(), "rows": [*keep, row]}, indent=1) + "\n")
 
 

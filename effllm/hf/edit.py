@@ -127,6 +127,11 @@ class EditSession:
         _, stored = self._layer(layer).stored()
         return stored.index_select(2, torch.tensor(self._slots.order, device=self.device))
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the cache's tensors, free room included."""
+        return self._cache.nbytes
+
     # ---- changing
 
     def edit(self, edits: Iterable[Sequence[Any]]) -> Edited:

@@ -127,6 +127,11 @@ class EditCache(Cache):
         """The layers."""
         return [layer for layer in self.layers if isinstance(layer, EditLayer)]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(t.numel() * t.element_size() for layer in self.own for t in (layer.keys, layer.values) if t is not None)
+
     def use(self, tables: Tables) -> None:
         """Let the next pass write and turn by these tables."""
         for layer in self.own:

@@ -132,7 +132,8 @@ def _attention(read: fx.Node) -> tuple[fx.Node, dict[str, Any], tuple[Any, ...]]
     if ends[0] is not ends[1]:
         return "keys and values go to different attentions"
     given: dict[str, Any] = dict(zip(NAMES, ends[0].args, strict=False)) | dict(ends[0].kwargs)
-    keys, turn = grouped(given["key"]), ()
+    keys: Any = grouped(given["key"])
+    turn: tuple[Any, ...] = ()
     if is_op(keys, "pie_apply") and keys.args[1] is None:  # an edited text: see effllm/hf/edit_packed.py
         keys, turn = keys.args[0], tuple(keys.args[2:6])
     if keys is not parts[0] or grouped(given["value"]) is not parts[1]:
