@@ -70,7 +70,7 @@ def provider_source(provider: str, op: str) -> str:
             return source_hash([KERNELS / "triton" / "monarch_launch.py"], without=["effllm.kernels.triton.monarch_choose"])
         # launch.py reaches every kernel; which configuration is chosen, and for what machine, is not part of how it runs
         modules = ("choose", "cost", "space", "lowrank_cost")
-        name = "lowrank_launch.py" if op.startswith("lowrank") else "launch.py"
+        name = "lowrank_bipolar_launch.py" if op.startswith("lowrank_bipolar") else "lowrank_launch.py" if op.startswith("lowrank") else "launch.py"
         return source_hash([KERNELS / "triton" / name], without=[f"effllm.kernels.triton.{m}" for m in modules])
     if provider.startswith("cpu-"):
         units = sorted((KERNELS / "cpu").glob("*.cpp"))
