@@ -58,6 +58,25 @@ def reachable(files: Iterable[Path], *, without: Iterable[str] = (), within: Ite
             waiting += [edge.resolve() for edge in edges]
     return sorted(seen)
 
+# op, by how its name begins -> the file that launches its Triton kernels, and so reaches them; launch.py for all others
+_LAUNCHERS = {
+    "armor": "nm_launch.py",
+    "lowrank_bipolar": "lowrank_bipolar_launch.py",
+    "lowrank": "lowrank_launch.py",
+    "monarch": "monarch_launch.py",
+    "nm": "nm_launch.py",
+    "packed_attention": "segments_launch.py",
+    "pie": "pie.py",
+    "rsparse": "skip_launch.py",
+    "sparse_lowrank": "lowrank_launch.py",
+    "sparse": "skip_launch.py",
+}
+
+
+def launcher(op: str) -> str:
+    """The file of kernels/triton that launches an op's kernels."""
+    return next((file for start, file in _LAUNCHERS.items() if op.startswith(start)), "launch.py")
+
 
 @functools.cache
 def provider_source(provider: str, op: str) -> str:
@@ -66,12 +85,9 @@ def provider_source(provider: str, op: str) -> str:
     Cached: sources do not change under a running process.
     """
     if provider.split("-")[0] == "triton":
-        if op == "monarch_linear":
-            return source_hash([KERNELS / "triton" / "monarch_launch.py"], without=["effllm.kernels.triton.monarch_choose"])
-        # launch.py reaches every kernel; which configuration is chosen, and for what machine, is not part of how it runs
-        modules = ("choose", "cost", "space", "lowrank_cost")
-        name = "lowrank_bipolar_launch.py" if op.startswith("lowrank_bipolar") else "lowrank_launch.py" if op.startswith("lowrank") else "launch.py"
-        return source_hash([KERNELS / "triton" / name], without=[f"effllm.kernels.triton.{m}" for m in modules])
+        # which configuration is chosen, and for what machine, is not part of how a kernel runs
+        modules = ("choose", "cost", "space", "lowrank_cost", "monarch_choose")
+        return source_hash([KERNELS / "triton" / launcher(op)], without=[f"effllm.kernels.triton.{m}" for m in modules])
     if provider.startswith("cpu-"):
         units = sorted((KERNELS / "cpu").glob("*.cpp"))
         own = [u for u in units if u.stem in op]  # bipolar.cpp for bipolar_linear_a8

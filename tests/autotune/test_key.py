@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from effllm.autotune import normal, source
 from effllm.autotune.key import BUCKETS, Key, align_class, bucket, provider_source, source_hash
 from effllm.errors import TuneError
-from effllm.lowering.op import Problem
+from effllm.lowering import providers
+from effllm.lowering.op import OPS, Problem
 from tests.autotune.made import key
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -234,13 +235,12 @@ def test_the_kernels_of_this_package():
         return {p.name for p in source.reachable([source.KERNELS / f for f in files], without=without)}
 
     compiled = {p.name for p in (source.KERNELS / "triton").glob("*.py") if "@triton.jit" in p.read_text()}
-    chosen_by = [f"effllm.kernels.triton.{m}" for m in ("choose", "cost", "space")]
-    triton = names("triton/launch.py", without=chosen_by)
-    monarch = names("triton/monarch_launch.py", without=["effllm.kernels.triton.monarch_choose"])
-    chosen_by.append("effllm.kernels.triton.lowrank_cost")
-    lowrank = names("triton/lowrank_launch.py", without=chosen_by)
-    nm = {p.name for p in (source.KERNELS / "triton").glob("nm*.py")}
-    assert compiled <= triton | monarch | lowrank | nm, "a Triton kernel that no hash covers"
+    providers.load("cpu")
+    chosen_by = [f"effllm.kernels.triton.{m}" for m in ("choose", "cost", "space", "lowrank_cost", "monarch_choose")]
+    reached = {op: names(f"triton/{source.launcher(op)}", without=chosen_by) for op in OPS}
+    triton, monarch = reached["bipolar_linear"], reached["monarch_linear"]
+    assert compiled <= set().union(*reached.values()), "a Triton kernel that no op's hash covers"
+    assert {"nm.py"} <= reached["nm_linear"] and {"nm.py"} <= reached["armor_linear"] and "skip.py" in reached["sparse_up_bipolar_linear"]
     assert {"monarch_gemv.py", "monarch_gemm.py"} <= monarch and not {"monarch_choose.py", "cost.py", "choose.py", "gemv.py"} & monarch
     assert provider_source("triton", "monarch_linear") != provider_source("triton", "bipolar_linear")
     assert {"monarch.cpp", "monarch.h", "monarch_codes.h", "bipolar.h", "gemv.h", "phases.h"} <= names("cpu/monarch.cpp")
@@ -253,9 +253,6 @@ def test_the_kernels_of_this_package():
 
 
 def test_every_registered_kernel_has_a_source_hash():
-    from effllm.lowering import providers
-    from effllm.lowering.op import OPS
-
     providers.load("cpu")
     for op in OPS.values():
         for provider in op.providers.values():

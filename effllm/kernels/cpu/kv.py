@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from effllm.kernels.cpu.build import Isa
+from effllm.kernels.cpu.verdict import supports
 from effllm.lowering.op import OPS, Problem, Provider, Verdict
 from effllm.runtime.caches.base import CacheFormat, parse
 from effllm.runtime.caches.gear import Gear
@@ -24,7 +26,7 @@ def kv_kivi(q, pages, ring, lens, mask, scale, page, bits, group, rank, kout, vo
     return q.new_empty(q.shape)
 
 
-FAKES = (kv_append, kv_kivi)
+FAKES: dict[str, Callable[..., Any]] = {f.__name__: f for f in (kv_append, kv_kivi)}
 
 
 def settings(fmt: CacheFormat, dim: int) -> tuple[int, ...]:
@@ -34,7 +36,7 @@ def settings(fmt: CacheFormat, dim: int) -> tuple[int, ...]:
     return fmt.page, fmt.bits, fmt.group, rank, *counts
 
 
-def register(isa: Isa, rank: int, ensure: Callable[[Isa], None], supports: Callable[[Problem, Isa], Verdict]) -> None:
+def register(isa: Isa, rank: int, ensure: Callable[[Isa], None]) -> None:
     """Add one instruction set's providers."""
 
     def attend_verdict(problem: Problem) -> Verdict:

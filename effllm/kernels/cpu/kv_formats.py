@@ -39,7 +39,7 @@ def kv_attend_matryoshka(q, pages, ring, lens, uk, mk, uv, mv, mask, scale, page
     return q.new_empty(q.shape)
 
 
-FAKES = (kv_attend_bitmap, kv_attend_bfp, kv_attend_matryoshka)
+FAKES: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (kv_attend_bitmap, kv_attend_bfp, kv_attend_matryoshka)}
 
 
 @lru_cache(maxsize=256)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effllm.autotune import machines
+from effllm.autotune import machines, use
 from effllm.autotune.cost import Prediction, crossovers
 from effllm.kernels.cpu import build, lowrank_cost
 from effllm.kernels.cpu.build import Isa
@@ -74,6 +74,9 @@ def fake(x, a, b, channels, pivots, bias, values, columns, rows, threads=0, prod
     return x.new_empty(*x.shape[:-1], sum(f.shape[0] for f in a) + (sum(f.shape[0] for f in b) if pivots else 0))
 
 
+FAKES: dict[str, Callable[..., Tensor]] = {"lowrank": fake}
+
+
 def supports(problem: Problem, isa: Isa) -> Verdict:
     """Whether this machine and this problem fit the build."""
     lacking = build.missing(isa)
@@ -116,3 +119,6 @@ def register(isa: Isa, rank: int, ensure: Callable[[Isa], None]) -> None:
     """Add one instruction set's providers to the ops."""
     for op in NAMES:
         OPS[op].register(provider(op, isa, rank, ensure))
+
+
+use.on_forget(products_from.cache_clear)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effllm.autotune import machines
+from effllm.autotune import machines, use
 from effllm.autotune.cost import Prediction, crossovers
 from effllm.kernels.cpu import build
 from effllm.kernels.cpu.build import Isa
@@ -78,6 +78,9 @@ def fake(x, ac, as_, am, bc, bs, bm, bias, n, rank, a_bits, a_group, a_zero, b_b
     return x.new_empty(*x.shape[:-1], n or sum(c.shape[0] * 16 for c in ac))
 
 
+FAKES: dict[str, Callable[..., Tensor]] = {"lowrank_bipolar": fake}
+
+
 def supports(problem: Problem, isa: Isa) -> Verdict:
     """Whether this machine and this problem fit the build."""
     lacking = build.missing(isa)
@@ -124,3 +127,4 @@ def register(isa: Isa, rank: int, ensure: Callable[[Isa], None]) -> None:
         OPS[op].register(provider(op, isa, rank, ensure))
 
 
+use.on_forget(thresholds.cache_clear)

@@ -7,17 +7,21 @@ for as many as the work is worth. Where M is dynamic the op gets the rows from w
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from effllm.autotune import machines
+from effllm.autotune import machines, use
 from effllm.autotune.cost import Prediction, crossovers, values_of
 from effllm.kernels.cpu import monarch_cost as cost
-from effllm.lowering.op import YES, Config, Problem, Verdict
+from effllm.kernels.cpu.build import Isa
+from effllm.kernels.cpu.verdict import supports
+from effllm.lowering.op import OPS, YES, Config, Problem, Provider, Verdict
 
-OPS = ("monarch_linear", "monarch_bipolar_linear")
+NAMES = ("monarch_linear", "monarch_bipolar_linear")
 LAYOUTS = {"monarch_linear": "dense", "monarch_bipolar_linear": "tile16"}
 _VALUES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _NEVER = 1 << 40
@@ -35,7 +39,7 @@ def monarch_bipolar_linear(  # type: ignore[no-untyped-def]
     return x.new_empty(*x.shape[:-1], n)
 
 
-FAKES = (monarch_linear, monarch_bipolar_linear)
+FAKES: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (monarch_linear, monarch_bipolar_linear)}
 
 
 def refusal(problem: Problem) -> str:
@@ -106,3 +110,25 @@ def arguments(problem: Problem, config: Config | None, isa: str) -> dict[str, in
     if config is None:
         return {"threads": 0, "matmul_from": matmul_from(problem, isa)}
     return {"threads": threads, "matmul_from": 1 if config["path"] == "matmul" else _NEVER}
+
+
+def register(isa: Isa, rank: int, ensure: Callable[[Isa], None]) -> None:
+    """Add the providers of an instruction set; `ensure` builds and loads it on first use."""
+    for op in NAMES:
+        OPS[op].register(_provider(op, isa, rank, ensure))
+
+
+def _provider(op: str, isa: Isa, rank: int, ensure: Callable[[Isa], None]) -> Provider:
+    def verdict(problem: Problem) -> Verdict:
+        why = refusal(problem)
+        return Verdict(False, why) if why else supports(problem, isa)
+
+    def call(*args: Any, problem: Problem, config: Config | None = None) -> Tensor:
+        ensure(isa)
+        y: Tensor = getattr(getattr(torch.ops, isa.namespace), op)(*args, **arguments(problem, config, isa.name))
+        return y
+
+    return Provider(f"cpu-{isa.name}", op, "cpu", LAYOUTS[op], verdict, call, MonarchTuning(isa.name), lambda: ensure(isa), rank=rank)
+
+
+use.on_forget(matmul_from.cache_clear)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effllm.autotune import use
 from effllm.kernels.cpu import build
-from effllm.kernels.cpu.build import ISAS, Isa
+from effllm.kernels.cpu.build import Isa
 from effllm.kernels.cpu.nm_choose import NmTuning, arguments, thresholds
 from effllm.lowering.op import OPS, YES, Config, Problem, Provider, Verdict
 from effllm.runtime.formats import bipolar
@@ -19,16 +20,15 @@ _NAMES = {"float32", "bfloat16", "float16"}
 OPERATIONS = ("nm_linear", "nm_bipolar_linear", "armor_linear")
 
 
-def fakes() -> tuple[Callable[..., Tensor], ...]:
-    """Shapes of the kernels' own ops."""
+def nm_rows(x, values, scale, minimum, index, left, right, bias, n, keep, of, bits, group, zero, threads=0, expand_from=0):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], n)
 
-    def nm_rows(x, values, scale, minimum, index, left, right, bias, n, keep, of, bits, group, zero, threads=0, expand_from=0):  # type: ignore[no-untyped-def]
-        return x.new_empty(*x.shape[:-1], n)
 
-    def nm_tiles(x, values, scale, minimum, index, left, right, bias, n, keep, of, bits, group, zero, threads=0, expand_from=0):  # type: ignore[no-untyped-def]
-        return x.new_empty(*x.shape[:-1], n)
+def nm_tiles(x, values, scale, minimum, index, left, right, bias, n, keep, of, bits, group, zero, threads=0, expand_from=0):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], n)
 
-    return nm_rows, nm_tiles
+
+FAKES: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (nm_rows, nm_tiles)}
 
 
 def supports(problem: Problem, isa: Isa, tiles: bool) -> Verdict:
@@ -93,13 +93,12 @@ def _provider(op: str, isa: Isa, tiles: bool, rank: int, ensure: Callable[[Isa],
     )  # fmt: skip
 
 
-def register(ensure: Callable[[Isa], None]) -> None:
-    """Add the CPU providers to the N:M ops; `ensure` builds and loads a build on first use."""
-    from effllm.autotune import use
+def register(isa: Isa, rank: int, ensure: Callable[[Isa], None]) -> None:
+    """Add the providers of an instruction set; `ensure` builds and loads it on first use."""
+    for op in OPERATIONS:
+        OPS[op].register(_provider(op, isa, False, rank, ensure))
+        if isa.name == "avx512":
+            OPS[op].register(_provider(op, isa, True, rank + 1, ensure))
 
-    use.on_forget(thresholds.cache_clear)
-    for rank, isa in enumerate(reversed(ISAS), start=1):
-        for op in OPERATIONS:
-            OPS[op].register(_provider(op, isa, False, rank, ensure))
-            if isa.name == "avx512":
-                OPS[op].register(_provider(op, isa, True, rank + 1, ensure))
+
+use.on_forget(thresholds.cache_clear)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from effllm.kernels.cpu import build
-from effllm.kernels.cpu.build import ISAS, Isa
+from effllm.kernels.cpu.build import Isa
 from effllm.lowering.op import OPS, Problem, Provider, Verdict
 from effllm.lowering.pie import floats_only
 
@@ -26,14 +26,13 @@ def rotated_attention(
     return q.new_empty(q.shape)
 
 
-FAKES: tuple[Callable[..., Tensor], ...] = (pie_apply, rotated_attention)
+FAKES: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (pie_apply, rotated_attention)}
 
 
-def register(ensure: Callable[[Isa], None]) -> None:
-    """Add a provider per build; nothing is built yet."""
-    for rank, isa in enumerate(reversed(ISAS), start=1):
-        for op in ("pie_apply", "rotated_attention"):
-            OPS[op].register(_provider(op, isa, rank, ensure))
+def register(isa: Isa, rank: int, ensure: Callable[[Isa], None]) -> None:
+    """Add the providers of an instruction set; `ensure` builds and loads it on first use."""
+    for op in FAKES:
+        OPS[op].register(_provider(op, isa, rank, ensure))
 
 
 def _provider(op: str, isa: Isa, rank: int, ensure: Callable[[Isa], None]) -> Provider:

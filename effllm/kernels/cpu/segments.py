@@ -19,6 +19,9 @@ def fake(q: Tensor, k: Tensor, v: Tensor, table: Tensor, scale: float, window: i
     return q.new_empty(1, q.shape[2], q.shape[1], v.shape[3])
 
 
+FAKES: dict[str, Callable[..., Tensor]] = {"packed_attention": fake}
+
+
 def supports(problem: Problem, isa: Isa) -> Verdict:
     """Whether this machine and this dtype fit the build."""
     lacking = missing(isa)

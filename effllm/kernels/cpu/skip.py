@@ -16,7 +16,7 @@ from torch import Tensor
 from effllm.autotune import machines
 from effllm.autotune.cost import Prediction
 from effllm.kernels.cpu import build, skip_cost
-from effllm.kernels.cpu.build import ISAS, Isa
+from effllm.kernels.cpu.build import Isa
 from effllm.lowering.op import OPS, YES, Config, Problem, Provider, Verdict
 from effllm.runtime.formats import bipolar
 
@@ -32,25 +32,27 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _VALUES = {"float32", "bfloat16", "float16"}
 
 
-def fakes() -> tuple[Callable[..., Tensor], ...]:
-    """Shapes of the kernels' own ops."""
+def skip_input(x, threshold, weight_t, bias, limit, threads=0, block=0, ahead=0):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], weight_t.shape[1])
 
-    def skip_input(x, threshold, weight_t, bias, limit, threads=0, block=0, ahead=0):  # type: ignore[no-untyped-def]
-        return x.new_empty(*x.shape[:-1], weight_t.shape[1])
 
-    def skip_rest(x, threshold, colnorm, weight_t, u, v, bias, limit, threads=0, block=0, ahead=0):  # type: ignore[no-untyped-def]
-        return x.new_empty(*x.shape[:-1], weight_t.shape[1])
+def skip_rest(x, threshold, colnorm, weight_t, u, v, bias, limit, threads=0, block=0, ahead=0):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], weight_t.shape[1])
 
-    def skip_output(x, gate, threshold, weight, bias, limit, threads=0, block=0, ahead=0):  # type: ignore[no-untyped-def]
-        return x.new_empty(*x.shape[:-1], weight.shape[0])
 
-    def skip_input_codes(x, threshold, codes, scale, minimum, bias, n, bits, group, zero, limit, threads=0, block=0):  # type: ignore[no-untyped-def]
-        return x.new_empty(*x.shape[:-1], n)
+def skip_output(x, gate, threshold, weight, bias, limit, threads=0, block=0, ahead=0):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
 
-    def skip_output_codes(x, gate, threshold, codes, scale, minimum, bias, bits, group, zero, limit, threads=0, block=0):  # type: ignore[no-untyped-def]
-        return x.new_empty(*x.shape[:-1], codes.shape[0])
 
-    return skip_input, skip_rest, skip_output, skip_input_codes, skip_output_codes
+def skip_input_codes(x, threshold, codes, scale, minimum, bias, n, bits, group, zero, limit, threads=0, block=0):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], n)
+
+
+def skip_output_codes(x, gate, threshold, codes, scale, minimum, bias, bits, group, zero, limit, threads=0, block=0):  # type: ignore[no-untyped-def]
+    return x.new_empty(*x.shape[:-1], codes.shape[0])
+
+
+FAKES: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (skip_input, skip_rest, skip_output, skip_input_codes, skip_output_codes)}
 
 
 def supports(problem: Problem, isa: Isa) -> Verdict:
@@ -109,8 +111,7 @@ def _provider(op: str, isa: Isa, rank: int, ensure: Callable[[Isa], None]) -> Pr
     return Provider(f"cpu-{isa.name}", op, "cpu", layout, lambda p: supports(p, isa), call, SkipTuning(isa.name), lambda: ensure(isa), rank=rank)
 
 
-def register(ensure: Callable[[Isa], None]) -> None:
-    """Add the CPU providers to the ops; `ensure` builds and loads a build on first use."""
-    for rank, isa in enumerate(reversed(ISAS), start=1):
-        for op in OPERATIONS:
-            OPS[op].register(_provider(op, isa, rank, ensure))
+def register(isa: Isa, rank: int, ensure: Callable[[Isa], None]) -> None:
+    """Add the providers of an instruction set; `ensure` builds and loads it on first use."""
+    for op in OPERATIONS:
+        OPS[op].register(_provider(op, isa, rank, ensure))

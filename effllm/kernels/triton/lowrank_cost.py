@@ -5,7 +5,9 @@
     dot     T = max(bytes / bandwidth, 2 M weights / mma) + 2 S call             two products on the matrix cores for each of S siblings
 
 A problem does not say how many siblings it is made of: S = N R / values of the second factors, which is exact for equal ones and weighs a
-small one beside a large one less. Bipolar factors run as two bipolar linears each, by the models of these (cost.py). The barrier costs two round trips to L2. Few rows cost a conversion and a load for each weight and a multiply-add for each of its rows.
+small one beside a large one less. Bipolar factors run as two bipolar linears each, by the models of these (cost.py).
+
+The barrier costs two round trips to L2. Few rows cost a conversion and a load for each weight and a multiply-add for each of its rows.
 """
 
 from __future__ import annotations
