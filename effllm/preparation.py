@@ -33,6 +33,11 @@ class Assigned:
         """As the parameters say."""
         return self.params.requires_calibration
 
+    @property
+    def reads_dense(self) -> bool:
+        """As the parameters say."""
+        return self.params.reads_dense
+
     @staticmethod
     def solve(w: Tensor, own: Assigned, moments: Moments | None) -> Packed:
         """Pack w (N, K) with the moments of its inputs."""

@@ -8,6 +8,7 @@ plain-torch functions behind an opaque op, because what it does depends on the l
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,20 +45,24 @@ def attend_reference(q: Tensor, pages: Tensor, ring: Tensor, lens: Tensor, table
 
 def problem(op: str, spec: str, heads: int, ring: Tensor, n: int | None) -> Problem:
     """What a provider must know: the format's name and text, key heads (n), head size (k), query heads and their dtype."""
+    return _problem(op, spec, heads, ring.shape[2], ring.shape[4], ring.dtype, ring.device.type, n)
+
+
+def _problem(op: str, spec: str, heads: int, key_heads: int, dim: int, dtype: torch.dtype, device: str, n: int | None) -> Problem:
     fmt = parse(spec)
     detail = (("format", fmt.name), ("heads", heads), ("spec", fmt.spec))
     bits, group = int(getattr(fmt, "bits", 0)), int(getattr(fmt, "group", 0))
-    return Problem(op, ring.shape[2], ring.shape[4], bits, group, False, m=n, dtype=ring.dtype, device=ring.device.type, detail=detail)
+    return Problem(op, key_heads, dim, bits, group, False, m=n, dtype=dtype, device=device, detail=detail)
 
 
 @lru_cache(maxsize=1024)
-def _best(wanted: Problem) -> str:
-    return providers.select(wanted)[0].name
+def _choose(kernel: str, *about: Any) -> str:
+    return providers.select(_problem(*about), None if kernel == "auto" else kernel)[0].name
 
 
 def choose(op: str, kernel: str, spec: str, heads: int, ring: Tensor, n: int | None) -> str:
-    """The provider's name, the best one for "auto"."""
-    return _best(problem(op, spec, heads, ring, n)) if kernel == "auto" else kernel
+    """The provider's name, the best one for "auto". Raises KernelError for a kernel that is not there or refuses."""
+    return _choose(kernel, op, spec, heads, ring.shape[2], ring.shape[4], ring.dtype, ring.device.type, n)
 
 
 def _append(pages, ring, lens, start, k, v, tables, spec, kernel):  # type: ignore[no-untyped-def]

@@ -14,7 +14,7 @@ from effllm.runtime.caches.base import parse
 from effllm.runtime.caches.layer import Layer
 
 providers.load("cpu")
-KERNELS = [p.name for p in OPS["kv_attend"].providers.values()]
+KERNELS = [n for n in OPS["kv_attend"].providers if n.rpartition("-")[2] not in ("mustafar", "bfp", "matryoshka")]  # those: test_kv_formats.py
 # name, heads, query heads per key head, head size, tokens, queries
 SHAPES = [
     ("kivi(bits=4)", 2, 4, 64, 500, 1),
@@ -37,6 +37,18 @@ def kernel_of(name: str, op: str = "kv_attend") -> str:
     except KernelError as error:
         pytest.skip(error.cause)
     return name
+
+
+def test_a_kernel_of_another_format_is_refused_with_its_reason() -> None:
+    layer = build("gear(bits=2)", 1, 32, 100)
+    q = torch.randn(2, 2, 1, 32)
+    others = [name for name in OPS["kv_attend"].providers if name.rpartition("-")[2] in ("mustafar", "bfp", "matryoshka")]
+    assert others
+    for name in others:
+        with pytest.raises(KernelError, match="is for .*, the cache is gear"):
+            layer.attend(q, kernel=name)
+    with pytest.raises(KernelError, match="unknown kernel 'nowhere'"):
+        layer.attend(q, kernel="nowhere")
 
 
 def build(text: str, heads: int, dim: int, tokens: int, dtype: torch.dtype = torch.float32, batch: int = 2) -> Layer:
@@ -182,7 +194,7 @@ def test_the_kernels_refuse_other_formats_with_a_reason() -> None:
     layer = build("dense(page=16,window=8)", 1, 32, 40)
     rated = providers.verdicts(problem("kv_attend", parse("dense").spec, 1, layer.ring, 1))
     assert [p.name for p, v in rated if v] == ["reference"]
-    assert all("dense pages" in v.reason or "lacks" in v.reason for _, v in rated if not v)
+    assert all(any(why in v.reason for why in ("dense pages", "the cache is dense", "lacks")) for _, v in rated if not v)
 
 
 def test_read_op_is_what_the_layer_reads() -> None:

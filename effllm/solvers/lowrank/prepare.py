@@ -115,6 +115,7 @@ class _Name(str):
     """A layer's name in the place of its parameters."""
 
     requires_calibration = True
+    reads_dense = True  # nothing is replaced while the spectra are looked at
 
 
 @contextmanager
