@@ -58,6 +58,7 @@ def reachable(files: Iterable[Path], *, without: Iterable[str] = (), within: Ite
             waiting += [edge.resolve() for edge in edges]
     return sorted(seen)
 
+
 # op, by how its name begins -> the file that launches its Triton kernels, and so reaches them; launch.py for all others
 _LAUNCHERS = {
     "armor": "nm_launch.py",

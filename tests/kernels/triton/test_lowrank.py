@@ -210,4 +210,4 @@ def test_many_rows_run_on_the_matrix_cores(target: str) -> None:
 def test_places_compile(target: str) -> None:
     for absent in ((), ("bias",)):
         used, _ = compiled(place_kernel, target, absent=absent, BN=256)
-        assert used.spills == 0 and used.shared == 0
+        assert used.spills == 0 and used.shared <= 256 * 8  # the places change from eight bytes a value to two once
