@@ -69,7 +69,10 @@ def allocated(
                     return divergence()
 
             done = allocate.sensitivity(shapes, groups, _RATIOS, measure, params.ratio, pivoted=pivoted)
-    given = {n: replace(p, rank=r, allocation="uniform") for n, (_, p) in covered.items() if (r := done.ranks[n]) is not None}
+    # what "auto" meant was settled by the allocation, which a rank of its own replaces
+    settled = {"allocation": "uniform", "statistics": "dense" if params.reads_dense else "sequential"}
+    settled["metric"] = "fisher" if params.weighs_outputs else "plain"
+    given = {n: replace(p, rank=r, **settled) for n, (_, p) in covered.items() if (r := done.ranks[n]) is not None}
     kept = {n: done.reasons.get(n, "it stays dense at this ratio") for n in covered if n not in given}
     return given, kept
 
