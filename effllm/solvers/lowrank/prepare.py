@@ -70,9 +70,9 @@ def allocated(
 
             done = allocate.sensitivity(shapes, groups, _RATIOS, measure, params.ratio, pivoted=pivoted)
     # what "auto" meant was settled by the allocation, which a rank of its own replaces
-    settled = {"allocation": "uniform", "statistics": "dense" if params.reads_dense else "sequential"}
-    settled["metric"] = "fisher" if params.weighs_outputs else "plain"
-    given = {n: replace(p, rank=r, **settled) for n, (_, p) in covered.items() if (r := done.ranks[n]) is not None}
+    statistics, metric = "dense" if params.reads_dense else "sequential", "fisher" if params.weighs_outputs else "plain"
+    settled = replace(params, allocation="uniform", statistics=statistics, metric=metric)
+    given = {n: replace(settled, rank=r) for n in covered if (r := done.ranks[n]) is not None}
     kept = {n: done.reasons.get(n, "it stays dense at this ratio") for n in covered if n not in given}
     return given, kept
 
