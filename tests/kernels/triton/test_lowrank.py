@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-import subprocess
-import sys
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,15 +24,9 @@ from effllm.lowering.op import OPS
 from effllm.runtime.layouts import words
 from tests.kernels.triton.lowrank_cases import cases
 
+WORKER = "lowrank_cases.py"
+
 FLOOR = {"float32": 2e-6, "float16": 5e-5}
-
-
-@pytest.fixture(scope="module")
-def results() -> dict[str, dict[str, Any]]:
-    worker = Path(__file__).with_name("lowrank_cases.py")
-    done = subprocess.run([sys.executable, str(worker)], capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return {row["name"]: row for row in map(json.loads, done.stdout.splitlines())}
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda c: c.name)
