@@ -1,6 +1,6 @@
 """What compressed caches cost the demo model: the 512 tokens behind a compressed prompt of 1536, paired with the dense model window by window.
 
-    python -m benchmarks.kv_quality [--texts WHEEL] [--windows 8] [--only kivi-4,gear-2] [--basis FILE] [--threads 1]
+    python -m benchmarks.kv_quality [--texts WHEEL] [--windows 8] [--only kivi-4,gear-2] [--basis FILE] [--dtype float32] [--threads 1]
 
 Odd articles are cut into windows of 2048 tokens. The prompt is read once by the dense model; its keys and values go into each cache, and the
 512 tokens that follow are scored in one pass: they see the compressed prompt and each other exact.
@@ -35,6 +35,7 @@ from effllm.runtime.caches.base import parse
 
 RESULTS = Path(__file__).parent / "results" / "kv_quality.json"
 PROMPT, SCORED, BLOCK = 1536, 512, 73
+KEYS = ("spec", "text", "dtype")  # of a row: what its windows have in common
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ METHODS: dict[str, Method] = {
     "kivi-2-g32": Method("kivi(bits=2,group=32)"),
     "gear-4": Method("gear(bits=4)"),
     "gear-2": Method("gear(bits=2)"),
+    "gear-2-f8": Method("gear(bits=2,factors=8)"),
+    "gear-2-f8-w0": Method("gear(bits=2,factors=8,window=0)"),
     "gear-2-l": Method("gear(bits=2,outliers=0)"),
     "gear-2-r4": Method("gear(bits=2,rank=4,outliers=0)"),
     "gear-2-g32": Method("gear(bits=2,group=32)"),
@@ -110,16 +113,17 @@ def row(name: str, windows: dict[str, Any], about: dict[str, Any]) -> dict[str, 
     dense = math.exp(sum(w["dense"] for w in held) / tokens)
     spread = float(kl.std()) / math.sqrt(len(kl)) if len(kl) > 1 else math.nan
     figures = {"tokens": tokens, "dense_perplexity": dense, "perplexity": dense * ratio, "ratio": ratio, "ratio_se": ratio * error}
-    more = {"kl": float(kl.mean()), "kl_se": spread, "top1": sum(w["top1"] for w in held) / len(held), "compress_s": sum(w["compress_s"] for w in held) / len(held)}
+    top1, seconds = (sum(w[k] for w in held) / len(held) for k in ("top1", "compress_s"))
+    more = {"kl": float(kl.mean()), "kl_se": spread, "top1": top1, "compress_s": seconds}
     return {"method": name} | about | figures | more | {"windows": windows}
 
 
-def about(name: str, config: Any, text: str) -> dict[str, Any]:
+def about(name: str, config: Any, text: str, dtype: str) -> dict[str, Any]:
     """What a row is of, and its sizes."""
     heads, dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
     spec = METHODS[name].spec
     size = kv_calibrated.evicting_sizes(spec, heads, dim) if spec.startswith("ems") else sizes(spec, heads, dim, torch.bfloat16)
-    return {"spec": spec if spec.startswith("ems") else parse(spec).spec, "text": text} | size
+    return {"spec": spec if spec.startswith("ems") else parse(spec).spec, "text": text, "dtype": dtype} | size
 
 
 def stored() -> dict[str, dict[str, Any]]:
@@ -128,14 +132,14 @@ def stored() -> dict[str, dict[str, Any]]:
 
 
 @torch.inference_mode()
-def run(names: list[str], wheel: str | None, count: int) -> dict[str, dict[str, Any]]:
+def run(names: list[str], wheel: str | None, count: int, dtype: str) -> dict[str, dict[str, Any]]:
     """All rows by name, written to RESULTS after every method and window."""
-    model, tokenizer = load_demo(torch.float32)
+    model, tokenizer = load_demo(getattr(torch, dtype))
     text = texts.evaluation_text(wheel)
     rows = stored()
     for n, ids in enumerate(texts.windows(tokenizer, text.text, PROMPT + SCORED, count)):
-        what = {name: about(name, model.config, text.name) for name in names}
-        known = {name: rows[name]["windows"] if name in rows and all(rows[name][k] == what[name][k] for k in ("spec", "text")) else {} for name in names}
+        what = {name: about(name, model.config, text.name, dtype) for name in names}
+        known = {name: rows[name]["windows"] if name in rows and all(rows[name].get(k) == what[name][k] for k in KEYS) else {} for name in names}
         todo = [name for name in names if str(n) not in known[name]]
         if not todo:
             continue
@@ -169,11 +173,12 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--basis", help="a file of benchmarks/kv_basis.py, for Matryoshka with trained bases")
+    parser.add_argument("--dtype", default="float32", help="of the model; bfloat16 is faster and has a KL of its own, which the row `dense` shows")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     METHODS.update(kv_calibrated.methods(args.texts, args.basis, Method))
     names = [n for n in args.only.split(",") if n] or list(METHODS)
-    rows = run(names, args.texts, args.windows)
+    rows = run(names, args.texts, args.windows, args.dtype)
     for r in (rows[n] for n in names if n in rows):
         sizes = f"{r['bytes']:.0f} bytes, {r['share']:.1%} of 16 bits, {r['total_share_4k']:.1%} with the window at 4k"
         print(f"{r['method']:18} {r['ratio']:.4f} +- {r['ratio_se']:.4f}  kl {r['kl']:.5f} +- {r['kl_se']:.5f}  {sizes}")

@@ -113,7 +113,8 @@ class CompressedCache(Cache):
         """Go back to a snapshot, in place where the sizes are the same."""
         for layer, (about, tensors) in zip(self.compressed, state, strict=True):
             held = layer.tensors() if layer.ready else {}
-            if {n: t.shape for n, t in held.items()} == {n: t.shape for n, t in tensors.items()}:
+            same = {n: t.shape for n, t in held.items()} == {n: t.shape for n, t in tensors.items()}
+            if same and layer.about() == about:  # an evicting layer counts outside of its tensors
                 for name, t in tensors.items():
                     held[name].copy_(t)
             else:

@@ -122,7 +122,10 @@ def test_released_code_counted_outliers_along_the_wrong_axis() -> None:
         assert fields["kidx"] == (128, 2) and fields["vidx"] == (64, 4)
 
 
-@pytest.mark.parametrize(("text", "share"), [("gear(bits=2,outliers=0)", 20.3), ("gear(bits=2,outliers=0,rank=0)", 15.6), ("gear(bits=2)", 25.0), ("gear(bits=2,factors=8)", 22.7)])
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [("gear(bits=2,outliers=0)", 20.3), ("gear(bits=2,outliers=0,rank=0)", 15.6), ("gear(bits=2)", 25.0), ("gear(bits=2,factors=8)", 22.7)],
+)
 def test_bytes(text: str, share: float) -> None:
     assert parse(text).bytes_per_token(8, 128, torch.bfloat16) / (4 * 8 * 128) * 100 == pytest.approx(share, abs=0.06)
 
