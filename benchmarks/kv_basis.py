@@ -14,6 +14,7 @@ import time
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.kv_calibrated import read_basis
 from effllm.hf import texts
 from effllm.hf.demo import load_demo
 from effllm.hf.kv_basis import BasisTraining, train_basis
@@ -33,6 +34,8 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--calibrate", type=int, default=16)
     parser.add_argument("--high", type=float, default=0.75)
+    parser.add_argument("--low", type=float, default=0.25)
+    parser.add_argument("--tables", help="a file of an earlier run, to take bases without training from")
     parser.add_argument("--start", choices=("pca", "weighted"), default="weighted")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
@@ -41,11 +44,13 @@ def main() -> None:
     text = texts.calibration_text(args.texts)
     windows = list(texts.windows(tokenizer, text.text, args.length, args.windows))
     start, losses = time.perf_counter(), []
-    states = collect(model, windows[: args.calibrate])
-    print(f"statistics: {time.perf_counter() - start:.0f} s", flush=True)
-    pca, weighted = pca_tables(states), weighted_tables(states)
-    print(f"weighted: {time.perf_counter() - start:.0f} s", flush=True)
-    bases = {"pca": pca, "weighted": weighted}
+    if args.tables:
+        bases = {name: read_basis(args.tables, name) for name in ("pca", "weighted")}
+    else:
+        states = collect(model, windows[: args.calibrate])
+        print(f"statistics: {time.perf_counter() - start:.0f} s", flush=True)
+        bases = {"pca": pca_tables(states), "weighted": weighted_tables(states)}
+        print(f"weighted: {time.perf_counter() - start:.0f} s", flush=True)
     write(args.out, bases, {"text": text.name, "how": "not trained"})
 
     def report(step: int, loss: float) -> None:
@@ -53,7 +58,7 @@ def main() -> None:
         if step % 5 == 4:
             print(f"step {step + 1}: {sum(losses[-5:]) / 5:.4f}  {time.perf_counter() - start:.0f} s", flush=True)
 
-    how = BasisTraining(steps=args.steps, kl=args.kl, rate=args.rate, high=args.high, prompt=args.prompt)
+    how = BasisTraining(steps=args.steps, kl=args.kl, rate=args.rate, low=args.low, high=args.high, prompt=args.prompt)
     bases["trained"] = train_basis(model, windows, bases[args.start], how, report)
     write(args.out, bases, {"text": text.name, "how": repr(how), "start": args.start})
 

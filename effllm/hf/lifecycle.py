@@ -3,8 +3,8 @@
     rows = run(model, sessions, lambda: CompressedCache(model, "kivi(bits=4)"))
 
 A session is a context and turns of (question, answer). Turns are scored on the answer's tokens given the golden ones before, so "right" is what
-greedy decoding would have produced. Two modes: in "turns" every question and its golden answer stay in the cache for the next one; in "requests"
-every question starts from the cache as it was after the context. Three invariants are checked bit by bit: a request gives the same
+greedy decoding would have produced. Two modes: in "turns" the context and the first question are one prompt, and every question and its golden answer
+stay in the cache for the next one; in "requests" every question starts from the cache as it was after the context alone. Three invariants are checked bit by bit: a request gives the same
 logits whatever was asked before it, the cache goes on as before when it was written to a file and read back, and its snapshot is not changed by
 what follows.
 """
@@ -79,9 +79,9 @@ def _mean(x: Sequence[float]) -> float:
 
 def _session(model: Any, s: Session, make: Callable[[], Any], dense: Callable[[], Any]) -> _Found:
     with _seen(model, dense()):
-        exact = _turns(model, s, _read(model, s, dense()))
+        exact = _turns(model, s, dense())
     with _seen(model, make()):
-        made = _turns(model, s, _read(model, s, make()))
+        made = _turns(model, s, make())
         cache = _read(model, s, make())
         size = cache.nbytes / s.context.shape[0]
         state = cache.snapshot()
@@ -104,7 +104,11 @@ def _read(model: Any, s: Session, cache: Any) -> Any:
 
 
 def _turns(model: Any, s: Session, cache: Any) -> list[Tensor]:
-    return [_ask(model, cache, *turn) for turn in s.turns]
+    question, answer = s.turns[0]
+    prompt = torch.cat((s.context, question))[None]
+    first = model(input_ids=prompt, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0].float()
+    rest = _ask(model, cache, answer[:1], answer[1:])[: len(answer) - 1]
+    return [torch.cat((first, rest)), *(_ask(model, cache, *turn) for turn in s.turns[1:])]
 
 
 def _ask(model: Any, cache: Any, question: Tensor, answer: Tensor) -> Tensor:
