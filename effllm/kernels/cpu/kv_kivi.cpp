@@ -86,7 +86,7 @@ struct Shape {
   }
 };
 
-template <class A, int BITS, int DIGITS> struct Codec {
+template <class A, int BITS, int DIGITS> struct Codec : effllm::kv::Plain {
   Shape z;
   std::vector<int8_t> x;   // digits of kRows rows
   std::vector<float> f;       // one row of scaled queries or weights
@@ -237,7 +237,7 @@ Tensor kv_kivi(const Tensor q, const Tensor pages, const Tensor ring, const Tens
   STD_TORCH_CHECK((factors == 8 || factors == 16) && (bits == 2 || bits == 4 || bits == 8) && page % group == 0 && group % 16 == 0 && z.dim % z.vgroup == 0 && z.dim % 16 == 0 && z.vgroup % 16 == 0 &&
                       pages.size(2) == z.record * ring.size(2), "effllm: the pages do not fit these settings");
   auto go = [&](auto bits_of, auto digits_of) {
-    return effllm::kv::attend(q, pages, ring, lens, mask, scale, page, Codec<effllm::EFFLLM_ISA, decltype(bits_of)::value, decltype(digits_of)::value>(z));
+    return effllm::kv::attend(q, effllm::kv::state_of(pages, ring, lens, page, ring.size(2)), mask, scale, Codec<effllm::EFFLLM_ISA, decltype(bits_of)::value, decltype(digits_of)::value>(z));
   };
   auto by_digits = [&](auto bits_of) {
     if (effllm::type_of(q.scalar_type()) == Type::f32) return go(bits_of, std::integral_constant<int, 3>());
