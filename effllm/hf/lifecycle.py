@@ -4,9 +4,9 @@
 
 A session is a context and turns of (question, answer). Turns are scored on the answer's tokens given the golden ones before, so "right" is what
 greedy decoding would have produced. Two modes: in "turns" the context and the first question are one prompt, and every question and its golden answer
-stay in the cache for the next one; in "requests" every question starts from the cache as it was after the context alone. Three invariants are checked bit by bit: a request gives the same
-logits whatever was asked before it, the cache goes on as before when it was written to a file and read back, and its snapshot is not changed by
-what follows.
+stay in the cache for the next one; in "requests" every question starts from the cache as it was after the context alone. Two invariants are
+checked bit by bit: a request gives the same logits whatever was asked before it, as on a fresh cache, and the cache goes on as before when it was
+written to a file and read back.
 """
 
 from __future__ import annotations
