@@ -73,7 +73,7 @@ def constants(spec: str, heads: int, dim: int, dtype: torch.dtype) -> dict[str, 
 
 def warps_of(fmt: CacheFormat, dim: int) -> int:
     """Warps of a packing program."""
-    return 8 if isinstance(fmt, Mustafar) and dim > 64 else 4
+    return 8 if isinstance(fmt, Mustafar) or dim > 128 else 4
 
 
 def append(pages: Tensor, ring: Tensor, lens: Tensor, start: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], spec: str) -> None:

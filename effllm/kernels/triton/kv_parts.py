@@ -27,7 +27,10 @@ def queries(q, lane, c, G, qb, qh, qq, R: tl.constexpr, Q: tl.constexpr, D: tl.c
 
 @triton.jit
 def masked(s, mask, lane, t, there, G, mb, mh, mq, mk, scale, R: tl.constexpr, Q: tl.constexpr, MASK: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Scores (tokens t, BM) as exponents of two, -inf where not attended. `scale` holds log2 e; MASK 0 none, 1 bool, 2 additive, 3 and 4 alike by token alone."""
+    """Scores (tokens t, BM) as exponents of two, -inf where not attended; `scale` holds log2 e.
+
+    MASK 0 none, 1 bool, 2 additive, 3 and 4 bool and additive by token alone.
+    """
     s = s * scale
     seen = there[:, None]
     if MASK > 2:  # one row of the mask serves all heads and queries

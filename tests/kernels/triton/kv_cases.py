@@ -39,14 +39,45 @@ NOTHING = ("kivi(bits=4,page=32,group=32,window=8)", "gear(bits=2,page=32,group=
            "bfp(page=32,window=8,bits=4,block=16)", "matryoshka(page=32,window=8,k=full,v=full)")  # fmt: skip
 
 
+def tables_for(spec: str, heads: int, dim: int):  # type: ignore[no-untyped-def]
+    """Random bases and means, or orders of channels."""
+    import torch
+
+    from effllm.runtime.caches.matryoshka import pack_tables
+
+    g = torch.Generator().manual_seed(9)
+    if spec.startswith("matryoshka"):
+        uk, uv = (torch.linalg.qr(torch.randn(heads, dim, dim, generator=g)).Q for _ in range(2))
+        return pack_tables(uk, torch.randn(heads, dim, generator=g), uv, torch.randn(heads, dim, generator=g))
+    if spec.startswith("bfp"):
+        return [torch.stack([torch.randperm(dim, generator=g) for _ in range(heads)]) for _ in range(2)]
+    return None
+
+
+def exact(layer, q, mask, scale: float):  # type: ignore[no-untyped-def]
+    """fp64 attention over the stored values."""
+    import torch
+
+    total, flushed = layer.lens.tolist()
+    groups, dim = layer.ring.shape[2], layer.ring.shape[4]
+    held = layer.format.layout(groups, dim, layer.ring.dtype).read(layer.pages[:, : flushed // layer.format.page])
+    parts = [t.transpose(1, 2).flatten(2, 3).double() for t in layer.format.decode(held, layer.tables or [])]
+    slots = torch.arange(flushed, total) % layer.ring.shape[3]
+    k, v = (torch.cat((t, layer.ring[:, i][:, :, slots].double()), 2) for i, t in enumerate(parts))
+    repeat = q.shape[1] // groups
+    s = q.double() @ k.repeat_interleave(repeat, 1).mT * scale
+    if mask is not None:
+        m = mask[..., :total]
+        s = s.masked_fill(~m, -torch.inf) if m.dtype == torch.bool else s + m.double()
+    return torch.softmax(s, -1).nan_to_num(0.0) @ v.repeat_interleave(repeat, 1)
+
+
 def layer_of(spec: str, heads: int, dim: int, tokens: int, dtype: str, batch: int = 2, nan: bool = False):  # type: ignore[no-untyped-def]
     """A cache filled by the reference; what no token is in is 255 in the pages and NaN in the ring."""
     import torch
 
     from effllm.runtime.caches import paging
     from effllm.runtime.caches.layer import Layer
-    from tests.kernels.cpu.test_kv_formats import tables_for
-
     g = torch.Generator().manual_seed(tokens)
     k, v = (torch.randn(batch, heads, tokens, dim, generator=g) * torch.rand(batch, heads, 1, dim, generator=g).mul(2).exp() for _ in range(2))
     k, v = (x.to(getattr(torch, dtype)) for x in (k, v))
@@ -75,14 +106,15 @@ def mask_of(kind: str, layer, heads: int, queries: int, tokens: int):  # type: i
 
 def attend(case: tuple[Any, ...]) -> dict[str, Any]:
     """Relative errors of the kernel and of the reference in the same dtype; the same with other splits."""
+    import torch
+
     from effllm.kernels.triton import kv_attend_launch as launch
     from effllm.lowering.kv_cache import attend_reference
-    from tests.kernels.cpu.test_kv_formats import exact
-    from tests.kernels.cpu.test_kv_formats import queries as made
 
     spec, heads, repeat, dim, tokens, count, dtype, kind, splits = case
     layer = layer_of(spec, heads, dim, tokens, dtype)
-    q, mask = made(layer, repeat, count), mask_of(kind, layer, heads * repeat, count, tokens)
+    q = torch.randn(2, count, heads * repeat, dim, generator=torch.Generator().manual_seed(5)).to(layer.ring.dtype).transpose(1, 2)  # strided as in models
+    mask = mask_of(kind, layer, heads * repeat, count, tokens)
     state = (layer.pages, layer.ring, layer.lens, layer.tables or [], mask, dim**-0.5, layer.format.spec)
     y = launch.attend(q, *state, splits)
     layer.ring.nan_to_num_(0.0)  # the reference reads what no token is in
@@ -177,7 +209,7 @@ def main() -> None:
     torch.set_num_threads(1)
     for what, items in ((attend, ATTEND), (nothing, NOTHING), (append, APPEND), (nan_append, (APPEND[0][0], "mustafar(page=64,window=0,sparsity=0.5,bits=8)"))):
         for item in items:
-            print(json.dumps({"case": f"{what.__name__} {item}", **what(item)}), flush=True)  # type: ignore[operator]
+            print(json.dumps({"name": f"{what.__name__} {item}", **what(item)}), flush=True)  # type: ignore[operator]
 
 
 if __name__ == "__main__":
