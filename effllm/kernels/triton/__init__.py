@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effllm.kernels.triton import launch, lowrank_ops, monarch_launch, nm_ops, ops, pie, segments_launch, skip_ops
+from effllm.kernels.triton import kv_ops, launch, lowrank_ops, monarch_launch, nm_ops, ops, pie, segments_launch, skip_ops
 from effllm.kernels.triton.choose import TritonTuning
 from effllm.kernels.triton.monarch_choose import MonarchTritonTuning
 from effllm.kernels.triton.ops import supports
@@ -66,6 +66,7 @@ def register() -> None:
     calls: dict[str, Any] = {"bipolar_linear": _linear, "bipolar_linear_a8": _linear_a8}
     for op in (bipolar_linear.LINEAR, bipolar_linear.LINEAR_A8):
         op.register(Provider("triton", op.name, "cuda", "words", supports, calls[op.name], TritonTuning(), late=True, rank=10))
+    kv_ops.register()
     nm_ops.register()
     pie.register()
     segments_launch.register()
