@@ -100,6 +100,14 @@ template <class V> void take(Active& a, const void* x, Type type, int64_t m, int
   a.finish();
 }
 
+inline void floats(const void* x, int64_t at, int64_t count, Type type, float* to) {
+  if (type == Type::f32) std::memcpy(to, static_cast<const float*>(x) + at, static_cast<size_t>(count) * 4);
+  else if (type == Type::bf16)
+    for (int64_t c = 0; c < count; ++c) to[c] = bf16_to_float(static_cast<const uint16_t*>(x)[at + c]);
+  else
+    for (int64_t c = 0; c < count; ++c) to[c] = load_as_float(x, at + c, Type::f16);
+}
+
 struct Buffer {  // floats of one calling thread, kept between calls, at a cache line
   std::vector<float> data;
   float* take(int64_t count) {
