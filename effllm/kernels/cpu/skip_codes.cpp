@@ -8,7 +8,8 @@
 // Bytes     the codes of channels that are read, and by input all scales.
 // Order     by input: a task is a block of outputs with fp32 sums in cache; segments in order; four channels that are read are turned into
 //           bytes of one output each and multiplied at once, with all sums of 64 bytes of codes in registers over a segment; lines of
-//           a later segment are prefetched meanwhile. by output: a task is some rows, each read front to back, the next one prefetched.
+//           a later segment are prefetched meanwhile. by output: a task is a range of rows,
+//           some of those that are read taken together, front to back, and the next ones prefetched.
 // Numerics  the rounding of activations, 2^-16 of a segment's largest (fp32: 2^-24), is below that of bf16 (fp32) products; deterministic.
 // Many rows the weight expanded to x's dtype, then PyTorch's own product.
 #include "quads.h"
@@ -335,44 +336,48 @@ float offset_of(const Codes& w, const Columns& s, int64_t line, int64_t row) {
   return offset;
 }
 
+// A task is a range of channels; within it each row of x takes its own, so that a channel which several rows read comes from memory once.
 void by_output(const Call& c, const Tensor& gate, Type gate_type, const Codes& w, const float* bias, void* y, int64_t asked, int64_t block) {
-  static thread_local Active kept;
+  static thread_local Active kept[kMost];
   static thread_local Columns columns;
-  Active& a = kept;
+  Active* lists = kept;
   Columns& s = columns;
   const int64_t n = w.lines;
-  take<V>(a, gate.const_data_ptr(), gate_type, c.m, n, c.mask);
+  int64_t read = 0;
+  for (int64_t m = 0; m < c.m; ++m) {
+    take<V>(lists[m], static_cast<const char*>(gate.const_data_ptr()) + m * n * size_of(gate_type), gate_type, 1, n, c.mask);
+    read += lists[m].count;
+  }
   s.take(c, w);
   std::memset(y, 0, static_cast<size_t>(c.m * n * size_of(c.type)));
-  const int64_t threads = threads_for(asked, static_cast<double>(a.count * w.units * 64) * static_cast<double>(s.vectors));
-  const int64_t least = (a.count + threads - 1) / threads, each = std::clamp<int64_t>(block > 0 ? block : 64, 1, std::max<int64_t>(1, (least + kRows - 1) / kRows * kRows));
-  effllm::in_phases<1>({(a.count + each - 1) / each}, threads, [&](int, int64_t task) {
+  const int64_t threads = threads_for(asked, static_cast<double>(read * w.units * 64) * static_cast<double>(s.each));
+  const int64_t each = std::clamp<int64_t>(block > 0 ? block : 128, 1, std::max<int64_t>(1, (n + threads - 1) / threads));
+  effllm::in_phases<1>({(n + each - 1) / each}, threads, [&](int, int64_t task) {
     static thread_local Buffer memory;
     const int64_t ld = s.parts + 16;
     float* steps = memory.take(kRows * ld);
-    const int64_t end = std::min(a.count, (task + 1) * each);
-    for (int64_t i = task * each; i < end; i += kRows) {
-      const uint8_t *codes[kRows], *next[kRows];
-      int64_t line[kRows];
-      for (int r = 0; r < kRows; ++r) {  // past the end the last row once more
-        line[r] = a.index[static_cast<size_t>(std::min(i + r, end - 1))], codes[r] = w.line(line[r]);
-        const int64_t later = a.index[static_cast<size_t>(i + kRows + r)];
-        next[r] = w.line(later);
-        if (w.group) w.prefetch_scales(later * w.stride, w.stride);
-      }
-      for (int64_t m = 0; m < c.m; ++m) {
+    for (int64_t m = 0; m < c.m; ++m) {
+      const Active& a = lists[m];
+      auto before = [&](int64_t channel) { return std::lower_bound(a.index.data(), a.index.data() + a.count, channel) - a.index.data(); };
+      const int64_t end = before(std::min(n, (task + 1) * each));
+      for (int64_t i = before(task * each); i < end; i += kRows) {
+        const uint8_t *codes[kRows], *next[kRows];
+        int64_t line[kRows];
         float f[kRows];
-        for (int r = 0; r < kRows; ++r) f[r] = bias ? bias[line[r]] : 0.f;
+        for (int r = 0; r < kRows; ++r) {  // past the end the last row once more
+          line[r] = a.index[static_cast<size_t>(std::min(i + r, end - 1))], codes[r] = w.line(line[r]), f[r] = bias ? bias[line[r]] : 0.f;
+          const int64_t later = a.index[static_cast<size_t>(i + kRows + r)];
+          next[r] = w.line(later);
+          if (w.group) w.prefetch_scales(later * w.stride, w.stride);
+        }
         for (int64_t v = m * s.each; v < (m + 1) * s.each; ++v) {
           for (int r = 0; r < kRows; ++r) steps_of(w, s, line[r], v, steps + r * ld);
           const bool alone = s.each > 1 && v % 2;
           if (w.width == 4) alone ? rows<4, 1>(codes, next, w.units, s, v, steps, ld, f) : rows<4, 2>(codes, next, w.units, s, v, steps, ld, f);
           else alone ? rows<8, 1>(codes, next, w.units, s, v, steps, ld, f) : rows<8, 2>(codes, next, w.units, s, v, steps, ld, f);
         }
-        for (int r = 0; r < kRows && i + r < end; ++r) {
-          const float gated = effllm::load_as_float(gate.const_data_ptr(), m * n + line[r], gate_type);
-          if (c.mask.passes(gated, line[r])) effllm::store_from_float(y, m * n + line[r], c.type, gated * (f[r] + offset_of(w, s, line[r], m)));
-        }
+        for (int r = 0; r < kRows && i + r < end; ++r)
+          effllm::store_from_float(y, m * n + line[r], c.type, a.values[static_cast<size_t>(i + r)] * (f[r] + offset_of(w, s, line[r], m)));
       }
     }
   });
