@@ -123,7 +123,7 @@ struct Call {
   Type type = Type::f32;
   Mask mask;
   bool sparse = false;  // thresholds apply
-  bool few() const { return sparse && m <= kMost; }
+  bool few() const { return m <= kMost; }  // else PyTorch's product
   const void* data() const { return x.const_data_ptr(); }
 };
 
@@ -141,6 +141,8 @@ inline Call call_of(const Tensor& x, const Tensor& threshold, int64_t channels, 
   c.mask.threshold = floats_at(c.threshold, threshold, 1, channels < 0 ? c.k : channels, "thresholds must be float32, one or one per channel");
   c.mask.each = threshold.numel() > 1;
   c.sparse = limit < 0 || c.m <= limit;
+  static const float nothing = -1.f;  // dense calls of few rows: the same kernels read every channel
+  if (!c.sparse) c.mask.threshold = &nothing, c.mask.each = false;
   return c;
 }
 

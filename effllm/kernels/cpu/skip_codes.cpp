@@ -383,26 +383,49 @@ void by_output(const Call& c, const Tensor& gate, Type gate_type, const Codes& w
   });
 }
 
+// Sixteen neighbouring codes of a channel (by input: outputs; by output: columns), as floats: which = 0 .. 512 / WIDTH / 16 of a unit.
+template <int WIDTH, bool OUTPUT> inline F sixteen(const uint8_t* unit, int which) {
+  constexpr int per = 8 / WIDTH;
+  const int shift = OUTPUT ? which / 4 * WIDTH : which % per * WIDTH, r = OUTPUT ? which % 4 : which / per;
+  alignas(64) float f[16];
+  for (int q = 0; q < 4; ++q) {
+    uint32_t four;
+    std::memcpy(&four, unit + (OUTPUT ? 16 * r + 4 * q : 16 * q + 4 * r), 4);
+    for (int i = 0; i < 4; ++i) f[4 * q + i] = static_cast<float>((four >> (8 * i + shift)) & ((1u << WIDTH) - 1));
+  }
+  return V::load_f(f);
+}
+
 // The dense weight in x's dtype: (K, n) of codes by input, (N, k) of codes by output.
-Tensor expanded(const Tensor& like, const Codes& w, int64_t columns, bool by_output) {
-  const Tensor dense = torch::stable::new_empty(like, {w.lines, columns});
-  void* to = dense.mutable_data_ptr();
-  const Type type = effllm::type_of(like.scalar_type());
-  const int64_t per = 8 / w.width;
-  const uint32_t mask = (1u << w.width) - 1;
+template <int WIDTH, bool OUTPUT> void expand(const Codes& w, int64_t columns, void* to, Type type) {
   torch::stable::parallel_for(0, w.lines, 16, [&](int64_t a, int64_t b) {
+    alignas(64) float f[16], scale[16], low[16] = {};
     for (int64_t i = a; i < b; ++i)
-      for (int64_t c = 0; c < columns; ++c) {
-        const int64_t unit = c / (512 / w.width), r = c % (512 / w.width);
-        int64_t byte, bit;
-        if (by_output) byte = r % 64, bit = r / 64 * w.width;
-        else byte = r % 16 / 4 * 16 + r / 16 / per * 4 + r % 4, bit = r / 16 % per * w.width;
-        const auto u = static_cast<float>((static_cast<uint32_t>(w.line(i)[unit * 64 + byte]) >> bit) & mask);
-        const int64_t g = w.group ? (by_output ? c : i) / w.group : 0, at = by_output ? i * w.stride + g : g * w.stride + c;
-        const float s = 2.f * one_scale(w.scale, at, w.half);
-        effllm::store_from_float(to, i * columns + c, type, w.minimum ? s * u + one_scale(w.minimum, at, w.half) : s * (u - w.zero));
+      for (int64_t c = 0; c < columns; c += 16) {
+        // by input the scales of neighbours are neighbours, by output they are one: groups are whole multiples of 16 columns
+        const int64_t g = w.group ? (OUTPUT ? c : i) / w.group : 0, at = OUTPUT ? i * w.stride + g : g * w.stride + c;
+        if constexpr (OUTPUT) {
+          const float s = 2.f * one_scale(w.scale, at, w.half), m = w.minimum ? one_scale(w.minimum, at, w.half) : -s * w.zero;
+          for (int j = 0; j < 16; ++j) scale[j] = s, low[j] = m;
+        } else {
+          const F s = load_scale(w.scale, at, w.half);
+          V::store_f(scale, V::axpb(s, 2.f, 0.f));
+          V::store_f(low, w.minimum ? load_scale(w.minimum, at, w.half) : V::axpb(s, -2.f * w.zero, 0.f));
+        }
+        const F u = sixteen<WIDTH, OUTPUT>(w.line(i) + c / (512 / WIDTH) * 64, static_cast<int>(c % (512 / WIDTH) / 16));
+        V::store_f(f, V::fma(V::load_f(scale), u, V::load_f(low)));
+        const int64_t count = std::min<int64_t>(16, columns - c);
+        write(f, nullptr, to, i * columns + c, count, type);
       }
   });
+}
+
+Tensor expanded(const Tensor& like, const Codes& w, int64_t columns, bool by_output) {
+  const Tensor dense = torch::stable::new_empty(like, {w.lines, columns});
+  const Type type = effllm::type_of(like.scalar_type());
+  void* to = dense.mutable_data_ptr();
+  if (w.width == 4) by_output ? expand<4, true>(w, columns, to, type) : expand<4, false>(w, columns, to, type);
+  else by_output ? expand<8, true>(w, columns, to, type) : expand<8, false>(w, columns, to, type);
   return dense;
 }
 
