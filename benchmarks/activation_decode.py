@@ -82,7 +82,7 @@ def build(dense: Any, weights: str, calibration: Tensor, shape: Shape, tell: Cal
         for name, plan in ((word, found.plans[0]), ("every channel", nothing(found.plans[0]))):
             if name == word or word == METHODS[0]:
                 model = copy.deepcopy(base)
-                install(model, found, plan)
+                install(model, found, plan, anyway=True)
                 skipped = found.level(plan) if name == word else 0.0
                 out.append(Timed(variants.packed(f"{weights} {name}", model, shape, compile_prefill=False), skipped))
     return out
