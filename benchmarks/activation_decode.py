@@ -2,7 +2,7 @@
 
     python benchmarks/activation_decode.py [--model demo --model 1b] [--weights bf16 --weights w4] [--texts WHEEL] [--tokens 24] [--rounds 5]
 
-demo: thresholds from 16384 tokens of text, decoding goes on from a text. 1b: a 16-layer Llama of 1.04 billion random weights; no text means
+demo: thresholds from 16384 tokens of text, decoding goes on from a text. 1b: a Llama of Llama-3.2-1B's layer shapes with random weights; no text means
 anything to it, so thresholds come from random tokens and only the times and the share of channels skipped are of use. Baselines are PyTorch's
 Inductor and the effllm backend on the same weights, dense. `every channel` is the chess model with thresholds below every magnitude: the
 same kernels skip nothing. `realised` is the share of the channels under thresholds that was skipped while decoding, `skipped` the share of the
@@ -49,10 +49,10 @@ class Timed:
     seconds: list[float] = dataclasses.field(default_factory=list)
 
 
-def random_1b() -> tuple[Any, None]:
-    """A Llama of Llama-3.2-1B's layer shapes."""
+def random_1b(layers: int) -> tuple[Any, None]:
+    """A Llama of Llama-3.2-1B's layer shapes; 16 layers make it one of 1.04 billion weights."""
     config = LlamaConfig(
-        vocab_size=32000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16,
+        vocab_size=32000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=layers,
         num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=2048,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -68,9 +68,14 @@ def nothing(plan: Plan) -> Plan:
     return dataclasses.replace(plan, inputs=cuts(plan.inputs), gates=cuts(plan.gates))
 
 
+def twin(model: Any) -> Any:
+    """A copy that shares all tensors."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+
+
 def build(dense: Any, weights: str, calibration: Tensor, shape: Shape, tell: Callable[[str], None]) -> list[Timed]:
     """The dense variants and the sparse ones of one kind of weights."""
-    base = copy.deepcopy(dense)
+    base = twin(dense)
     out = [Timed(variants.baseline("inductor-bf16", dense, shape, compile_prefill=False))]
     if weights != "bf16":
         tell(f"packing {weights}")
@@ -81,7 +86,7 @@ def build(dense: Any, weights: str, calibration: Tensor, shape: Shape, tell: Cal
         found = recording.solve(parse(word))
         for name, plan in ((word, found.plans[0]), ("every channel", nothing(found.plans[0]))):
             if name == word or word == METHODS[0]:
-                model = copy.deepcopy(base)
+                model = twin(base)
                 install(model, found, plan, anyway=True)
                 skipped = found.level(plan) if name == word else 0.0
                 out.append(Timed(variants.packed(f"{weights} {name}", model, shape, compile_prefill=False), skipped))
@@ -126,24 +131,22 @@ def rows(built: list[Timed], model: str, weights: str, shape: Shape) -> list[dic
     return found
 
 
-def prepare(model: str, weights: list[str], texts_from: str | None, shape: Shape, calibration_windows: int, tell: Callable[[str], None]) -> Any:
-    """(prompt ids, {weights: checked variants}) of a model."""
+def prepare(model: str, weights: str, texts_from: str | None, shape: Shape, calibration_windows: int, layers: int, tell: Callable[[str], None]) -> Any:
+    """(prompt ids, checked variants) of a model."""
     if model == "demo":
         dense, tokenizer = effllm.load_demo()
         dense = dense.bfloat16()
         calibration = texts.windows(tokenizer, texts.calibration_text(texts_from).text, 512, calibration_windows)
         ids = texts.windows(tokenizer, texts.evaluation_text(texts_from).text, shape.prefill, 1)
     else:
-        dense, _ = random_1b()
+        dense, _ = random_1b(layers)
         calibration = torch.randint(0, dense.config.vocab_size, (1, 512), generator=torch.Generator().manual_seed(0))
         ids = torch.randint(0, dense.config.vocab_size, (1, shape.prefill), generator=torch.Generator().manual_seed(1))
-    ready = {}
-    for w in weights:
-        ready[w] = build(dense, w, calibration, shape, lambda line, w=w: tell(f"{model} {w}: {line}"))
-        for t in ready[w]:
-            tell(f"{model} {w}: checking {t.variant.name}")
-            check(t, ids, shape)
-    return ids, ready
+    built = build(dense, weights, calibration, shape, lambda line: tell(f"{model} {weights}: {line}"))
+    for t in built:
+        tell(f"{model} {weights}: checking {t.variant.name}")
+        check(t, ids, shape)
+    return ids, built
 
 
 def main() -> None:
@@ -153,16 +156,17 @@ def main() -> None:
     parser.add_argument("--texts", metavar="WHEEL")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=16, help="of the 1b model")
     parser.add_argument("--calibration", type=int, default=32, help="windows of 512 tokens that calibrate the demo model")
     a = parser.parse_args()
     shape, found = Shape(prompt=32, tokens=a.tokens, prefill=64), []
     with torch.no_grad():
         for model in a.model or ["demo", "1b"]:
             for w in a.weights or ["bf16", "w4"]:
-                ids, ready = prepare(model, [w], a.texts, shape, a.calibration, lambda line: print(line, flush=True))
-                measure(ready[w], ids, shape, a.rounds)
-                found += rows(ready[w], model, w, shape)
-                save("activation-decode", found, threads=torch.get_num_threads(), tokens=a.tokens, rounds=a.rounds)
+                ids, built = prepare(model, w, a.texts, shape, a.calibration, a.layers, lambda line: print(line, flush=True))
+                measure(built, ids, shape, a.rounds)
+                found += rows(built, model, w, shape)
+                save("activation-decode", found, threads=torch.get_num_threads(), tokens=a.tokens, rounds=a.rounds, layers_1b=a.layers)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def test_swiglu_geglu_and_attention_of_a_family(family: str) -> None:
 
 
 def test_an_mlp_without_a_gate_is_left_to_teal() -> None:
-    model, found, report = sparse("phi", "teal(sparsity=0.5,allocation=uniform)")
+    _, found, report = sparse("phi", "teal(sparsity=0.5,allocation=uniform)")
     assert not found.gates and sum(d.action == "applied" for d in report.decisions) == len(found.sites)
     with pytest.raises(effllm.errors.CalibrationError, match="E-CAL-NONE"):
         sparse("phi", "cats(sparsity=0.5)")
