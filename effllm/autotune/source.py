@@ -58,9 +58,11 @@ def reachable(files: Iterable[Path], *, without: Iterable[str] = (), within: Ite
             waiting += [edge.resolve() for edge in edges]
     return sorted(seen)
 
+
 # op, by how its name begins -> the file that launches its Triton kernels, and so reaches them; launch.py for all others
 _LAUNCHERS = {
     "armor": "nm_launch.py",
+    "lowrank_bipolar": "lowrank_bipolar_launch.py",
     "lowrank": "lowrank_launch.py",
     "monarch": "monarch_launch.py",
     "nm": "nm_launch.py",

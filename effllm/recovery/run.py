@@ -29,6 +29,7 @@ from effllm.recovery.trainer import Regularisers, Trainer
 from effllm.recovery.truncation import Truncation
 
 Progress = Callable[[int, int, str], None]
+_LR, _LR_ADAPTERS = 1e-4, 1e-3  # factors of the demo model diverge from 3e-4 on with a few hundred tokens a step
 _DEFAULT_ADAPTERS = {"perp": Adapter(), "lora": Adapter(), "dsee": Adapter("dsee", rank=4)}
 
 
@@ -41,7 +42,7 @@ def recover(
     what: str | Sequence[str] = "factors",
     batch: int = 2,
     accumulate: int = 1,
-    lr: float = 1e-3,
+    lr: float | None = None,
     warmup: float = 0.1,
     betas: tuple[float, float] = (0.9, 0.95),
     decay: float = 0.0,
@@ -72,7 +73,8 @@ def recover(
     without one a weight of zero counts as pruned.
 
     lr: step size relative to each tensor's root mean square, after a linear warm-up over that share of the steps and along a
-    cosine to 0. loss: weights kl, lm, features and temperature, see `Weights`; features: number of blocks whose outputs are matched,
+    cosine to 0; None is 1e-4 for weights that hold what the compression kept, 1e-3 where adapters start from nothing. The report
+    notes when the loss rose. loss: weights kl, lm, features and temperature, see `Weights`; features: number of blocks whose outputs are matched,
     evenly spaced, None for all. truncation (TRP), ordered (Maestro's ordered dropout) and perturbation (noise on the trained
     tensors, relative to their size, as PELA's regularisation) are options of the low-rank trainer.
 
@@ -84,6 +86,8 @@ def recover(
     E-CAL-FORM), CheckpointError and OptionError. After E-REC-NAN the model has values whose loss and gradients were finite, at most
     20 steps old; after any other error those of the last step. Adapters are merged in both cases.
     """
+    if lr is None:
+        lr = _LR_ADAPTERS if isinstance(what, str) and what in _DEFAULT_ADAPTERS else _LR
     _check(steps, batch, accumulate, lr, warmup, perturbation, precision, every)
     if resume and checkpoint is None:
         raise OptionError("E-OPT-RECOVER", "resume=True without a checkpoint directory", "pass checkpoint=")
@@ -129,6 +133,8 @@ def recover(
     if held:
         report.notes.append(f"{len(held)} low-rank weights hold integer codes, which have no gradient: not trained and not pruned ({held[0]}, ...)")
     report.seconds = time.perf_counter() - start
+    if report.rose:
+        report.notes.append(f"the loss rose while it was trained: use a smaller lr than {lr:g}, or more tokens a step (batch, accumulate)")
     return report
 
 

@@ -45,7 +45,7 @@ def test_a_kernel_of_another_format_is_refused_with_its_reason() -> None:
     others = [name for name in OPS["kv_attend"].providers if name.rpartition("-")[2] in ("mustafar", "bfp", "matryoshka")]
     assert others
     for name in others:
-        with pytest.raises(KernelError, match="is for .*, the cache is gear"):
+        with pytest.raises(KernelError, match=r"is for .*, the cache is gear"):
             layer.attend(q, kernel=name)
     with pytest.raises(KernelError, match="unknown kernel 'nowhere'"):
         layer.attend(q, kernel="nowhere")

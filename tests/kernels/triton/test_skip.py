@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,13 +13,7 @@ from effllm.kernels.triton import aot, skip, skip_launch, skip_ops
 from effllm.lowering.sparse_linear import problem
 from tests.kernels.triton.skip_cases import KINDS, names
 
-
-@pytest.fixture(scope="module")
-def results() -> dict[str, dict[str, Any]]:
-    worker = Path(__file__).with_name("skip_cases.py")
-    done = subprocess.run([sys.executable, str(worker)], capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return {row["name"]: row for row in map(json.loads, done.stdout.splitlines())}
+WORKER = "skip_cases.py"
 
 
 @pytest.mark.parametrize("name", names())
