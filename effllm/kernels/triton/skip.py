@@ -1,12 +1,12 @@
 """Linears that skip channels on a GPU, for decoding: by input and by output, over floating-point values or codes.
 
-Maths      as lowering/sparse_linear.py and sparse_bipolar_linear.py. A program looks at BS channels at once, lists those that pass in order, in
-           registers (a sort), and walks the list BK (by output BN) at a time: what is skipped costs neither loads nor the instructions that
-           decode and multiply. The length of the list stays on the device: no sync, static shapes and grid, safe in a captured graph.
+Maths      as lowering/sparse_linear.py and sparse_bipolar_linear.py. A program looks at BS channels at once, counts those that pass in order,
+           and walks them BK (by output BN) at a time, found by halving in the counts: what is skipped costs neither loads nor the instructions that
+           decode and multiply. Their number stays on the device: no sync, static shapes and grid, safe in a captured graph.
 Layout     weight_t (K, N) by input, weight (N, K) by output, row-major; codes (K, U, 64) input_major, (N, U, 64) row_major; x (M, K).
 Bytes      the rows that pass, once per row of x (rows of one call meet in the second-level cache), and the scales of codes.
 Grid       by input (ceil(N / BN), SPLIT, M), shares added by splitk.py in order; by output (ceil(N / BS), M): an inactive tile reads nothing.
-Limits     powers of two; BS divides a group where there are codes (groups of 16 and more), BK divides BS.
+Limits     powers of two; BS is at most 128 and divides a group where there are codes (groups of 16 and more), BK divides BS.
 Numerics   fp32 sums in a fixed order, no atomics: equal inputs give equal bits. NaN passes every threshold.
 Reference  lowering/sparse_linear.py.
 """
@@ -31,9 +31,13 @@ def passes(v, threshold, norm, at, inside, EACH: tl.constexpr):  # type: ignore[
 
 
 @triton.jit
-def listed(on, BS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Positions (BS,) of what is on, in order, then BS; and how many there are."""
-    return tl.sort(tl.where(on, tl.arange(0, BS), BS)), tl.sum(on.to(tl.int32), 0)
+def nth(below, c, BS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Positions of the c-th channels that are on, of `below` (BS,): how many are on up to each; found by halving."""
+    at = c * 0
+    for i in tl.static_range(7):  # BS is at most 128
+        if BS >> (i + 1) > 0:
+            at += tl.where(tl.gather(below, at + (BS >> (i + 1)) - 1, 0) <= c, BS >> (i + 1), 0)
+    return at
 
 
 @triton.jit
@@ -58,13 +62,14 @@ def skip_input_kernel(  # type: ignore[no-untyped-def]
         k = tile * BS + tl.arange(0, BS)
         v = tl.load(row + k, mask=k < K, other=0.0).to(tl.float32)
         on = passes(v, threshold, norm, k, k < K, EACH)
-        index, count = listed(on, BS)
+        below = tl.cumsum(on.to(tl.int32), 0)
+        count = tl.sum(on.to(tl.int32), 0)
         if BITS > 0:
             chain = tl.zeros((BN,), tl.float32)
         for first in range(0, count, BK):
-            at = tl.gather(index, first + tl.arange(0, BK), 0)
-            inside = at < BS
-            channel = tile * BS + at
+            c = first + tl.arange(0, BK)
+            inside = c < count
+            channel = tile * BS + nth(below, c, BS)
             a = tl.load(row + channel, mask=inside, other=0.0).to(tl.float32)
             some = inside[:, None] & (n < N)[None, :]
             if BITS > 0:
@@ -119,11 +124,12 @@ def skip_output_kernel(  # type: ignore[no-untyped-def]
     every = start + tl.arange(0, BS)
     on = passes(tl.load(gate + m * N + every, mask=every < N, other=0.0).to(tl.float32), threshold, None, every, every < N, EACH)
     tl.store(y + m * N + every, tl.zeros((BS,), y.dtype.element_ty), mask=(every < N) & (on == 0))
-    index, count = listed(on, BS)
+    below = tl.cumsum(on.to(tl.int32), 0)
+    count = tl.sum(on.to(tl.int32), 0)
     for chunk in range(0, count, BN):
-        position = tl.gather(index, chunk + tl.arange(0, BN), 0)
-        here = position < BS
-        n = start + position
+        c = chunk + tl.arange(0, BN)
+        here = c < count
+        n = start + nth(below, c, BS)
         a = tl.load(gate + m * N + n, mask=here, other=0.0).to(tl.float32)
         acc = tl.zeros((BN,), tl.float32)
         for first in range(0, K, BK):
