@@ -1,12 +1,14 @@
 """Decoding with activation sparsity beside the same model dense, variants taking turns: tokens a second, batch 1, on CPU.
 
     python benchmarks/activation_decode.py [--model demo --model 1b] [--weights bf16 --weights w4] [--texts WHEEL] [--tokens 24] [--rounds 5]
+        [--inner eager]
 
-demo: thresholds from 16384 tokens of text, decoding goes on from a text. 1b: a Llama of Llama-3.2-1B's layer shapes with random weights; no text means
-anything to it, so thresholds come from random tokens and only the times and the share of channels skipped are of use. Baselines are PyTorch's
-Inductor and the effllm backend on the same weights, dense. `every channel` is the chess model with thresholds below every magnitude: the
-same kernels skip nothing. `realised` is the share of the channels under thresholds that was skipped while decoding, `skipped` the share of the
-layers' weights that a token does not read, by the calibration. Each variant's compiled logits are compared with its uncompiled ones first.
+demo: thresholds from tokens of text, decoding goes on from a text. 1b: a Llama of Llama-3.2-1B's layer shapes with random weights; no text
+means anything to it, so thresholds come from random tokens and only the times and the share of channels skipped are of use. Baselines are
+PyTorch (Inductor, or eager with --inner eager) in bf16 and the effllm backend on the same weights, dense. `every channel` is the chess model
+with thresholds below every magnitude: the same kernels skip nothing. `realised` is the share of the channels under thresholds that was
+skipped while decoding, `skipped` the share of the layers' weights that a token does not read, by the calibration. Each variant's compiled
+logits are compared with its uncompiled ones first.
 """
 
 from __future__ import annotations
@@ -73,14 +75,24 @@ def twin(model: Any) -> Any:
     return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
 
 
-def build(dense: Any, weights: str, calibration: Tensor, shape: Shape, tell: Callable[[str], None]) -> list[Timed]:
+def compiled(name: str, model: Any, shape: Shape, inner: str) -> Variant:
+    """A model with the effllm backend; `inner` compiles what is left of the graph."""
+
+    def wrap(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return torch.compile(step, fullgraph=True, backend="effllm", options={"inner": inner})
+
+    return Variant(name, None, model, StaticRunner(model, wrap, length=shape.length, prefill_length=shape.prefill, compile_prefill=False))
+
+
+def build(dense: Any, weights: str, calibration: Tensor, shape: Shape, inner: str, tell: Callable[[str], None]) -> list[Timed]:
     """The dense variants and the sparse ones of one kind of weights."""
     base = twin(dense)
-    out = [Timed(variants.baseline("inductor-bf16", dense, shape, compile_prefill=False))]
+    plain = "eager-bf16" if inner == "eager" else "inductor-bf16"
+    out = [Timed(variants.baseline(plain, dense, shape, compile_prefill=False))]
     if weights != "bf16":
         tell(f"packing {weights}")
         effllm.compress(base, weights)
-    out.append(Timed(variants.packed(f"{weights} dense", base, shape, compile_prefill=False)))
+    out.append(Timed(compiled(f"{weights} dense", base, shape, inner)))
     recording = Recording(base, blocks.batches(calibration), calibration.numel(), parse(METHODS), tell)
     for word in METHODS:
         found = recording.solve(parse(word))
@@ -89,7 +101,7 @@ def build(dense: Any, weights: str, calibration: Tensor, shape: Shape, tell: Cal
                 model = twin(base)
                 install(model, found, plan, anyway=True)
                 skipped = found.level(plan) if name == word else 0.0
-                out.append(Timed(variants.packed(f"{weights} {name}", model, shape, compile_prefill=False), skipped))
+                out.append(Timed(compiled(f"{weights} {name}", model, shape, inner), skipped))
     return out
 
 
@@ -125,13 +137,15 @@ def rows(built: list[Timed], model: str, weights: str, shape: Shape) -> list[dic
     found = []
     for t in built:
         row = {"model": model, "weights": weights, "variant": t.variant.name, "tok_s": shape.tokens / statistics.median(t.seconds)}
-        for name, other in (("vs_inductor", built[0]), ("vs_effllm_dense", built[1])):
+        for name, other in (("vs_torch", built[0]), ("vs_effllm_dense", built[1])):
             row[name] = statistics.median(a / b for a, b in zip(other.seconds, t.seconds, strict=True))
         found.append(row | {"skipped": t.skipped, "realised": t.realised, "error": t.error})
     return found
 
 
-def prepare(model: str, weights: str, texts_from: str | None, shape: Shape, calibration_windows: int, layers: int, tell: Callable[[str], None]) -> Any:
+def prepare(
+    model: str, weights: str, texts_from: str | None, shape: Shape, calibration_windows: int, layers: int, inner: str, tell: Callable[[str], None]
+) -> Any:
     """(prompt ids, checked variants) of a model."""
     if model == "demo":
         dense, tokenizer = effllm.load_demo()
@@ -142,7 +156,7 @@ def prepare(model: str, weights: str, texts_from: str | None, shape: Shape, cali
         dense, _ = random_1b(layers)
         calibration = torch.randint(0, dense.config.vocab_size, (1, 512), generator=torch.Generator().manual_seed(0))
         ids = torch.randint(0, dense.config.vocab_size, (1, shape.prefill), generator=torch.Generator().manual_seed(1))
-    built = build(dense, weights, calibration, shape, lambda line: tell(f"{model} {weights}: {line}"))
+    built = build(dense, weights, calibration, shape, inner, lambda line: tell(f"{model} {weights}: {line}"))
     for t in built:
         tell(f"{model} {weights}: checking {t.variant.name}")
         check(t, ids, shape)
@@ -156,6 +170,7 @@ def main() -> None:
     parser.add_argument("--texts", metavar="WHEEL")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--inner", default="inductor", choices=("inductor", "eager"), help="what runs the rest of the graph")
     parser.add_argument("--layers", type=int, default=16, help="of the 1b model")
     parser.add_argument("--calibration", type=int, default=32, help="windows of 512 tokens that calibrate the demo model")
     a = parser.parse_args()
@@ -163,10 +178,10 @@ def main() -> None:
     with torch.no_grad():
         for model in a.model or ["demo", "1b"]:
             for w in a.weights or ["bf16", "w4"]:
-                ids, built = prepare(model, w, a.texts, shape, a.calibration, a.layers, lambda line: print(line, flush=True))
+                ids, built = prepare(model, w, a.texts, shape, a.calibration, a.layers, a.inner, lambda line: print(line, flush=True))
                 measure(built, ids, shape, a.rounds)
                 found += rows(built, model, w, shape)
-                save("activation-decode", found, threads=torch.get_num_threads(), tokens=a.tokens, rounds=a.rounds, layers_1b=a.layers)
+                save("activation-decode", found, threads=torch.get_num_threads(), tokens=a.tokens, rounds=a.rounds, layers_1b=a.layers, inner=a.inner)
 
 
 if __name__ == "__main__":
