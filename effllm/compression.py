@@ -241,6 +241,8 @@ def _calibration(recipe: Recipe, given: Any) -> tuple[Any, Any]:
     """What the weights and what the activations are calibrated with; a Calibration is thresholds, not data."""
     if isinstance(given, Calibration | str | Path):
         if recipe.act is None:
+            if isinstance(given, str) and not Path(given).exists():
+                return given, given  # text is not calibration data, which is said where the data is read
             raise OptionError("E-OPT-CALIBRATION", f"thresholds of activations for the recipe {recipe.name!r}", "add an act part, or pass token windows")
         return None, given
     if recipe.act is not None and given is None:

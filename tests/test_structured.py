@@ -104,6 +104,18 @@ def test_full_rank_is_the_dense_model(subject: tuple[Any, Tensor, Tensor]) -> No
     assert distance(logits(model, ids), logits(dense, ids)) < 1e-5
 
 
+def test_auto_statistics_are_the_dense_model_s_where_ranks_go_by_energy(subject: tuple[Any, Tensor, Tensor]) -> None:
+    """What the allocation settles holds when every layer has its rank."""
+    model, calibration, _ = subject
+    stored = {}
+    for statistics in ("auto", "dense", "sequential"):
+        packed = copy.deepcopy(model)
+        effllm.compress(packed, f"whitened(ratio=0.8, statistics={statistics})", calibration)
+        stored[statistics] = {n: p.tensors["a.values"] for n, m in packed.named_modules() if isinstance(m, PackedLinear) for p in [m.weight.packed()]}
+    last = max(stored["dense"])
+    assert all(torch.equal(t, stored["dense"][n]) for n, t in stored["auto"].items()) and not torch.equal(stored["auto"][last], stored["sequential"][last])
+
+
 def test_ratio_is_the_share_of_the_numbers(subject: tuple[Any, Tensor, Tensor]) -> None:
     dense, calibration, _ = subject
     for recipe in ("whitened(ratio=0.8)", "whitened(ratio=0.8, allocation=uniform)", "svd(ratio=0.8)", "afm(ratio=0.8, pivoted=false)"):

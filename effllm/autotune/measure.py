@@ -129,13 +129,14 @@ def time_configs(provider: Provider, problem: Problem, configs: Sequence[Config]
 def time_interleaved(
     calls: Sequence[Callable[[int], object]], copies: int, *, device: str = "cpu", seconds: float | None = None, slack: float | None = SLACK
 ) -> Session:
-    """Time calls that take the number of a copy. `seconds` of timing per call (default 0.12); `slack` None ignores other load.
+    """Time calls that take the number of a copy. `seconds` of timing per call (default 0.12); `slack` None takes what is measured whatever else runs.
 
     The first call of each is its warm-up and may raise whatever it raises.
     """
     load = machine.OtherLoad()
     clock: clocks.Clock = clocks.Cuda(calls, copies, device) if torch.device(device).type == "cuda" else clocks.Cpu(calls, copies)
-    session = interleave(clock, len(calls), seconds or _SECONDS, DRIFT.get(torch.device(device).type, 0.1))
+    drift = math.inf if slack is None else DRIFT.get(torch.device(device).type, 0.1)
+    session = interleave(clock, len(calls), seconds or _SECONDS, drift)
     others = load.cores() if slack is not None and torch.device(device).type == "cpu" else None
     free = (os.cpu_count() or 1) - torch.get_num_threads()
     if others is not None and slack is not None and others > free + slack:

@@ -58,9 +58,13 @@ def reachable(files: Iterable[Path], *, without: Iterable[str] = (), within: Ite
             waiting += [edge.resolve() for edge in edges]
     return sorted(seen)
 
+
 # op, by how its name begins -> the file that launches its Triton kernels, and so reaches them; launch.py for all others
 _LAUNCHERS = {
     "armor": "nm_launch.py",
+    "kv_append": "kv_append_launch.py",
+    "kv_attend": "kv_attend_launch.py",
+    "lowrank_bipolar": "lowrank_bipolar_launch.py",
     "lowrank": "lowrank_launch.py",
     "monarch": "monarch_launch.py",
     "nm": "nm_launch.py",
@@ -85,7 +89,7 @@ def provider_source(provider: str, op: str) -> str:
     """
     if provider.split("-")[0] == "triton":
         # which configuration is chosen, and for what machine, is not part of how a kernel runs
-        modules = ("choose", "cost", "space", "lowrank_cost", "monarch_choose")
+        modules = ("choose", "cost", "kv_cost", "space", "lowrank_cost", "monarch_choose")
         return source_hash([KERNELS / "triton" / launcher(op)], without=[f"effllm.kernels.triton.{m}" for m in modules])
     if provider.startswith("cpu-"):
         units = sorted((KERNELS / "cpu").glob("*.cpp"))

@@ -64,6 +64,18 @@ def problem_of(
     return Problem(op, n, k, bits, group, affine, "a16", m, dtype, device, scale_dtype, detail)
 
 
+def stages(problem: Problem) -> tuple[Problem, Problem]:
+    """The two bipolar linears that the weight consists of: x times B, and the intermediate times A."""
+    d = {name: int(value) for name, value in problem.detail}
+
+    def one(n: int, k: int, bits: int, group: int, affine: bool) -> Problem:
+        return Problem("bipolar_linear", n, k, bits, group, affine, "a16", problem.m, problem.dtype, problem.device, problem.scale_dtype)
+
+    first = one(d["rank"], problem.k, d["b_bits"], d["b_group"], bool(d["b_affine"]))
+    # siblings together have fewer values than one factor of their outputs and ranks would
+    return first, one(-(-d["second"] // d["rank"]), d["rank"], problem.bits, problem.group, problem.affine)
+
+
 def _full(op: str, kernel: str, codes: Tensor) -> int:
     return int(layouts.get(provider(op, kernel).layout).full_rows(codes))
 

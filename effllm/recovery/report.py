@@ -34,6 +34,12 @@ class RecoveryReport:
         part = values if last is None else values[-last:] if last > 0 else values[:-last]
         return sum(part) / len(part) if part else float("nan")
 
+    @property
+    def rose(self) -> bool:
+        """Whether the last tenth of the steps had a loss over 5 % above that of the first tenth; too short a run says nothing."""
+        few = len(self.history) // 10
+        return few >= 2 and self.mean("total", few) > 1.05 * self.mean("total", -few)
+
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form."""
         return asdict(self)

@@ -52,7 +52,7 @@ def test_the_worker_lives_on_between_candidates(worker):
 
 
 def test_a_search_over_all_of_them_ends_with_the_right_one(worker, tmp_path, monkeypatch):
-    monkeypatch.setattr(search, "_TIMEOUT", 3.0)
+    monkeypatch.setattr(search, "_TIMEOUT", 10.0)
     store = Store(tmp_path)
     found = search.exhaustive(PROVIDER, PROBLEM, store, worker, key=key(), environment=HERE)
     assert found.best is not None and found.best.config == {"way": "right"}

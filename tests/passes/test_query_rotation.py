@@ -61,7 +61,7 @@ def test_a_second_run_changes_nothing() -> None:
     done = capture(Attend(), inputs(), Options.parse({"recipe": "dense"}, None))
     assert done is not None
     targets = [str(n.target) for n in done.gm.graph.nodes]
-    assert "effllm.segment_attention.default" in targets and not any("pie_apply" in t for t in targets)
+    assert "effllm.rotated_attention.default" in targets and not any("pie_apply" in t for t in targets)
     assert QueryRotation().run(done.gm.graph, Context(Recipe.parse("dense"))).decisions == []
 
 

@@ -136,6 +136,16 @@ def test_nan_stops_and_the_last_good_values_come_back(loss):
     assert all(torch.isfinite(p).all() for p in model.parameters())
 
 
+def test_default_rates_and_a_note_where_the_loss_rose():
+    teacher = dense()
+    quiet = {k: v for k, v in FAST.items() if k != "lr"}
+    for what, rate in (("factors", 1e-4), (["layers.*"], 1e-4), ("lora", 1e-3)):
+        report = effllm.recover(low_rank(teacher), teacher, windows(), 2, what=what, warmup=0.0, **quiet)
+        assert report.history[0]["lr"] == rate and not report.notes
+    report = effllm.recover(low_rank(teacher), teacher, windows(), 20, **FAST | {"lr": 0.9, "clip": None})
+    assert report.rose and "smaller lr than 0.9" in str(report)
+
+
 def test_bad_input():
     teacher, ids = dense(), windows()
     model = low_rank(teacher)

@@ -19,24 +19,13 @@ from effllm.autotune.cost import Prediction, crossovers
 from effllm.kernels.cpu import build
 from effllm.kernels.cpu.build import Isa
 from effllm.kernels.cpu.choose import CpuTuning
+from effllm.lowering.lowrank_bipolar_linear import stages
 from effllm.lowering.lowrank_linear import placed
 from effllm.lowering.op import OPS, YES, Config, Problem, Provider, Verdict
 
 NAMES = ("lowrank_bipolar_linear", "lowrank_bipolar_linear_many")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _NEVER = 1 << 40
-
-
-def stages(problem: Problem) -> tuple[Problem, Problem]:
-    """The two bipolar linears that the weight consists of: x times B, and the intermediate times A."""
-    d = {name: int(value) for name, value in problem.detail}
-
-    def one(n: int, k: int, bits: int, group: int, affine: bool) -> Problem:
-        return Problem("bipolar_linear", n, k, bits, group, affine, "a16", problem.m, problem.dtype, problem.device, problem.scale_dtype)
-
-    first = one(d["rank"], problem.k, d["b_bits"], d["b_group"], bool(d["b_affine"]))
-    # siblings together have fewer values than one factor of their outputs and ranks would
-    return first, one(-(-d["second"] // d["rank"]), d["rank"], problem.bits, problem.group, problem.affine)
 
 
 @dataclass(frozen=True)

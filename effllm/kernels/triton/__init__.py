@@ -10,30 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effllm.kernels.triton import launch, lowrank_launch, monarch_launch, nm_ops, ops, pie, segments_launch, skip_ops
+from effllm.kernels.triton import kv_ops, launch, lowrank_ops, monarch_launch, nm_ops, ops, pie, segments_launch, skip_ops
 from effllm.kernels.triton.choose import TritonTuning
-from effllm.kernels.triton.lowrank_cost import LowrankTritonTuning
 from effllm.kernels.triton.monarch_choose import MonarchTritonTuning
-from effllm.lowering import bipolar_linear, lowrank_linear, monarch_linear
+from effllm.kernels.triton.ops import supports
+from effllm.lowering import bipolar_linear, monarch_linear
 from effllm.lowering.op import YES, Config, Problem, Provider, Verdict
-from effllm.runtime.formats import bipolar
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def supports(problem: Problem) -> Verdict:
-    """Whether the Triton kernels take a problem."""
-    if not 1 <= problem.bits <= 8:
-        return Verdict(False, f"{problem.bits} bits, the kernels read 1 to 8")
-    if problem.group not in (bipolar.CHANNEL, *bipolar.GROUPS):
-        return Verdict(False, f"groups of {problem.group}, the kernels read {bipolar.GROUPS} or whole channels")
-    if problem.dtype not in _DTYPES:
-        return Verdict(False, f"activations of {problem.dtype}, the kernels take fp16, bf16 and fp32")
-    if problem.scale_dtype not in (torch.float16, torch.float32):
-        return Verdict(False, f"scales of {problem.scale_dtype}, the kernels read fp16 and fp32")
-    if problem.n * -(-problem.k // 32) * problem.bits >= 2**31:
-        return Verdict(False, "the weight has 2^31 words or more, past the kernels' 32-bit offsets")
-    return YES
+__all__ = ["register", "supports"]
 
 
 def _linear(
@@ -54,28 +39,6 @@ def _linear_a8(
     if config is None:
         return ops.linear_a8(xq, xs, codes, scale, minimum, bias, n, bits, group, zero, dtype)
     return launch.linear(xq, xs, codes, scale, minimum, bias, n=n, bits=bits, group=group, zero=zero, dtype=dtype, config=config)
-
-
-def _lowrank(
-    x: Tensor, a: Tensor, b: Tensor, channels: Tensor | None, pivots: Tensor | None, bias: Tensor | None,
-    problem: Problem | None = None, config: Config | None = None,
-) -> Tensor:  # fmt: skip
-    """The graph op, which chooses when it runs; with `config` (a tuner's, outside of graphs) the launch itself."""
-    if config is None:
-        return ops.lowrank(x, a, b, channels, bias)
-    rows = x.numel() // max(1, x.shape[-1])
-    return lowrank_launch.lowrank(x, a, b, channels, bias, how=lowrank_launch.plan(str(config["kind"]), rows, b.shape[0], x.shape[-1], x.device))
-
-
-def supports_lowrank(problem: Problem) -> Verdict:
-    """Whether the low-rank kernels take a problem."""
-    if problem.dtype not in _DTYPES:
-        return Verdict(False, f"activations of {problem.dtype}, the kernels take fp16, bf16 and fp32")
-    if dict(problem.detail).get("pivoted"):
-        return Verdict(False, "rows with pivots")
-    if problem.n * max(problem.k, int(dict(problem.detail).get("rank", 0))) >= 2**31:
-        return Verdict(False, "a factor has 2^31 values or more, past the kernels' 32-bit sizes")
-    return YES
 
 
 def _monarch_supports(problem: Problem) -> Verdict:
@@ -103,11 +66,11 @@ def register() -> None:
     calls: dict[str, Any] = {"bipolar_linear": _linear, "bipolar_linear_a8": _linear_a8}
     for op in (bipolar_linear.LINEAR, bipolar_linear.LINEAR_A8):
         op.register(Provider("triton", op.name, "cuda", "words", supports, calls[op.name], TritonTuning(), late=True, rank=10))
+    kv_ops.register()
     nm_ops.register()
     pie.register()
     segments_launch.register()
     skip_ops.register()
-    name = lowrank_linear.LOWRANK.name
-    lowrank_linear.LOWRANK.register(Provider("triton", name, "cuda", "dense", supports_lowrank, _lowrank, LowrankTritonTuning(), late=True, rank=10))
+    lowrank_ops.register()
     tuning = MonarchTritonTuning()
     monarch_linear.LINEAR.register(Provider("triton", "monarch_linear", "cuda", "dense", _monarch_supports, _monarch, tuning, late=True, rank=10))

@@ -1,11 +1,30 @@
-"""The graph ops of the Triton kernels: opaque to the compiler, so that the dispatch on M stays inside, with fakes."""
+"""The graph ops of the Triton kernels: opaque to the compiler, so that the dispatch on M stays inside, with fakes; what the bipolar ones take."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from effllm.kernels.triton import launch, lowrank_launch, monarch_launch
+from effllm.kernels.triton import launch, monarch_launch
+from effllm.lowering.op import YES, Problem, Verdict
+from effllm.runtime.formats import bipolar
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def supports(problem: Problem) -> Verdict:
+    """Whether the Triton kernels take a problem."""
+    if not 1 <= problem.bits <= 8:
+        return Verdict(False, f"{problem.bits} bits, the kernels read 1 to 8")
+    if problem.group not in (bipolar.CHANNEL, *bipolar.GROUPS):
+        return Verdict(False, f"groups of {problem.group}, the kernels read {bipolar.GROUPS} or whole channels")
+    if problem.dtype not in _DTYPES:
+        return Verdict(False, f"activations of {problem.dtype}, the kernels take fp16, bf16 and fp32")
+    if problem.scale_dtype not in (torch.float16, torch.float32):
+        return Verdict(False, f"scales of {problem.scale_dtype}, the kernels read fp16 and fp32")
+    if problem.n * -(-problem.k // 32) * problem.bits >= 2**31:
+        return Verdict(False, "the weight has 2^31 words or more, past the kernels' 32-bit offsets")
+    return YES
 
 
 @torch.library.custom_op("effllm_triton::linear", mutates_args=(), device_types="cuda")
@@ -36,17 +55,6 @@ def _(
     n: int, bits: int, group: int, zero: float, dtype: torch.dtype,
 ) -> Tensor:  # fmt: skip
     return xq.new_empty(*xq.shape[:-1], n, dtype=dtype)
-
-
-@torch.library.custom_op("effllm_triton::lowrank", mutates_args=(), device_types="cuda")
-def lowrank(x: Tensor, a: Tensor, b: Tensor, channels: Tensor | None, bias: Tensor | None) -> Tensor:
-    """concat(x B^T, x[..., channels]) A^T + bias for x (..., K), b (r, K), a (N, r + c): (..., N) in x's dtype."""
-    return lowrank_launch.lowrank(x, a, b, channels, bias)
-
-
-@lowrank.register_fake
-def _(x: Tensor, a: Tensor, b: Tensor, channels: Tensor | None, bias: Tensor | None) -> Tensor:
-    return x.new_empty(*x.shape[:-1], a.shape[0])
 
 
 @torch.library.custom_op("effllm_triton::monarch_linear", mutates_args=(), device_types="cuda")

@@ -99,6 +99,11 @@ def restore(tensors: dict[str, Tensor], shape: tuple[int, int], attrs: dict[str,
     return Packed(bipolar.name, bipolar.version, shape, own, dict(attrs))
 
 
+def full_rows(codes: Tensor) -> int:
+    """Padded outputs of `codes`: those of the weight where they fill whole vectors."""
+    return codes.shape[1]
+
+
 def rows(codes: Tensor, scale: Tensor, minimum: Tensor | None, index: Tensor | None, *, n: int, bits: int, group: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Unsigned codes (R, KB * 32) and scales (R, G) of the outputs in `index` (all outputs without it)."""
 

@@ -69,7 +69,10 @@ def allocated(
                     return divergence()
 
             done = allocate.sensitivity(shapes, groups, _RATIOS, measure, params.ratio, pivoted=pivoted)
-    given = {n: replace(p, rank=r, allocation="uniform") for n, (_, p) in covered.items() if (r := done.ranks[n]) is not None}
+    # what "auto" meant was settled by the allocation, which a rank of its own replaces
+    statistics, metric = "dense" if params.reads_dense else "sequential", "fisher" if params.weighs_outputs else "plain"
+    settled = replace(params, allocation="uniform", statistics=statistics, metric=metric)
+    given = {n: replace(settled, rank=r) for n in covered if (r := done.ranks[n]) is not None}
     kept = {n: done.reasons.get(n, "it stays dense at this ratio") for n in covered if n not in given}
     return given, kept
 
@@ -115,6 +118,7 @@ class _Name(str):
     """A layer's name in the place of its parameters."""
 
     requires_calibration = True
+    reads_dense = True  # nothing is replaced while the spectra are looked at
 
 
 @contextmanager

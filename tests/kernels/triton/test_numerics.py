@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,18 +9,12 @@ import pytest
 pytest.importorskip("triton")
 from tests.kernels.triton.triton_cases import cases
 
+WORKER = "triton_cases.py"
+
 # The kernel may err twice as much as plain torch in the output's dtype, plus: fp32 sums of at most 256 terms; and for 16-bit
 # activations through the GEMV, whose chains give 8 of 24 bits to the lifted sums (kernels/triton/gemv.py), 2^-24 * 2^8.
 FLOOR = {"float32": 2e-6, "float16": 5e-5}
 LIFTED = 2.0**-16
-
-
-@pytest.fixture(scope="module")
-def results() -> dict[str, dict[str, Any]]:
-    worker = Path(__file__).with_name("triton_cases.py")
-    done = subprocess.run([sys.executable, str(worker)], capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return {row["name"]: row for row in map(json.loads, done.stdout.splitlines())}
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda c: c.name)

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,16 +13,10 @@ from effllm.kernels.triton import aot, segments, segments_launch
 from effllm.lowering.op import OPS, Problem
 from tests.kernels.triton.segments_cases import T, cases
 
+WORKER = "segments_cases.py"
+
 # beyond twice plain torch's error: fp32 sums of at most 80 terms; in fp16 the rounding of probabilities before the second product, 2^-11
 FLOOR = {"float32": 1e-6, "bfloat16": 1e-6, "float16": 5e-4}
-
-
-@pytest.fixture(scope="module")
-def results() -> dict[str, dict[str, Any]]:
-    worker = Path(__file__).with_name("segments_cases.py")
-    done = subprocess.run([sys.executable, str(worker)], capture_output=True, text=True, timeout=280, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return {row["name"]: row for row in map(json.loads, done.stdout.splitlines())}
 
 
 @pytest.mark.parametrize("case", cases(), ids=lambda c: c.name)

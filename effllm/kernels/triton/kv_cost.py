@@ -1,0 +1,113 @@
+"""Cost of attention over a compressed cache on a GPU, and how many programs share a key head's tokens.
+
+    T = max(bytes / (bandwidth * u), instructions / issue * idle, tiles a program / stages * latency) * tail + 2 calls
+
+    u     = min(1, bytes in flight per multiprocessor / (bandwidth * latency / multiprocessors))      Little's law
+    idle  = multiprocessors / programs where there are fewer programs;  tail = ceil(waves) / waves
+
+Instructions an element of keys and values are read from the machine code for cuda:90 (tests/kernels/triton/test_kv_attend.py compares): below 4 bits
+they bound, not the memory. A dense kernel of the vendor is taken to reach 85 % of the bandwidth.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import sympy
+import torch
+
+from effllm.autotune import machines
+from effllm.autotune.cost import ACT, BANDWIDTH, CALL, Model, Prediction
+from effllm.kernels.triton.cost import CLOCK, LATENCY, SMS
+from effllm.runtime.caches.base import CacheFormat
+from effllm.runtime.caches.bfp import Bfp
+from effllm.runtime.caches.gear import Gear
+from effllm.runtime.caches.kivi import Kivi
+from effllm.runtime.caches.mustafar import Mustafar
+
+SPLITS = (1, 2, 4, 8, 16, 32, 64)
+DENSE = 0.85  # of the bandwidth
+_ISSUE = {"kivi": 5.0, "gear": 6.5, "mustafar": 12.7, "bfp": 6.8, "matryoshka": 6.5}  # instructions an element, 8 columns of queries
+_OUTLIER = 3.0  # a compare, a select and an addition, for each entry that a channel or a token has
+_LEVELS = 9.0  # more an element where Mustafar's values are levels
+_COLUMN = 0.17  # more for each further column
+_TILE, _STAGES, _RESIDENT = 64, 2, 3  # tokens; loads ahead; programs of 128 threads and about 150 registers a multiprocessor holds
+
+TOKENS, LANES, D, ROWS, SPLIT = sympy.symbols("tokens lanes dim rows split", positive=True)
+PACKED, NEAR, ISSUE = sympy.symbols("packed near issue", nonnegative=True)  # bytes a token and key head; dense tokens; instructions an element
+
+
+@functools.cache
+def model() -> Model:
+    """Attention over `tokens` packed and `near` dense tokens of `lanes` key heads."""
+    programs = LANES * (SPLIT + 1)
+    shares = 2 * programs * D * ROWS * 4
+    nbytes = LANES * (TOKENS * PACKED + NEAR * 2 * D * ACT) + shares
+    flops = 4 * LANES * ROWS * D * (TOKENS + NEAR)
+    instructions = LANES * 2 * D * (TOKENS * ISSUE + 2 * NEAR)
+    here = sympy.Min(_RESIDENT, sympy.ceiling(programs / SMS))
+    used = sympy.Min(1, here * _STAGES * _TILE * PACKED / (BANDWIDTH * LATENCY / SMS))
+    waves = programs / (SMS * _RESIDENT)
+    idle = sympy.Max(1, SMS / programs)
+    chain = sympy.ceiling(TOKENS / _TILE / SPLIT) / _STAGES * LATENCY
+    busy = sympy.Max(nbytes / (BANDWIDTH * used), instructions / (128 * SMS * CLOCK) * idle, chain, sympy.ceiling(NEAR / _TILE) * LATENCY)
+    return Model(nbytes, flops, instructions, busy * sympy.ceiling(waves) / sympy.Max(1, waves) + 2 * CALL, (nbytes - shares) / BANDWIDTH)
+
+
+def issue(fmt: CacheFormat, dim: int, rows: int) -> float:
+    """Instructions an element of keys and values."""
+    count = _ISSUE[fmt.name] + _COLUMN * max(0, rows - 8)
+    if isinstance(fmt, Gear):
+        count += _OUTLIER * sum(fmt.counts(dim)) / 2
+    elif isinstance(fmt, Kivi) and fmt.vgroup(dim) == dim:
+        count += 1.5  # scores and their sums are spread over fewer channels
+    elif isinstance(fmt, Mustafar) and fmt.bits < 16:
+        count += _LEVELS
+    elif isinstance(fmt, Bfp) and fmt.bits > 4:
+        count -= 0.5
+    return count
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One attention: batch, key heads, channels, columns of queries, tokens packed and near, and the dtype of the model."""
+
+    batch: int
+    groups: int
+    dim: int
+    rows: int
+    tokens: int
+    near: int
+    dtype: torch.dtype
+
+    def values(self, fmt: CacheFormat, split: int) -> dict[str, float]:
+        """The symbols of `model` but for the machine."""
+        about = {"lanes": self.batch * self.groups, "dim": self.dim, "rows": self.rows, "tokens": self.tokens, "near": self.near, "split": split}
+        packed = fmt.bytes_per_token(self.groups, self.dim, self.dtype) / self.groups
+        return about | {"packed": packed, "issue": issue(fmt, self.dim, self.rows), "act": self.dtype.itemsize}
+
+
+def predict(fmt: CacheFormat, shape: Shape, split: int, machine: Mapping[str, float]) -> Prediction:
+    """The model's figures."""
+    return model().evaluate({**shape.values(fmt, split), **machine})
+
+
+def dense_seconds(shape: Shape, machine: Mapping[str, float]) -> float:
+    """The same attention over dense keys and values by the vendor's kernel."""
+    nbytes = shape.batch * shape.groups * (shape.tokens + shape.near) * 2 * shape.dim * shape.dtype.itemsize
+    return nbytes / (DENSE * machine["bandwidth"]) + machine["call"]
+
+
+def best(fmt: CacheFormat, shape: Shape, machine: Mapping[str, float]) -> int:
+    """The number of splits that the model finds cheapest; no program is left without a tile."""
+    most = max(1, -(-shape.tokens // _TILE))
+    return min((s for s in SPLITS if s <= most), key=lambda s: predict(fmt, shape, s, machine).seconds)
+
+
+@functools.lru_cache(maxsize=1024)
+def splits(fmt: CacheFormat, pages: int, width: int, batch: int, groups: int, dim: int, rows: int, dtype: torch.dtype, device: str) -> int:
+    """Programs that share a key head: fixed by what the cache can hold, so that a captured graph serves every length."""
+    shape = Shape(batch, groups, dim, rows, max(1, pages * fmt.page), width, dtype)
+    return best(fmt, shape, machines.gpu(device))
