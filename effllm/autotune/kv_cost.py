@@ -14,7 +14,8 @@ from dataclasses import dataclass
 
 from effllm.autotune import machines
 
-_PER_INSTRUCTION = {"dense": 2.6, "kivi": 6.7, "gear": 4.2}  # multiply-adds; AVX-512, two threads of a Zen 4
+# multiply-adds; AVX-512, two threads of a Zen 4; "mustafar-coded" keeps levels of 8 or 4 bits
+_PER_INSTRUCTION = {"dense": 2.6, "kivi": 6.7, "gear": 4.2, "mustafar": 7.0, "mustafar-coded": 3.0, "bfp": 3.0}
 _START = 5e-6  # s: splitting, the merge of the splits, digits of the query
 
 

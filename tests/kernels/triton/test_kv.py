@@ -99,6 +99,7 @@ def test_every_format_has_attention_and_two_have_packing() -> None:
         ("kv_attend", "kivi", {"heads": 71, "groups": 1}, "71 heads"),
         ("kv_attend", "gear(outliers=0.5)", {}, "outliers"),
         ("kv_attend", "gear(rank=12)", {}, "rank 12"),
+        ("kv_attend", "gear(factors=8)", {}, "factors of 8"),
         ("kv_attend", "bfp(page=8,window=8)", {}, "pages of 8"),
         ("kv_attend", "bfp(block=16)", {"dim": 80}, "straddles"),
         ("kv_attend", "bfp(bits=8,vbits=8,block=48)", {"dim": 96}, "powers of two"),
