@@ -92,7 +92,7 @@ def supports_attend(problem: Problem) -> Verdict:
 
 def _tiles(fmt: CacheFormat, dim: int) -> Verdict:
     """Whether pages and blocks cut into tiles."""
-    if not isinstance(fmt, Kivi | Mustafar) and kv_attend_launch.tile_of(fmt.page) < 16:
+    if not isinstance(fmt, Kivi | Mustafar) and kv_attend_launch.tile_of(fmt.page, dim) < 16:
         return Verdict(False, f"pages of {fmt.page} tokens, the kernel takes multiples of 16")
     if isinstance(fmt, Bfp):
         if fmt.block & (fmt.block - 1) and fmt.block != dim:

@@ -1,4 +1,4 @@
-"""Cases of compressed caches in Triton's interpreter: prints one JSON object per case. No bf16 sums: the interpreter cuts them off where GPUs round."""
+"""Cases of compressed caches in Triton's interpreter: prints one JSON object per case."""
 
 from __future__ import annotations
 
@@ -27,6 +27,13 @@ ATTEND: tuple[tuple[str, int, int, int, int, int, str, str, int], ...] = (
     ("bfp(page=32,window=0,bits=4,vbits=4,block=64)", 1, 4, 64, 100, 1, "float32", "none", 1),
     ("matryoshka(page=64,window=8,k=24,v=0.75)", 2, 3, 64, 200, 1, "float32", "padded", 2),
     ("matryoshka(page=48,window=5,k=8/16,v=31/1)", 2, 2, 40, 150, 2, "float16", "none", 2),
+    ("kivi(bits=4)", 2, 4, 64, 200, 1, "bfloat16", "padded", 2),
+    ("kivi(bits=2,page=32,group=32,window=8)", 1, 4, 64, 120, 1, "bfloat16", "none", 2),
+    ("kivi(bits=8,page=32,group=32,window=8)", 1, 2, 32, 90, 2, "bfloat16", "none", 1),
+    ("gear(bits=4,page=32,group=32,window=8)", 1, 4, 64, 120, 1, "bfloat16", "added", 2),
+    ("mustafar(page=64,window=8,sparsity=0.5)", 1, 3, 64, 150, 1, "bfloat16", "none", 2),
+    ("bfp(page=32,window=0,bits=4,vbits=8,block=16)", 1, 3, 64, 100, 1, "bfloat16", "none", 2),
+    ("matryoshka(page=32,window=5,k=20,v=31)", 1, 2, 40, 90, 1, "bfloat16", "none", 2),
 )
 # format, head size, dtype: keys and values of 2 rows by 2 heads, one row padded
 APPEND: tuple[tuple[str, int, str], ...] = (
@@ -205,7 +212,9 @@ def main() -> None:
     """All cases, in order."""
     os.environ["TRITON_INTERPRET"] = "1"
     import torch
+    from interpreter_bf16 import patch
 
+    patch()
     torch.set_num_threads(1)
     for what, items in ((attend, ATTEND), (nothing, NOTHING), (append, APPEND), (nan_append, (APPEND[0][0], "mustafar(page=64,window=0,sparsity=0.5,bits=8)"))):
         for item in items:

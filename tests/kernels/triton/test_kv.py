@@ -18,9 +18,9 @@ from effllm.runtime.caches.base import parse
 from tests.kernels.triton import kv_compile
 from tests.kernels.triton.kv_cases import APPEND, ATTEND, NOTHING
 
-# beyond twice the reference's error: a sum over at most 300 tokens in another order; in fp16 the rounding of scales times queries, 2^-11
 WORKER = "kv_cases.py"
-FLOOR = {"float32": 5e-7, "float16": 5e-4}
+# beyond twice the reference's error: a sum over at most 300 tokens in another order; in 16 bits half a rounding of the scales times the queries
+FLOOR = {"float32": 5e-7, "float16": 5e-4, "bfloat16": 2e-3}
 
 
 @pytest.mark.parametrize("case", ATTEND, ids=lambda c: "-".join(map(str, c)))
@@ -68,7 +68,7 @@ def test_packing_compiles_without_spills(target: str, spec: str, dim: int) -> No
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("spec", ["kivi(bits=4)", "gear(bits=4)", "mustafar(sparsity=0.7)", "bfp(bits=4)", "matryoshka(k=0.5,v=0.5)"])
+@pytest.mark.parametrize("spec", kv_compile.COUNTED)
 def test_instructions_an_element_are_those_of_the_cost_model(spec: str) -> None:
     measured = kv_compile.instructions(spec, 128, 4, 1, 3)
     assert kv_cost.issue(parse(spec), 128, 8) == pytest.approx(measured, rel=0.15)
