@@ -1,9 +1,9 @@
-"""Bases of a Matryoshka cache for the demo model: principal axes, and the same trained by distillation.
+"""Bases of a Matryoshka cache for the demo model: principal axes, those weighted by what attention makes of them, and the latter trained by distillation.
 
     python -m benchmarks.kv_basis --out TABLES.safetensors [--texts WHEEL] [--steps 150] [--kl 1.0]
 
 Calibration and training read even articles, in windows of --length tokens: --prompt are the prompt, of which all but the last 64 are projected.
-The file holds `pca.LAYER.i` and `trained.LAYER.i`; benchmarks/kv_more.py reads it.
+Everything runs on the model in bfloat16. The file holds `pca.LAYER.i`, `weighted.LAYER.i` and `trained.LAYER.i`; benchmarks/kv_quality.py reads it.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import time
 import torch
 from safetensors.torch import save_file
 
+from benchmarks.kv_calibrated import read_basis
 from effllm.hf import texts
 from effllm.hf.demo import load_demo
 from effllm.hf.kv_basis import BasisTraining, train_basis
-from effllm.hf.kv_calibrate import collect, pca_tables
+from effllm.hf.kv_calibrate import collect, pca_tables, weighted_tables
 
 
 def main() -> None:
@@ -33,23 +34,38 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--calibrate", type=int, default=16)
     parser.add_argument("--high", type=float, default=0.75)
+    parser.add_argument("--low", type=float, default=0.25)
+    parser.add_argument("--tables", help="a file of an earlier run, to take bases without training from")
+    parser.add_argument("--start", choices=("pca", "weighted"), default="weighted")
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    model, tokenizer = load_demo(torch.float32)
+    torch.set_num_threads(args.threads)
+    model, tokenizer = load_demo(torch.bfloat16)
     text = texts.calibration_text(args.texts)
     windows = list(texts.windows(tokenizer, text.text, args.length, args.windows))
-    pca = pca_tables(collect(model, windows[: args.calibrate]))
     start, losses = time.perf_counter(), []
+    if args.tables:
+        bases = {name: read_basis(args.tables, name) for name in ("pca", "weighted")}
+    else:
+        states = collect(model, windows[: args.calibrate])
+        print(f"statistics: {time.perf_counter() - start:.0f} s", flush=True)
+        bases = {"pca": pca_tables(states), "weighted": weighted_tables(states)}
+        print(f"weighted: {time.perf_counter() - start:.0f} s", flush=True)
+    write(args.out, bases, {"text": text.name, "how": "not trained"})
 
     def report(step: int, loss: float) -> None:
         losses.append(loss)
         if step % 5 == 4:
             print(f"step {step + 1}: {sum(losses[-5:]) / 5:.4f}  {time.perf_counter() - start:.0f} s", flush=True)
 
-    how = BasisTraining(steps=args.steps, kl=args.kl, rate=args.rate, high=args.high, prompt=args.prompt)
-    trained = train_basis(model, windows, pca, how, report)
-    named = [(f"{name}.{layer}.{i}", t) for name, part in (("pca", pca), ("trained", trained)) for layer, ts in part.items() for i, t in enumerate(ts)]
-    flat = {name: t.contiguous() for name, t in named}
-    save_file(flat, args.out, {"text": text.name, "how": repr(how)})
+    how = BasisTraining(steps=args.steps, kl=args.kl, rate=args.rate, low=args.low, high=args.high, prompt=args.prompt)
+    bases["trained"] = train_basis(model, windows, bases[args.start], how, report)
+    write(args.out, bases, {"text": text.name, "how": repr(how), "start": args.start})
+
+
+def write(path: str, bases: dict[str, dict[int, list[torch.Tensor]]], about: dict[str, str]) -> None:
+    """NAME.LAYER.i for every table."""
+    save_file({f"{name}.{layer}.{i}": t.contiguous() for name, part in bases.items() for layer, ts in part.items() for i, t in enumerate(ts)}, path, about)
 
 
 if __name__ == "__main__":

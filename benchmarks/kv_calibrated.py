@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from effllm.hf import texts
 from effllm.hf.cache import CompressedCache
 from effllm.hf.demo import load_demo
-from effllm.hf.kv_calibrate import States, collect, pca_tables, sort_tables
+from effllm.hf.kv_calibrate import States, collect, pca_tables, sort_tables, weighted_tables
 from effllm.hf.kv_evict import EvictingCache, observing
 from effllm.hf.kv_sort import sort_weights
 from effllm.runtime.caches.ems import Ems
@@ -38,8 +39,16 @@ def methods(wheel: str | None, basis: str | None, method: Any) -> dict[str, Any]
 
     @lru_cache(maxsize=1)
     def states() -> list[States]:
-        model, tokenizer = load_demo()
-        return collect(model.float(), texts.windows(tokenizer, texts.calibration_text(wheel).text, 512, CALIBRATION))
+        model, tokenizer = load_demo(torch.bfloat16)
+        return collect(model, texts.windows(tokenizer, texts.calibration_text(wheel).text, 512, CALIBRATION))
+
+    @cache
+    def orders(way: str, block: int) -> dict[int, list[Tensor]]:
+        return sort_tables(states(), way, values=True, block=block)
+
+    @cache
+    def bases(name: str) -> dict[int, list[Tensor]]:
+        return read_basis(basis, name) if basis is not None else {"pca": pca_tables, "weighted": weighted_tables}[name](states())
 
     @lru_cache(maxsize=1)
     def permuted() -> Any:
@@ -57,15 +66,13 @@ def methods(wheel: str | None, basis: str | None, method: Any) -> dict[str, Any]
     def evicting(settings: Ems) -> Any:
         return method(settings.spec, lambda model, capacity: (Observing(model), EvictingCache(model, settings)))
 
-    half = "matryoshka(k=0.5,v=0.5)"
-    rows = {f"bfp-4{tag}-{way}": tabled(f"bfp(bits=4,vbits=4,block={block})", lambda way=way: sort_tables(states(), way, values=True))
+    rows = {f"bfp-4{tag}-{way}": tabled(f"bfp(bits=4,vbits=4,block={block})", lambda way=way, block=block: orders(way, block))
             for tag, block in (("", 32), ("-g16", 16)) for way in ("post", "layout")}  # fmt: skip
     rows["bfp-4-pair"] = pair("bfp(bits=4,vbits=4)")
     rows["bfp-4-g16-pair"] = pair("bfp(bits=4,vbits=4,block=16)")
-    rows["matryoshka-50-pca"] = tabled(half, lambda: pca_tables(states()) if basis is None else read_basis(basis, "pca"))
-    rows["matryoshka-75-pca"] = tabled("matryoshka(k=0.75,v=0.75)", lambda: pca_tables(states()) if basis is None else read_basis(basis, "pca"))
-    if basis is not None:
-        rows["matryoshka-50"] = tabled(half, lambda: read_basis(basis, "trained"))
+    for name in ("pca", "weighted") if basis is None else ("pca", "weighted", "trained"):
+        rows[f"matryoshka-50-{name}"] = tabled("matryoshka(k=0.5,v=0.5)", lambda name=name: bases(name))
+        rows[f"matryoshka-75-{name}"] = tabled("matryoshka(k=0.75,v=0.75)", lambda name=name: bases(name))
     rows |= {f"ems-{b}": evicting(Ems(budget=b)) for b in (256, 512, 1024)}
     rows["ems-256-evict"] = evicting(Ems(budget=256, merge=0))
     return rows

@@ -1,11 +1,14 @@
-"""What compressed caches cost the demo model: perplexity of the 512 tokens behind a compressed prompt of 1536, as a ratio to dense.
+"""What compressed caches cost the demo model: the 512 tokens behind a compressed prompt of 1536, paired with the dense model window by window.
 
-    python -m benchmarks.kv_quality [--texts WHEEL] [--windows 4] [--only kivi-4,gear-2] [--threads 1]
+    python -m benchmarks.kv_quality [--texts WHEEL] [--windows 8] [--only kivi-4,gear-2] [--basis FILE] [--dtype float32] [--threads 1]
 
 Odd articles are cut into windows of 2048 tokens. The prompt is read once by the dense model; its keys and values go into each cache, and the
-512 tokens that follow are scored in one pass: they see the compressed prompt and each other exact. `bytes` is of packed tokens per token
-as stored, `formula` is the format's own count, `total` includes the dense window at 4096 tokens. Results go to
-benchmarks/results/kv_quality.json, rows of other runs stay there. A method is one entry of METHODS.
+512 tokens that follow are scored in one pass: they see the compressed prompt and each other exact.
+
+`ratio` is perplexity over the dense model's on the same tokens; `ratio_se` its standard error, from differences of log-likelihood summed over
+blocks of 73 tokens (neighbouring tokens are not independent). `kl` is the mean Kullback-Leibler divergence of the dense model's next-token distribution
+from the cache's, in nats, which is far less noisy. `bytes` is of packed tokens per token as stored, `formula` the format's own count, `total_share_4k`
+includes the dense window of 4096 tokens. Windows that benchmarks/results/kv_quality.json has already are not run again. A method is one entry of METHODS.
 """
 
 from __future__ import annotations
@@ -31,7 +34,8 @@ from effllm.hf.demo import load_demo
 from effllm.runtime.caches.base import parse
 
 RESULTS = Path(__file__).parent / "results" / "kv_quality.json"
-PROMPT, SCORED = 1536, 512
+PROMPT, SCORED, BLOCK = 1536, 512, 73
+KEYS = ("spec", "text", "dtype")  # of a row: what its windows have in common
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,8 @@ METHODS: dict[str, Method] = {
     "kivi-2-g32": Method("kivi(bits=2,group=32)"),
     "gear-4": Method("gear(bits=4)"),
     "gear-2": Method("gear(bits=2)"),
+    "gear-2-f8": Method("gear(bits=2,factors=8)"),
+    "gear-2-f8-w0": Method("gear(bits=2,factors=8,window=0)"),
     "gear-2-l": Method("gear(bits=2,outliers=0)"),
     "gear-2-r4": Method("gear(bits=2,rank=4,outliers=0)"),
     "gear-2-g32": Method("gear(bits=2,group=32)"),
@@ -70,11 +76,21 @@ def fill(cache: CompressedCache, prompt: DynamicCache) -> None:
         own.update(dense.keys, dense.values)
 
 
-def nll(model: Any, ids: Tensor, cache: Any) -> float:
-    """Sum of negative log likelihoods of ids[PROMPT + 1:] after a cache of the first PROMPT tokens."""
+def log_probabilities(model: Any, ids: Tensor, cache: Any) -> Tensor:
+    """Of every next token, (SCORED - 1, vocabulary), after a cache of the first PROMPT tokens."""
     positions = torch.arange(PROMPT, PROMPT + SCORED)[None]
     logits = model(input_ids=ids[None, PROMPT:], position_ids=positions, past_key_values=cache, use_cache=True).logits[0, :-1]
-    return float(torch.nn.functional.cross_entropy(logits.float(), ids[PROMPT + 1 :], reduction="sum"))
+    out: Tensor = logits.float().log_softmax(-1)
+    return out
+
+
+def compare(dense: Tensor, own: Tensor, ids: Tensor) -> dict[str, Any]:
+    """What a window says: the dense model's summed loss, differences of loss per block of tokens, mean KL, share of equal best tokens."""
+    target = ids[PROMPT + 1 :, None]
+    a, b = dense.gather(1, target)[:, 0], own.gather(1, target)[:, 0]
+    kl = (dense.exp() * (dense - own)).sum(1).mean()
+    same = (dense.argmax(1) == own.argmax(1)).float().mean()
+    return {"dense": float(-a.sum()), "blocks": [round(float(x.sum()), 5) for x in (a - b).split(BLOCK)], "kl": float(kl), "top1": float(same)}
 
 
 def sizes(fmt: str, heads: int, dim: int, dtype: torch.dtype) -> dict[str, float]:
@@ -86,38 +102,66 @@ def sizes(fmt: str, heads: int, dim: int, dtype: torch.dtype) -> dict[str, float
     return {"bytes": layout.page / f.page, "formula": layout.payload / f.page, "share": layout.payload / f.page / dense, "total_share_4k": total / dense}
 
 
+def row(name: str, windows: dict[str, Any], about: dict[str, Any]) -> dict[str, Any]:
+    """Figures over the windows of one method."""
+    held = list(windows.values())
+    tokens = len(held) * (SCORED - 1)
+    diffs = torch.tensor([x for w in held for x in w["blocks"]], dtype=torch.float64)
+    ratio = math.exp(float(diffs.sum()) / tokens)
+    error = float(diffs.std()) * math.sqrt(len(diffs)) / tokens
+    kl = torch.tensor([w["kl"] for w in held], dtype=torch.float64)
+    dense = math.exp(sum(w["dense"] for w in held) / tokens)
+    spread = float(kl.std()) / math.sqrt(len(kl)) if len(kl) > 1 else math.nan
+    figures = {"tokens": tokens, "dense_perplexity": dense, "perplexity": dense * ratio, "ratio": ratio, "ratio_se": ratio * error}
+    top1, seconds = (sum(w[k] for w in held) / len(held) for k in ("top1", "compress_s"))
+    more = {"kl": float(kl.mean()), "kl_se": spread, "top1": top1, "compress_s": seconds}
+    return {"method": name} | about | figures | more | {"windows": windows}
+
+
+def about(name: str, config: Any, text: str, dtype: str) -> dict[str, Any]:
+    """What a row is of, and its sizes."""
+    heads, dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
+    spec = METHODS[name].spec
+    size = kv_calibrated.evicting_sizes(spec, heads, dim) if spec.startswith("ems") else sizes(spec, heads, dim, torch.bfloat16)
+    return {"spec": spec if spec.startswith("ems") else parse(spec).spec, "text": text, "dtype": dtype} | size
+
+
+def stored() -> dict[str, dict[str, Any]]:
+    """Rows of earlier runs."""
+    return {r["method"]: r for r in json.loads(RESULTS.read_text())["rows"]} if RESULTS.exists() else {}
+
+
 @torch.inference_mode()
-def run(names: list[str], wheel: str | None, count: int) -> list[dict[str, Any]]:
-    """One row per method."""
-    model, tokenizer = load_demo(torch.float32)
-    config = model.config
+def run(names: list[str], wheel: str | None, count: int, dtype: str) -> dict[str, dict[str, Any]]:
+    """All rows by name, written to RESULTS after every method and window."""
+    model, tokenizer = load_demo(getattr(torch, dtype))
     text = texts.evaluation_text(wheel)
-    windows = texts.windows(tokenizer, text.text, PROMPT + SCORED, count)
-    sums, seconds = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-    base = 0.0
-    for n, ids in enumerate(windows):
-        prompt = DynamicCache(config=config)
+    rows = stored()
+    for n, ids in enumerate(texts.windows(tokenizer, text.text, PROMPT + SCORED, count)):
+        what = {name: about(name, model.config, text.name, dtype) for name in names}
+        known = {name: rows[name]["windows"] if name in rows and all(rows[name].get(k) == what[name][k] for k in KEYS) else {} for name in names}
+        todo = [name for name in names if str(n) not in known[name]]
+        if not todo:
+            continue
+        prompt = DynamicCache(config=model.config)
         model(input_ids=ids[None, :PROMPT], past_key_values=prompt, use_cache=True, logits_to_keep=1)
-        for name in names:
+        exact = DynamicCache(config=model.config)
+        for i, layer in enumerate(prompt.layers):
+            exact.update(layer.keys, layer.values, i)
+        dense = log_probabilities(model, ids, exact)
+        for name in todo:
             method, start = METHODS[name], time.perf_counter()
             own, cache = method.make(model, PROMPT + SCORED) if method.make else (model, CompressedCache(model, method.spec))
             if own is model:
                 fill(cache, prompt)
             else:  # permuted, or attention that reports to the cache
                 own(input_ids=ids[None, :PROMPT], past_key_values=cache, use_cache=True, logits_to_keep=1)
-            seconds[name] += time.perf_counter() - start
-            sums[name] += nll(own, ids, cache)
-            print(f"window {n} {name}: {math.exp(sums[name] / (n + 1) / (SCORED - 1)):.4f}", flush=True)
-        base += nll(model, ids, prompt)
-    tokens = len(windows) * (SCORED - 1)
-    heads, dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
-    rows = []
-    for name in names:
-        figures = {"perplexity": math.exp(sums[name] / tokens), "ratio": math.exp((sums[name] - base) / tokens), "compress_s": seconds[name] / len(windows)}
-        of = {"text": text.name, "tokens": tokens, "dense_perplexity": math.exp(base / tokens)}
-        spec = METHODS[name].spec
-        size = kv_calibrated.evicting_sizes(spec, heads, dim) if spec.startswith("ems") else sizes(spec, heads, dim, torch.bfloat16)
-        rows.append({"method": name, "spec": spec if spec.startswith("ems") else parse(spec).spec} | figures | of | size)
+            seconds = time.perf_counter() - start
+            known[name][str(n)] = compare(dense, log_probabilities(own, ids, cache), ids) | {"compress_s": round(seconds, 3)}
+            rows[name] = row(name, known[name], what[name])
+            RESULTS.write_text(json.dumps({"machine": describe(), "rows": list(rows.values())}, indent=1) + "\n")
+            r = rows[name]
+            print(f"window {n} {name:18} {r['ratio']:.4f} +- {r['ratio_se']:.4f}  kl {r['kl']:.5f} +- {r['kl_se']:.5f}", flush=True)
     return rows
 
 
@@ -125,19 +169,19 @@ def main() -> None:
     """Run, print and store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts")
-    parser.add_argument("--windows", type=int, default=4)
+    parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--only", default="")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--basis", help="a file of benchmarks/kv_basis.py, for Matryoshka with trained bases")
+    parser.add_argument("--dtype", default="float32", help="of the model; bfloat16 is faster and has a KL of its own, which the row `dense` shows")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     METHODS.update(kv_calibrated.methods(args.texts, args.basis, Method))
     names = [n for n in args.only.split(",") if n] or list(METHODS)
-    rows = run(names, args.texts, args.windows)
-    kept = [r for r in (json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []) if r["method"] not in names]
-    RESULTS.write_text(json.dumps({"machine": describe(), "rows": kept + rows}, indent=1) + "\n")
-    for r in rows:
-        print(f"{r['method']:12} {r['ratio']:.4f}  {r['bytes']:.0f} bytes, {r['share']:.1%} of 16 bits, {r['total_share_4k']:.1%} with the window at 4k")
+    rows = run(names, args.texts, args.windows, args.dtype)
+    for r in (rows[n] for n in names if n in rows):
+        sizes = f"{r['bytes']:.0f} bytes, {r['share']:.1%} of 16 bits, {r['total_share_4k']:.1%} with the window at 4k"
+        print(f"{r['method']:18} {r['ratio']:.4f} +- {r['ratio_se']:.4f}  kl {r['kl']:.5f} +- {r['kl_se']:.5f}  {sizes}")
 
 
 if __name__ == "__main__":

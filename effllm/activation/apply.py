@@ -10,24 +10,26 @@ import torch
 from torch import Tensor, nn
 
 from effllm.activation.calibration import Calibration, Cut, Plan
+from effllm.autotune import skip_gain
 from effllm.report import Decision, PassReport
 from effllm.runtime import weights
 from effllm.runtime.activated import ThresholdedActivation
 from effllm.runtime.dense import kind_of, matrix
-from effllm.runtime.formats import bipolar, dense, thresholded
+from effllm.runtime.formats import bipolar, dense, parts, thresholded
 from effllm.runtime.formats.base import Packed
 from effllm.runtime.packed import PackedLinear
 from effllm.runtime.weights.thresholded import ThresholdedWeight
 
 EVERY_ROW = -1
+LEAST = 0.95  # of the dense linear's speed, predicted at one row: a linear that would fall below stays dense
 NEUTRAL = Decision("", "", "kept", "neutral", "no activation is to be skipped: sparsity or rows is 0")
 
 
 class Swap:
     """Puts modules into a model and can take all of them out again."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, anyway: bool = False) -> None:
+        self.model, self.anyway = model, anyway
         self._undo: list[tuple[nn.Module, str, nn.Module]] = []
 
     def put(self, name: str, new: nn.Module) -> None:
@@ -40,6 +42,24 @@ class Swap:
                     self._undo.append((parent, leaf, old))
                     setattr(parent, leaf, new)
 
+    def sparse(self, name: str, packed: Packed, reason: str) -> Decision:
+        """Put in the linear with thresholds, unless it is predicted to be slower than the dense one."""
+        module = self.model.get_submodule(name)
+        dtype = module.weight.dtype
+        assert isinstance(dtype, torch.dtype)
+        device = next(iter(packed.tensors.values())).device.type
+        gain = skip_gain.gain(ThresholdedWeight.problem(packed, act="a16", dtype=dtype, device=device, m=1))
+        before, after = (gain.dense, gain.sparse) if gain.kernel else (None, None)
+        if gain.kernel and gain.speedup < LEAST and not self.anyway:
+            why = f"predicted {1 / gain.speedup:.2f}x the time of the dense linear at one row"
+            return Decision(name, name, "kept", "slower", why, time_before=before, time_after=after, kernel=gain.kernel)
+        made = _make(module, packed)
+        self.put(name, made)
+        w = made.weight
+        assert isinstance(w, ThresholdedWeight)
+        size = parts.part(packed, "weight").nbytes
+        return Decision(name, name, "applied", "sparse", f"{reason}; {w.why}", size, w.nbytes, before, after, kernel=w.kernel, config=w.config)
+
     def rollback(self) -> None:
         """Restore every module."""
         while self._undo:
@@ -47,13 +67,14 @@ class Swap:
             setattr(parent, leaf, old)
 
 
-def install(model: nn.Module, found: Calibration, plan: Plan) -> tuple[PassReport, Swap]:
+def install(model: nn.Module, found: Calibration, plan: Plan, *, anyway: bool = False) -> tuple[PassReport, Swap]:
     """Make a model sparse as a plan says, in place. The swap that is returned takes it back.
 
+    anyway: also where this machine's cost model says that a linear becomes slower, so that quality does not depend on the machine.
     Raises CalibrationError (E-CAL-STALE) where the thresholds belong to another model.
     """
     found.check(model)
-    report, swap = PassReport("activation_sparsity"), Swap(model)
+    report, swap = PassReport("activation_sparsity"), Swap(model, anyway)
     if plan.method.sparsity == 0 or plan.method.rows == 0:
         report.decisions.append(NEUTRAL)
         return report, swap
@@ -108,21 +129,14 @@ def _input(swap: Swap, name: str, cut: Cut, plan: Plan) -> Decision:
     device = next(iter(stored.tensors.values())).device
     t = {"colnorm" if key == "norm" else key: x.to(device) for key, x in t.items()}
     about: dict[str, Any] = {"limit": plan.method.rows, "method": plan.method.name, "target": cut.target, "realised": cut.realised}
-    made = _make(module, thresholded.make(stored, t.pop("threshold"), colnorm=t.get("colnorm"), u=t.get("u"), v=t.get("v"), **about))
-    swap.put(name, made)
-    return _applied(name, made, cut, stored, f"{cut.realised:.1%} of its inputs skipped, {cut.skipped:.1%} of its weight not read")
+    packed = thresholded.make(stored, t.pop("threshold"), colnorm=t.get("colnorm"), u=t.get("u"), v=t.get("v"), **about)
+    return swap.sparse(name, packed, f"{cut.realised:.1%} of its inputs skipped, {cut.skipped:.1%} of its weight not read")
 
 
 def _like(module: nn.Module) -> torch.dtype:
     found = module.weight.dtype
     assert isinstance(found, torch.dtype)
     return found if found in dense.DTYPES else torch.float32
-
-
-def _applied(name: str, made: PackedLinear, cut: Cut, stored: Packed, reason: str) -> Decision:
-    w = made.weight
-    assert isinstance(w, ThresholdedWeight)
-    return Decision(name, name, "applied", "sparse", f"{reason}; {w.why}", stored.nbytes, w.nbytes, kernel=w.kernel, config=w.config)
 
 
 def _gate(swap: Swap, found: Calibration, down: str, cut: Cut, plan: Plan) -> list[Decision]:
@@ -140,13 +154,12 @@ def _gate(swap: Swap, found: Calibration, down: str, cut: Cut, plan: Plan) -> li
     if isinstance(stored, str):
         out.append(Decision(down, down, "kept", "format", stored))
     else:
-        made = _make(module, thresholded.make(stored, torch.zeros(1, device=t.device), **about))
-        swap.put(down, made)
-        out.append(_applied(down, made, cut, stored, f"skips the {cut.realised:.1%} of its inputs that the gate made zero"))
-    return out + _up(swap, gate.up, gate.half, about, cut)
+        packed = thresholded.make(stored, torch.zeros(1, device=t.device), **about)
+        out.append(swap.sparse(down, packed, f"skips the {cut.realised:.1%} of its inputs that the gate made zero"))
+    return out + _up(swap, gate.up, gate.half, about)
 
 
-def _up(swap: Swap, name: str, half: int | None, about: dict[str, Any], cut: Cut) -> list[Decision]:
+def _up(swap: Swap, name: str, half: int | None, about: dict[str, Any]) -> list[Decision]:
     module = swap.model.get_submodule(name)
     if half is not None:
         coded = isinstance(module, PackedLinear)
@@ -157,9 +170,7 @@ def _up(swap: Swap, name: str, half: int | None, about: dict[str, Any], cut: Cut
         return [Decision(name, name, "kept", "format", stored)]
     if kind_of(module):  # a dense weight is by row as it is
         return [Decision(name, name, "kept", "up", "its rows are skipped where a compiled graph shows the gate")]
-    made = _make(module, thresholded.make(stored, None, side="out", **about))
-    swap.put(name, made)
-    return [_applied(name, made, cut, stored, "rows are skipped where a compiled graph shows the gate")]
+    return [swap.sparse(name, thresholded.make(stored, None, side="out", **about), "rows are skipped where a compiled graph shows the gate")]
 
 
 def sparse_parts(model: nn.Module) -> list[ThresholdedWeight | ThresholdedActivation]:

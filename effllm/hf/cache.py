@@ -52,6 +52,19 @@ class CompressedCache(Cache):
         if not self.compressed:
             raise CacheError("E-KVC-MODEL", "no layer of the model keeps whole keys and values", "such models have nothing to compress")
 
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append to a layer and return what its attention is to see. Raises CacheError (E-KVC-SHAPE) for a model with other layers, E-KVC-FULL."""
+        step = "use one cache for one model"
+        if layer_idx >= len(self.layers):
+            raise CacheError("E-KVC-SHAPE", f"the cache has {len(self.layers)} layers, and the model has a layer {layer_idx}", step)
+        out: tuple[Tensor, Tensor] = super().update(key_states, value_states, layer_idx, *args, **kwargs)
+        first, own = self.layers[0], self.layers[layer_idx]
+        if not torch.compiler.is_compiling() and isinstance(first, CompressedLayer) and isinstance(own, CompressedLayer) and first is not own:
+            held = [int(layer.lens[0]) for layer in (first, own)]
+            if held[0] != held[1]:
+                raise CacheError("E-KVC-SHAPE", f"layer 0 holds {held[0]} tokens and layer {layer_idx} {held[1]}: another model wrote to the cache", step)
+        return out
+
     @property
     def compressed(self) -> list[CompressedLayer]:
         """The layers that are compressed."""
@@ -113,7 +126,8 @@ class CompressedCache(Cache):
         """Go back to a snapshot, in place where the sizes are the same."""
         for layer, (about, tensors) in zip(self.compressed, state, strict=True):
             held = layer.tensors() if layer.ready else {}
-            if {n: t.shape for n, t in held.items()} == {n: t.shape for n, t in tensors.items()}:
+            same = {n: t.shape for n, t in held.items()} == {n: t.shape for n, t in tensors.items()}
+            if same and layer.about() == about:  # an evicting layer counts outside of its tensors
                 for name, t in tensors.items():
                     held[name].copy_(t)
             else:

@@ -91,7 +91,8 @@ class Bases(nn.Module):
 @dataclass(frozen=True)
 class BasisTraining:
     """`kl` is the share of the distillation term in the loss, the rest is the text's own likelihood. Ranks are drawn from multiples of `interval` in
-    [low, high] shares of a head. `prompt` tokens of a window are projected, but for the last `window`, the rest is predicted."""
+    [low, high] shares of a head. `prompt` tokens of a window are projected, but for the last `window`, the rest is predicted. `remember` keeps what
+    the dense model said of every window, keys and values of the prompt and logits of the rest, so that it reads each only once."""
 
     steps: int = 200
     rate: float = 3e-3
@@ -103,6 +104,7 @@ class BasisTraining:
     prompt: int = 512
     window: int = 64
     seed: int = 0
+    remember: bool = True
 
 
 def train_basis(
@@ -121,12 +123,17 @@ def train_basis(
     needed = [p for p in model.parameters() if p.requires_grad]
     for p in needed:
         p.requires_grad_(False)
+    known: dict[int, _Dense] = {}
     try:
         for step in range(how.steps):
             for group in optimizer.param_groups:
                 ramp = min(1.0, (step + 1) / how.warmup)
                 group["lr"] = how.rate * ramp * 0.5 * (1 + math.cos(math.pi * step / how.steps))
-            loss = _loss(model, windows[step % len(windows)], bases, how, g)
+            n = step % len(windows)
+            dense = known.pop(n, None) or _read(model, windows[n].reshape(1, -1), bases.layers, how.prompt)
+            loss = _loss(model, windows[n].reshape(1, -1), dense, bases, how, g)
+            if how.remember:
+                known[n] = dense
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -140,28 +147,33 @@ def train_basis(
     return bases.tables()
 
 
-def _loss(model: Any, ids: Tensor, bases: Bases, how: BasisTraining, g: torch.Generator) -> Tensor:
-    ids = ids.reshape(1, -1)
-    with torch.no_grad():
-        dense = DynamicCache(config=model.config)
-        wanted = model(input_ids=ids, past_key_values=dense, use_cache=True, logits_to_keep=ids.shape[1] - how.prompt).logits[0, :-1].float()
+_Dense = tuple[list[tuple[Tensor, Tensor]], Tensor]  # keys and values of the prompt per layer; logits of what follows
+
+
+@torch.no_grad()
+def _read(model: Any, ids: Tensor, layers: list[int], prompt: int) -> _Dense:
+    dense: Any = DynamicCache(config=model.config)
+    wanted = model(input_ids=ids, past_key_values=dense, use_cache=True, logits_to_keep=ids.shape[1] - prompt).logits[0, :-1]
+    return [(dense.layers[i].keys[:, :, :prompt].clone(), dense.layers[i].values[:, :, :prompt].clone()) for i in layers], wanted.bfloat16()
+
+
+def _loss(model: Any, ids: Tensor, dense: _Dense, bases: Bases, how: BasisTraining, g: torch.Generator) -> Tensor:
     u = bases.rotations()
     dim = u.shape[-1]
     grid = torch.arange(max(1, round(how.low * dim / how.interval)), int(how.high * dim / how.interval) + 1) * how.interval
     ranks = grid[torch.randint(len(grid), u.shape[:3], generator=g)]
     layers: list[Any] = []
-    for n, layer in enumerate(bases.layers):
+    for n, exact in enumerate(dense[0]):
         stored = []
-        exact: Any = dense.layers[layer]
-        for side, x in enumerate((exact.keys, exact.values)):
-            old, new = x[:, :, : how.prompt - how.window], x[:, :, how.prompt - how.window : how.prompt]
+        for side, x in enumerate(exact):
+            old, new = x.split((how.prompt - how.window, how.window), 2)
             basis = u[n, side] * bases.signs[2 * n + side]
-            stored.append(torch.cat((truncate(old, basis, bases.means[2 * n + side], ranks[n, side]), new), 2))
+            stored.append(torch.cat((truncate(old.float(), basis, bases.means[2 * n + side], ranks[n, side]).to(x.dtype), new), 2))
         layers.append(_Held(*stored))
     positions = torch.arange(how.prompt, ids.shape[1])[None]
     out = model(input_ids=ids[:, how.prompt :], position_ids=positions, past_key_values=Cache(layers=layers), use_cache=True).logits[0, :-1].float()
     target = ids[0, how.prompt + 1 :]
     loss = (1 - how.kl) * nn.functional.cross_entropy(out, target)
     if how.kl:
-        loss = loss + how.kl * nn.functional.kl_div(out.log_softmax(-1), wanted.log_softmax(-1), reduction="batchmean", log_target=True)
+        loss = loss + how.kl * nn.functional.kl_div(out.log_softmax(-1), dense[1].float().log_softmax(-1), reduction="batchmean", log_target=True)
     return loss

@@ -1,8 +1,8 @@
 """K-sort at compile time: the weights themselves are permuted, along dimensions that the graph of coupled dimensions finds.
 
 Way "pair" of effllm.solvers.kv.ksort: pairs of rotary channels move in queries, keys and frequencies of all layers alike, by the energy of the rows of
-the key projections. Frequencies are in no checkpoint, so a model sorted this way is not to be saved. Values are sorted per head together
-with the columns of the output projection; that is exact and may be saved.
+the key projections over that of the query projections. Frequencies are in no checkpoint, so a model sorted this way is not to be saved. Values are
+sorted per head together with the columns of the output projection, by the rows of the one over the columns of the other; that is exact and may be saved.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def sort_weights(model: Any, input_ids: Tensor, *, pairs: bool = True, values: b
         rotary = [d for d in graph.dimensions if d.structure.rotary and not d.pinned]
         if not rotary:
             raise CacheError("E-KVC-SORT", "no rotary pairs were found that may be reordered", "sort after the rotation instead: sort_tables(way='post')")
-        done += [_sort(model, d, {n: weights[n] for n in _named(d, "k_proj")}, volatile=True) for d in rotary]
+        done += [_sort(model, d, weights, (_named(d, "k_proj"), _named(d, "q_proj", axis=0)), volatile=True) for d in rotary]
     if values:
         free = [d for d in graph.dimensions if not d.pinned and not d.structure.rotary and d.structure.unit == 1 and _named(d, "v_proj", axis=0)]
         if not free:
             raise CacheError("E-KVC-SORT", "no value channels were found that may be reordered", "leave values unsorted")
-        done += [_sort(model, d, {n: weights[n] for n in _named(d, "v_proj", axis=0)}, volatile=False) for d in free]
+        done += [_sort(model, d, weights, (_named(d, "v_proj", axis=0), _named(d, "o_proj", axis=1)), volatile=False) for d in free]
     return done
 
 
@@ -45,8 +45,10 @@ def _named(d: Dimension, word: str, axis: int | None = None) -> list[str]:
     return found or ([] if axis is not None else [m.parameter for m in d.members if m.parameter.endswith("weight")])
 
 
-def _sort(model: Any, d: Dimension, weights: dict[str, Tensor], *, volatile: bool) -> str:
-    order = channel_order(d, channel_energy(d, weights))
+def _sort(model: Any, d: Dimension, weights: dict[str, Tensor], names: tuple[list[str], list[str]], *, volatile: bool) -> str:
+    """By the energy of what is stored over that of what reads it, where that is known: see solvers.kv.ksort."""
+    stored, reads = (channel_energy(d, {n: weights[n] for n in part}) for part in names)
+    order = channel_order(d, stored / reads.clamp_min(1e-30) if names[1] else stored)
     permute(model, d, order, volatile=volatile)
     moved = int((order != torch.arange(d.size)).sum())
     return f"{d.structure}: {moved} of {order.numel()} channels moved in {len(d.members)} places"

@@ -49,6 +49,8 @@ def _site(graph: fx.Graph, node: fx.Node, context: Context) -> Decision:
         return kept("many-queries", f"{query.shape[-2]} queries: torch's own kernels are for that")
     if given.get("dropout_p") or given.get("is_causal"):
         return kept("options", "dropout or is_causal is set")
+    if isinstance(given.get("scale"), fx.Node):
+        return kept("scale", "the scale is computed in the graph, where shapes are dynamic")
     mask = given.get("attn_mask")
     if mask is not None and compat.example_value(mask).dim() != 4:
         return kept("mask", "the mask is not 4-dimensional")

@@ -16,6 +16,7 @@ import effllm
 from effllm.activation import apply
 from effllm.activation.calibration import Calibration
 from effllm.activation.projections import Sparse
+from effllm.autotune import skip_gain
 from effllm.errors import CalibrationError, OptionError
 from effllm.runtime.activated import ThresholdedActivation
 from effllm.runtime.packed import PackedLinear
@@ -115,6 +116,27 @@ def test_every_module_has_a_decision() -> None:
     _, coded = made("w4", "chess(sparsity=0.5)")
     assert Counter(d.code for d in coded.passes[1].decisions) == {"sparse": 2 * 4, "gate": 2, "role": 2 * 3}
     assert "50.0%" in next(d.reason for d in own if d.code == "sparse") or "49.9%" in str(own)
+
+
+def test_linears_that_would_become_slower_stay_dense(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prediction decides, at the share of inputs that is skipped; `anyway` overrules it; without a kernel there is no prediction."""
+    asked = []
+
+    def gain(problem: Any) -> skip_gain.Gain:
+        asked.append(dict(problem.detail)["density"])
+        return skip_gain.Gain(2e-6, 1e-6, "cpu-slow", "")
+
+    model, calibration = decoder(), found()[1]
+    monkeypatch.setattr(skip_gain, "gain", gain)
+    report, _ = apply.install(model, calibration, calibration.plans[0])
+    slow = [d for d in report.decisions if d.code == "slower"]
+    assert len(slow) == 6 and all("2.00x" in d.reason and d.action == "kept" and (d.time_before, d.time_after) == (1e-6, 2e-6) for d in slow)
+    assert not any(isinstance(m, PackedLinear) for m in model.modules()) and asked == pytest.approx([0.5] * 6, abs=0.03)
+    report, _ = apply.install(decoder(), calibration, calibration.plans[0], anyway=True)
+    assert Counter(d.code for d in report.decisions)["sparse"] == 6
+    monkeypatch.setattr(skip_gain, "gain", lambda p: skip_gain.Gain(float("inf"), 1e-6, "", "no kernel"))
+    report, _ = apply.install(decoder(), calibration, calibration.plans[0])
+    assert Counter(d.code for d in report.decisions)["sparse"] == 6
 
 
 def test_formats_that_cannot_skip_columns_say_so() -> None:

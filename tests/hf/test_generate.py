@@ -196,3 +196,22 @@ def test_compressed_model_exports() -> None:
         program = torch.export.export(Logits(), (ids,), strict=True)
         assert relative(program.module()(ids), model(ids, use_cache=False).logits) < 2e-5
     assert any("bipolar_linear" in str(n.target) or "effllm" in str(n.target) for n in program.graph.nodes)
+
+
+def test_steady_steps_do_not_look_at_the_modules() -> None:
+    model, ids = packed("w4a8"), ids_of()
+    settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "cache_implementation": "static"}
+    eager = model.generate(ids, **settings)
+    for steady in (True, False):
+        torch._dynamo.reset()
+        model.eval()
+        config = compile_config("w4a8", inner="eager", steady=steady)
+        assert torch.equal(model.generate(ids, **settings, compile_config=config), eager)
+        for layer in model.model.layers:
+            layer.self_attn.training = True  # its dropout is 0: changes nothing but a guarded value
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            if steady:
+                assert torch.equal(model.generate(ids, **settings, compile_config=config), eager)
+            else:
+                with pytest.raises(torch._dynamo.exc.RecompileError):
+                    model.generate(ids, **settings, compile_config=config)

@@ -27,5 +27,6 @@ def test_outputs_stay_and_channels_are_sorted() -> None:
         assert (energy[0][:, :8].argmax(-1) == 0).all()  # the pair of the outlier is the first now
         assert (energy[1].argmax(-1) == 0).all()
     for layer in model.model.layers:
-        size = layer.self_attn.v_proj.weight.square().sum(1).reshape(2, 16)
+        read = layer.self_attn.o_proj.weight.square().sum(0).reshape(2, 2, 16).sum(1)  # both query heads of a key head
+        size = layer.self_attn.v_proj.weight.square().sum(1).reshape(2, 16) / read
         assert (size.diff(dim=-1) <= 1e-5).all()

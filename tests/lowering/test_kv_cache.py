@@ -26,6 +26,8 @@ SHAPES = [
     ("gear(bits=4,rank=4,outliers=0.1,group=32)", 1, 5, 96, 333, 1),
     ("gear(bits=8,rank=0,outliers=0.05)", 1, 2, 64, 200, 1),
     ("gear(bits=4,rank=3,outliers=0)", 1, 6, 64, 260, 4),
+    ("gear(bits=2,rank=3,factors=8)", 2, 3, 128, 260, 1),
+    ("gear(bits=4,factors=8,page=32,group=16)", 1, 2, 80, 300, 2),
 ]
 
 

@@ -167,6 +167,24 @@ def test_limit_decides_by_rows(op: str, provider: Provider) -> None:
         assert (distance(y, dense.double()) > 0.05) == skips
 
 
+@pytest.mark.parametrize(("op", "provider"), HERE, ids=IDS)
+@pytest.mark.parametrize("m", [1, 2, 3, 4, 5])
+def test_rows_of_a_call_do_not_see_each_other(op: str, provider: Provider, m: int) -> None:
+    """Rows with masks of their own, one of them reading nothing and one reading everything, are what they are alone."""
+    p = problem(op, 130, 96, m=m, dtype=F32, values=F32, limit=8, density=0.5)
+    if not provider.supports(p):
+        pytest.skip(provider.supports(p).reason)
+    args = operands(provider, p)
+    head = 2 if "up" in op else 1
+    where = args[head - 1]
+    where[0] *= 1e-30
+    where[m - 1] *= 1e4 if m > 1 else 1.0
+    y = call(provider, p, tuple(args))
+    for i in range(m):
+        alone = call(provider, p, (*(a[i : i + 1] for a in args[:head]), *args[head:]))
+        assert distance(y[i : i + 1], alone.double()) < 2e-6, i
+
+
 @pytest.mark.parametrize(("op", "provider"), [x for x in HERE if x[1].tuning], ids=[i for i, x in zip(IDS, HERE, strict=True) if x[1].tuning])
 def test_repeats_to_the_bit(op: str, provider: Provider) -> None:
     """The same bits on every call, threads and blocks included."""

@@ -6,12 +6,17 @@
 //         its key head, walks its pages once (keys, then values of a page, which lie side by side) with an online softmax, and leaves
 //         (o, max, sum). Runs are merged by o = sum_i e^(m_i - m) o_i / sum_i e^(m_i - m) l_i; a run without any key has m = -inf.
 // Bytes   flushed * bytes per token + ring; the mask. Dense keys and values are never made.
-// Codec   what a format supplies, for R rows (queries) of one key head:
-//           void scores(const uint8_t* record, const float* q, int64_t rows, float* s)     s (rows, page) = q (rows, D) K^^T, q scaled already
-//           void values(const uint8_t* record, const float* p, int64_t rows, float* acc)   acc (rows, D) += p (rows, page) V^
-//         It is copied for every task, so it may hold buffers.
+// Codec   what a format supplies; R rows (queries) of one key head, fp32. It is copied for every task, so it may hold buffers.
+//           width                                          floats of an accumulator row; `Plain` below is D, no rounding, nothing at the end
+//           begin(b, g, q, rows)                           a task starts: q (R, D), not scaled
+//           scores(record, q, rows, s)                     s (R, page) = q K^^T
+//           round(p)                                       a probability as `values` takes it
+//           values(record, p, rows, acc)                   acc (R, width) += p (R, page) V^
+//           finish(acc, sums, rows, out)                   out (R, D) from the accumulators and the sums of probabilities in them
 // Numerics fp32; a NaN anywhere in what is attended gives NaN.
 #pragma once
+#include <type_traits>
+
 #include "attention.h"
 
 namespace effllm::kv {
@@ -26,26 +31,47 @@ struct State {
   int64_t keys() const { return count * page + width; }
 };
 
-inline State state_of(const Tensor& pages, const Tensor& ring, const Tensor& lens, int64_t page) {
+// `records`: of a page, one per key head or one for all of them.
+inline State state_of(const Tensor& pages, const Tensor& ring, const Tensor& lens, int64_t page, int64_t records) {
   STD_TORCH_CHECK(pages.dim() == 3 && ring.dim() == 5 && lens.numel() == 2 && pages.is_contiguous() && ring.is_contiguous(), "effllm: the cache's tensors do not fit");
   State z{};
   z.pages = static_cast<const uint8_t*>(pages.const_data_ptr());
   z.ring = static_cast<const char*>(ring.const_data_ptr());
   z.type = type_of(ring.scalar_type());
   z.batch = ring.size(0), z.heads = ring.size(2), z.width = ring.size(3), z.dim = ring.size(4);
-  z.count = pages.size(1), z.page_bytes = pages.size(2), z.page = page, z.record = z.page_bytes / z.heads;
+  z.count = pages.size(1), z.page_bytes = pages.size(2), z.page = page, z.record = records == 1 ? 0 : z.page_bytes / records;  // from one key head to the next
   const int64_t* n = static_cast<const int64_t*>(lens.const_data_ptr());
   z.total = n[0], z.flushed = n[1];
-  STD_TORCH_CHECK(pages.size(0) == z.batch && z.flushed <= z.count * page && z.total - z.flushed <= z.width, "effllm: the cache's lengths do not fit");
+  STD_TORCH_CHECK(pages.size(0) == z.batch && page > 0 && z.heads > 0, "effllm: the cache's tensors do not fit");
+  STD_TORCH_CHECK(z.flushed >= 0 && z.flushed % page == 0 && z.total >= z.flushed && z.flushed <= z.count * page && z.total - z.flushed <= z.width, "effllm: the cache's lengths do not fit its tensors");
   return z;
 }
+
+inline float dot(const float* x, const float* y, int64_t n) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < n; ++i) sum += x[i] * y[i];
+  return sum;
+}
+
+inline void axpy(float* a, float w, const float* x, int64_t n) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) a[i] += w * x[i];
+}
+
+// The part of a codec that most formats need nothing of.
+struct Plain {
+  int64_t width = 0;  // 0: the head size
+  void begin(int64_t, int64_t, const float*, int64_t) {}
+  float round(float p) const { return p; }
+};
 
 // One run's softmax so far: acc (rows, dim), the largest score and the sum of exponentials of each row.
 struct Run {
   int64_t rows, dim;
   float *acc, *top, *sum;
-  // Take `n` scores (rows, n) in, turned into weights in place; false where no row attends to any of them.
-  bool take(float* s, int64_t n) const {
+  // Take `n` scores (rows, n) in, turned into weights in place, as `round` has them; false where no row attends to any of them.
+  template <class Round> bool take(float* s, int64_t n, Round&& round) const {
     bool any = false;
     for (int64_t r = 0; r < rows; ++r) {
       float* p = s + r * n;
@@ -66,7 +92,7 @@ struct Run {
       float l = 0;
 #pragma omp simd reduction(+ : l)
       for (int64_t t = 0; t < n; ++t) {
-        const float e = p[t] == -INFINITY ? 0.f : exp_negative(p[t] - m);
+        const float e = p[t] == -INFINITY ? 0.f : round(exp_negative(p[t] - m));
         p[t] = e;
         l += e;
       }
@@ -76,12 +102,15 @@ struct Run {
   }
 };
 
-// The mask of one row of the batch and its key head, as a run of tokens at a time is added to scores.
+// The scale, and the mask of one row of the batch and its key head for a run of tokens at a time.
 struct Rows {
   const Mask& mask;
   int64_t b, h0, queries;
-  // s (rows, n) += mask for tokens [from, from + n).
+  float scale;
+  // s (rows, n) = s * scale + mask for tokens [from, from + n).
   void add(float* s, int64_t rows, int64_t from, int64_t n) const {
+#pragma omp simd
+    for (int64_t i = 0; i < rows * n; ++i) s[i] *= scale;
     if (!mask.data) return;
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t h = h0 + r / queries, q = r % queries;
@@ -114,88 +143,96 @@ void ring_part(const State& z, int64_t b, int64_t g, const float* q, const Rows&
   s.resize(static_cast<size_t>(run.rows * std::max(n, z.page)));
   for (int64_t t = 0; t < n; ++t) {
     widen<T>(z.ring, keys + (z.flushed + t) % z.width * d, d, line.data());
-    for (int64_t r = 0; r < run.rows; ++r) {
-      float dot = 0;
-      const float *x = q + r * d, *y = line.data();
-#pragma omp simd reduction(+ : dot)
-      for (int64_t i = 0; i < d; ++i) dot += x[i] * y[i];
-      s[static_cast<size_t>(r * n + t)] = dot;
-    }
+    for (int64_t r = 0; r < run.rows; ++r) s[static_cast<size_t>(r * n + t)] = dot(q + r * d, line.data(), d);
   }
   mask.add(s.data(), run.rows, z.flushed, n);
-  if (!run.take(s.data(), n)) return;
+  if (!run.take(s.data(), n, [](float p) { return p; })) return;
   for (int64_t t = 0; t < n; ++t) {
     widen<T>(z.ring, values + (z.flushed + t) % z.width * d, d, line.data());
-    for (int64_t r = 0; r < run.rows; ++r) {
-      const float w = s[static_cast<size_t>(r * n + t)];
-      if (w == 0.f) continue;
-      float* a = run.acc + r * d;
-      const float* y = line.data();
-#pragma omp simd
-      for (int64_t i = 0; i < d; ++i) a[i] += w * y[i];
-    }
+    for (int64_t r = 0; r < run.rows; ++r)
+      if (const float w = s[static_cast<size_t>(r * n + t)]; w != 0.f) axpy(run.acc + r * d, w, line.data(), d);
   }
 }
 
-template <class Codec>
-Tensor attend(const Tensor& q, const Tensor& pages, const Tensor& ring, const Tensor& lens, const std::optional<Tensor>& mask_in, double scale, int64_t page, const Codec& codec) {
-  const State z = state_of(pages, ring, lens, page);
-  const int64_t heads = q.size(1), queries = q.size(2), d = z.dim, repeat = heads / z.heads, rows = repeat * queries;
-  STD_TORCH_CHECK(q.dim() == 4 && q.size(0) == z.batch && q.size(3) == d && heads % z.heads == 0, "effllm: the queries do not fit the cache");
-  const Type type = type_of(q.scalar_type());
-  Tensor out = torch::stable::new_empty(q, {z.batch, heads, queries, d}, q.scalar_type());
-  const Mask mask = mask_of(mask_in, z.batch, heads, queries, z.keys());
-  const View view = view_of(q);
-  const int64_t filled = z.flushed / page, lanes = z.batch * z.heads, wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
-  // a run costs a merge and its own start: at least four pages each
-  const int64_t runs = std::max<int64_t>(1, std::min((wanted + lanes - 1) / lanes, filled / 4));
-  const int64_t slot = rows * (d + 2);
-  std::vector<float> part(static_cast<size_t>(lanes * runs * slot));
-  torch::stable::parallel_for(0, lanes * runs, std::max<int64_t>(1, 24000 / std::max<int64_t>(1, rows * d * 2 * z.total / runs)), [&](int64_t from, int64_t to) {
-    Codec own = codec;
-    std::vector<float> qs(static_cast<size_t>(rows * d)), s;
-    for (int64_t i = from; i < to; ++i) {
-      const int64_t b = i / runs / z.heads, g = i / runs % z.heads, part_of = i % runs;
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t c = 0, at = view.at(b, g * repeat + r / queries, r % queries); c < d; ++c)
-          qs[static_cast<size_t>(r * d + c)] = load_as_float(view.data, at + c, type) * static_cast<float>(scale);
-      float* base = part.data() + i * slot;
-      const Run run{rows, d, base, base + rows * d, base + rows * (d + 1)};
-      std::fill(run.acc, run.acc + rows * d, 0.f);
-      std::fill(run.top, run.top + rows, -INFINITY);
-      std::fill(run.sum, run.sum + rows, 0.f);
-      const Rows shown{mask, b, g * repeat, queries};
-      s.resize(static_cast<size_t>(rows * page));
-      for (int64_t n = filled * part_of / runs; n < filled * (part_of + 1) / runs; ++n) {
-        if (!shown.any(rows, n * page, page)) continue;
-        const uint8_t* record = z.pages + (b * z.count + n) * z.page_bytes + g * z.record;
-        own.scores(record, qs.data(), rows, s.data());
-        shown.add(s.data(), rows, n * page, page);
-        if (run.take(s.data(), page)) own.values(record, s.data(), rows, run.acc);
-      }
-      if (part_of == runs - 1) {
-        const auto near = z.type == Type::f32 ? ring_part<Type::f32> : z.type == Type::bf16 ? ring_part<Type::bf16> : ring_part<Type::f16>;
-        near(z, b, g, qs.data(), shown, run, s);
-      }
-    }
-  });
+// What all tasks share.
+struct Work {
+  State z;
+  View q;
+  Mask mask;
+  Type type;
+  int64_t heads, queries, runs;
+  float scale;
+  int64_t repeat() const { return heads / z.heads; }
+  int64_t rows() const { return repeat() * queries; }
+  int64_t slot() const { return rows() * (z.dim + 2); }  // floats of a run's result: weighted values, largest scores, sums
+};
+
+// Task i: pages of one run of one key head, and the ring in the last run, into `base`.
+template <class Codec> void task(const Work& w, int64_t i, Codec& own, float* base, std::vector<float>& qs, std::vector<float>& s, std::vector<float>& acc) {
+  const State& z = w.z;
+  const int64_t d = z.dim, rows = w.rows(), b = i / w.runs / z.heads, g = i / w.runs % z.heads, part = i % w.runs, filled = z.flushed / z.page;
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = 0, at = w.q.at(b, g * w.repeat() + r / w.queries, r % w.queries); c < d; ++c) qs[static_cast<size_t>(r * d + c)] = load_as_float(w.q.data, at + c, w.type);
+  own.begin(b, g, qs.data(), rows);
+  const int64_t width = own.width ? own.width : d;
+  float *top = base + rows * d, *sum = top + rows;
+  acc.assign(static_cast<size_t>(rows * width), 0.f);
+  std::fill(top, sum, -INFINITY);
+  std::fill(sum, sum + rows, 0.f);
+  const Run run{rows, width, acc.data(), top, sum};
+  const Rows shown{w.mask, b, g * w.repeat(), w.queries, w.scale};
+  s.resize(static_cast<size_t>(rows * z.page));
+  for (int64_t n = filled * part / w.runs; n < filled * (part + 1) / w.runs; ++n) {
+    if (!shown.any(rows, n * z.page, z.page)) continue;
+    const uint8_t* record = z.pages + (b * z.count + n) * z.page_bytes + g * z.record;
+    own.scores(record, qs.data(), rows, s.data());
+    shown.add(s.data(), rows, n * z.page, z.page);
+    if (run.take(s.data(), z.page, [&own](float p) { return own.round(p); })) own.values(record, s.data(), rows, acc.data());
+  }
+  if constexpr (std::is_base_of_v<Plain, Codec>) std::copy(acc.begin(), acc.end(), base);
+  else own.finish(acc.data(), sum, rows, base);
+  if (part < w.runs - 1) return;
+  const auto near = z.type == Type::f32 ? ring_part<Type::f32> : z.type == Type::bf16 ? ring_part<Type::bf16> : ring_part<Type::f16>;
+  near(z, b, g, qs.data(), shown, Run{rows, d, base, top, sum}, s);
+}
+
+// The runs of every key head, merged and divided.
+inline void merge(const Work& w, const std::vector<float>& part, void* out) {
+  const int64_t d = w.z.dim, rows = w.rows(), slot = w.slot();
   std::vector<float> line(static_cast<size_t>(d));
-  for (int64_t lane = 0; lane < lanes; ++lane)
+  for (int64_t lane = 0; lane < w.z.batch * w.z.heads; ++lane)
     for (int64_t r = 0; r < rows; ++r) {
-      const float* first = part.data() + lane * runs * slot;
+      const float* first = part.data() + lane * w.runs * slot;
       float top = -INFINITY, sum = 0;
-      for (int64_t n = 0; n < runs; ++n) top = std::max(top, first[n * slot + rows * d + r]);
+      for (int64_t n = 0; n < w.runs; ++n) top = std::max(top, first[n * slot + rows * d + r]);
       std::fill(line.begin(), line.end(), 0.f);
-      for (int64_t n = 0; n < runs; ++n) {
+      for (int64_t n = 0; n < w.runs; ++n) {
         const float* p = first + n * slot;
-        const float m = p[rows * d + r], w = m == -INFINITY ? (p[rows * (d + 1) + r] == 0 ? 0.f : NAN) : std::exp(m - top);
-        sum += w * p[rows * (d + 1) + r];
-        for (int64_t c = 0; c < d; ++c) line[static_cast<size_t>(c)] += w * p[r * d + c];
+        const float m = p[rows * d + r], weight = m == -INFINITY ? (p[rows * (d + 1) + r] == 0 ? 0.f : NAN) : std::exp(m - top);
+        sum += weight * p[rows * (d + 1) + r];
+        axpy(line.data(), weight, p + r * d, d);
       }
-      const int64_t b = lane / z.heads, h = lane % z.heads * repeat + r / queries, to = ((b * heads + h) * queries + r % queries) * d;
-      const float scale_out = sum == 0 ? 0.f : 1.f / sum;
-      for (int64_t c = 0; c < d; ++c) store_from_float(out.mutable_data_ptr(), to + c, type, line[static_cast<size_t>(c)] * scale_out);
+      const int64_t h = lane % w.z.heads * w.repeat() + r / w.queries, to = ((lane / w.z.heads * w.heads + h) * w.queries + r % w.queries) * d;
+      const float divide = sum == 0 ? 0.f : 1.f / sum;
+      for (int64_t c = 0; c < d; ++c) store_from_float(out, to + c, w.type, line[static_cast<size_t>(c)] * divide);
     }
+}
+
+template <class Codec>
+Tensor attend(const Tensor& q, const State& z, const std::optional<Tensor>& mask, double scale, const Codec& codec) {
+  STD_TORCH_CHECK(q.dim() == 4 && q.size(0) == z.batch && q.size(3) == z.dim && q.size(1) % z.heads == 0, "effllm: the queries do not fit the cache");
+  Work w{z, view_of(q), mask_of(mask, z.batch, q.size(1), q.size(2), z.keys()), type_of(q.scalar_type()), q.size(1), q.size(2), 1, static_cast<float>(scale)};
+  Tensor out = torch::stable::new_empty(q, {z.batch, w.heads, w.queries, z.dim}, q.scalar_type());
+  const int64_t lanes = z.batch * z.heads, wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+  // a run costs a merge and its own start: at least 256 tokens each
+  w.runs = std::max<int64_t>(1, std::min((wanted + lanes - 1) / lanes, z.flushed / std::max<int64_t>(256, z.page)));
+  std::vector<float> part(static_cast<size_t>(lanes * w.runs * w.slot()));
+  torch::stable::parallel_for(0, lanes * w.runs, std::max<int64_t>(1, 24000 / std::max<int64_t>(1, w.rows() * z.dim * 2 * z.total / w.runs)), [&](int64_t from, int64_t to) {
+    Codec own = codec;
+    std::vector<float> qs(static_cast<size_t>(w.rows() * z.dim)), s, acc;
+    for (int64_t i = from; i < to; ++i) task(w, i, own, part.data() + i * w.slot(), qs, s, acc);
+  });
+  merge(w, part, out.mutable_data_ptr());
   return out;
 }
 

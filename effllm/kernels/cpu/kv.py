@@ -21,7 +21,7 @@ def kv_append(pages, ring, lens, start, k, v, tables, spec, page) -> None:  # ty
     return None
 
 
-def kv_kivi(q, pages, ring, lens, mask, scale, page, bits, group, rank, kout, vout):  # type: ignore[no-untyped-def]
+def kv_kivi(q, pages, ring, lens, mask, scale, page, bits, group, rank, kout, vout, factors):  # type: ignore[no-untyped-def]
     """The op's fake."""
     return q.new_empty(q.shape)
 
@@ -30,10 +30,10 @@ FAKES: dict[str, Callable[..., Any]] = {f.__name__: f for f in (kv_append, kv_ki
 
 
 def settings(fmt: CacheFormat, dim: int) -> tuple[int, ...]:
-    """page, bits, group, rank, and exact entries a key channel and a value: what kv_kivi takes."""
+    """page, bits, group, rank, exact entries a key channel and a value, bits of factors: what kv_kivi takes."""
     assert isinstance(fmt, Kivi)
-    rank, counts = (fmt.rank, fmt.counts(dim)) if isinstance(fmt, Gear) else (0, (0, 0))
-    return fmt.page, fmt.bits, fmt.group, rank, *counts
+    rank, counts, factors = (fmt.rank, fmt.counts(dim), fmt.factors) if isinstance(fmt, Gear) else (0, (0, 0), 16)
+    return fmt.page, fmt.bits, fmt.group, rank, *counts, factors
 
 
 def register(isa: Isa, rank: int, ensure: Callable[[Isa], None]) -> None:

@@ -6,11 +6,14 @@
 //           order   int64 (G, D) for keys and for values: stored channel i is channel order[i]
 // Bytes     per token and matrix: D bits / 8 + D / block, bits 4 or 8.
 // Numerics  codes times powers of two are exact in fp32; products and sums in fp32.
-#include "kv_paged.h"
+#include "kv.h"
 
 namespace {
 
 using namespace effllm;
+using effllm::kv::Tensor;
+using kv::axpy;
+using kv::dot;
 
 struct Side {
   int64_t codes, exp, bits;
@@ -27,22 +30,24 @@ inline float power(int e) {  // 2^e for -126 <= e <= 127
   return f;
 }
 
-template <Type T> struct Bfp {
-  const Paged& c;
-  const Format& f;
-  int64_t rows, width;
-  const int64_t* back;      // where accumulated channels go
-  std::vector<float> q;     // (rows, D) in the stored order of channels
-  std::vector<float> line;  // one token
-  Bfp(const Paged& c, int64_t, int64_t g, int64_t rows, const float* given, const Format& f)
-      : c(c), f(f), rows(rows), width(c.d), back(f.v.order + g * c.d), q(static_cast<size_t>(rows * c.d)), line(static_cast<size_t>(c.d)) {
+struct Bfp {
+  kv::State c;
+  Format f;
+  int64_t width;
+  const int64_t* back = nullptr;  // where accumulated channels go
+  std::vector<float> q;           // (rows, D) in the stored order of channels
+  std::vector<float> line;        // one token
+  Bfp(const kv::State& c, const Format& f) : c(c), f(f), width(c.dim), line(static_cast<size_t>(c.dim)) {}
+  void begin(int64_t, int64_t g, const float* given, int64_t rows) {
+    back = f.v.order + g * c.dim;
+    q.resize(static_cast<size_t>(rows * c.dim));
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < c.d; ++i) q[static_cast<size_t>(r * c.d + i)] = given[r * c.d + f.k.order[g * c.d + i]];
+      for (int64_t i = 0; i < c.dim; ++i) q[static_cast<size_t>(r * c.dim + i)] = given[r * c.dim + f.k.order[g * c.dim + i]];
   }
   float round(float p) const { return p; }
 
   void token(const uint8_t* record, const Side& side, int64_t t) {
-    const int64_t d = c.d, half = d / 2, block = f.block;
+    const int64_t d = c.dim, half = d / 2, block = f.block;
     float* out = line.data();
     if (side.bits <= 4) {
       const int8_t* from = reinterpret_cast<const int8_t*>(record + side.codes) + t * half;
@@ -66,32 +71,32 @@ template <Type T> struct Bfp {
       for (int64_t i = 0; i < block; ++i) x[i] *= scale;
     }
   }
-  void scores(const uint8_t* record, int64_t t, int64_t n, float* s) {
-    for (int64_t i = 0; i < n; ++i) {
-      token(record, f.k, t + i);
-      for (int64_t r = 0; r < rows; ++r) s[r * BLOCK + i] = dot(q.data() + r * c.d, line.data(), c.d);
+  void scores(const uint8_t* record, const float*, int64_t rows, float* s) {
+    for (int64_t t = 0; t < c.page; ++t) {
+      token(record, f.k, t);
+      for (int64_t r = 0; r < rows; ++r) s[r * c.page + t] = dot(q.data() + r * c.dim, line.data(), c.dim);
     }
   }
-  void values(const uint8_t* record, int64_t t, int64_t n, const float* p, float* acc) {
-    for (int64_t i = 0; i < n; ++i) {
-      token(record, f.v, t + i);
-      for (int64_t r = 0; r < rows; ++r) axpy(acc + r * width, p[r * BLOCK + i], line.data(), c.d);
+  void values(const uint8_t* record, const float* p, int64_t rows, float* acc) {
+    for (int64_t t = 0; t < c.page; ++t) {
+      token(record, f.v, t);
+      for (int64_t r = 0; r < rows; ++r) axpy(acc + r * width, p[r * c.page + t], line.data(), c.dim);
     }
   }
-  void finish(const float* acc, const float*, float* out) const {
+  void finish(const float* acc, const float*, int64_t rows, float* out) const {
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < c.d; ++i) out[r * c.d + back[i]] = acc[r * width + i];
+      for (int64_t i = 0; i < c.dim; ++i) out[r * c.dim + back[i]] = acc[r * width + i];
   }
 };
 
 Tensor kv_attend_bfp(const Tensor q, const Tensor pages, const Tensor ring, const Tensor lens, const Tensor korder, const Tensor vorder, std::optional<Tensor> mask, double scale,
                      int64_t page, int64_t block, int64_t bits, int64_t vbits, int64_t kcodes, int64_t kexp, int64_t vcodes, int64_t vexp) {
-  const Paged c = paged_of(q, pages, ring, lens, mask, scale, page, ring.size(2));
-  STD_TORCH_CHECK(block > 0 && c.d % block == 0 && c.d % 2 == 0, "effllm: blocks do not divide the head");
+  const kv::State c = kv::state_of(pages, ring, lens, page, ring.size(2));
+  STD_TORCH_CHECK(block > 0 && c.dim % block == 0 && c.dim % 2 == 0, "effllm: blocks do not divide the head");
   for (const Tensor* order : {&korder, &vorder})
-    STD_TORCH_CHECK(order->is_contiguous() && order->scalar_type() == ScalarType::Long && order->numel() == c.kv * c.d, "effllm: an order of channels is int64 (heads, channels)");
+    STD_TORCH_CHECK(order->is_contiguous() && order->scalar_type() == torch::headeronly::ScalarType::Long && order->numel() == c.heads * c.dim, "effllm: an order of channels is int64 (heads, channels)");
   const Format f{block, {kcodes, kexp, bits, static_cast<const int64_t*>(korder.const_data_ptr())}, {vcodes, vexp, vbits, static_cast<const int64_t*>(vorder.const_data_ptr())}};
-  return attend_paged<Bfp>(q, c, f);
+  return kv::attend(q, c, mask, scale, Bfp(c, f));
 }
 
 }  // namespace

@@ -9,7 +9,7 @@
 // Bytes     per token and matrix: K * element + D / 8 (+ 4 for scales).
 // Numerics  fp32 products; with AVX512-BF16 and bf16 elements bf16 products (of exact bf16 keys, values and queries, probabilities rounded to
 //           bf16) summed in fp32.
-#include "kv_paged.h"
+#include "kv.h"
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -18,6 +18,8 @@
 namespace {
 
 using namespace effllm;
+using effllm::kv::Tensor;
+using kv::axpy;
 
 struct Places {
   int64_t keep, bits, kval, kmap, vval, vmap, kscale, vscale;
@@ -45,25 +47,26 @@ template <Type T> inline const uint8_t* expand(uint64_t map, const uint8_t* from
 }
 
 template <Type T> struct Bitmap {
-  const Paged& c;
-  const Places& at;
-  int64_t rows, tiles, width;
-  const float* q;
+  kv::State c;
+  Places at;
+  int64_t rows = 0, tiles, width;
+  const float* q = nullptr;
   std::vector<uint8_t> codes;   // the codes of 64 tokens, one a byte
   std::vector<int32_t> pairs;   // two bf16 queries, then two bf16 probabilities, per lane
-  Bitmap(const Paged& c, int64_t, int64_t, int64_t rows, const float* q, const Places& at)
-      : c(c), at(at), rows(rows), tiles((c.d + 63) / 64), width((c.d + 63) / 64 * 64), q(q) {
+  Bitmap(const kv::State& c, const Places& at) : c(c), at(at), tiles((c.dim + 63) / 64), width(tiles * 64) {
     if (at.bits < 16) codes.resize(static_cast<size_t>(64 * at.keep + 64));
-    if (fast()) {
-      pairs.resize(static_cast<size_t>(rows * (c.d / 2)));
-      for (int64_t r = 0; r < rows; ++r)
-        for (int64_t i = 0; i < c.d; i += 2)
-          pairs[static_cast<size_t>(r * (c.d / 2) + i / 2)] = static_cast<int32_t>(float_to_bf16(q[r * c.d + i]) | static_cast<uint32_t>(float_to_bf16(q[r * c.d + i + 1])) << 16);
-    }
+  }
+  void begin(int64_t, int64_t, const float* given, int64_t count) {
+    q = given, rows = count;
+    if (!fast()) return;
+    pairs.resize(static_cast<size_t>(rows * (c.dim / 2)));
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t i = 0; i < c.dim; i += 2)
+        pairs[static_cast<size_t>(r * (c.dim / 2) + i / 2)] = static_cast<int32_t>(float_to_bf16(q[r * c.dim + i]) | static_cast<uint32_t>(float_to_bf16(q[r * c.dim + i + 1])) << 16);
   }
   bool fast() const {
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
-    return T == Type::bf16 && at.bits == 16 && c.d % 2 == 0;
+    return T == Type::bf16 && at.bits == 16 && c.dim % 2 == 0;
 #else
     return false;
 #endif
@@ -71,8 +74,16 @@ template <Type T> struct Bitmap {
   float round(float p) const { return fast() ? bf16_to_float(float_to_bf16(p)) : p; }
   const uint64_t* map(const uint8_t* record, int64_t offset) const { return reinterpret_cast<const uint64_t*>(record + offset); }
 
-  void scores(const uint8_t* record, int64_t t, int64_t, float* s) {
-    const uint64_t* maps = map(record, at.kmap) + t / 64 * c.d;
+  void scores(const uint8_t* record, const float*, int64_t, float* s) {
+    for (int64_t t = 0; t < c.page; t += 64) scores_of(record, t, s + t);
+  }
+  void values(const uint8_t* record, const float* p, int64_t, float* acc) {
+    for (int64_t t = 0; t < c.page; t += 64) values_of(record, t, p + t, acc);
+  }
+
+  // 64 tokens from t on; rows of s are a page apart.
+  void scores_of(const uint8_t* record, int64_t t, float* s) {
+    const uint64_t* maps = map(record, at.kmap) + t / 64 * c.dim;
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
     if (fast()) {
       const uint8_t* from = record + at.kval + t * at.keep * 2;
@@ -86,18 +97,18 @@ template <Type T> struct Bitmap {
       return;
     }
 #endif
-    std::fill(s, s + rows * BLOCK, 0.f);
+    for (int64_t r = 0; r < rows; ++r) std::fill(s + r * c.page, s + r * c.page + 64, 0.f);
     alignas(64) float tile[64], least[64], step[64];
     const uint8_t* from = elements(record + at.kval, t);
     if (at.bits < 16) scales(record + at.kscale, t, least, step);
-    for (int64_t i = 0; i < c.d; ++i) {
+    for (int64_t i = 0; i < c.dim; ++i) {
       if (at.bits == 16) from = expand<T>(maps[i], from, tile);
       else from = restore(maps[i], from, least, step, 1, tile);
-      for (int64_t r = 0; r < rows; ++r) axpy(s + r * BLOCK, q[r * c.d + i], tile, 64);
+      for (int64_t r = 0; r < rows; ++r) axpy(s + r * c.page, q[r * c.dim + i], tile, 64);
     }
   }
 
-  void values(const uint8_t* record, int64_t t, int64_t n, const float* p, float* acc) {
+  void values_of(const uint8_t* record, int64_t t, const float* p, float* acc) {
     const uint64_t* maps = map(record, at.vmap) + t * tiles;
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI2__)
     if (fast()) {
@@ -116,17 +127,17 @@ template <Type T> struct Bitmap {
     alignas(64) float tile[64], least[64], step[64];
     const uint8_t* from = elements(record + at.vval, t);
     if (at.bits < 16) scales(record + at.vscale, t, least, step);
-    for (int64_t i = 0; i < n; ++i)
+    for (int64_t i = 0; i < 64; ++i)
       for (int64_t w = 0; w < tiles; ++w) {
         const uint64_t m = maps[i * tiles + w];
         if (at.bits == 16) from = expand<T>(m, from, tile);
         else from = restore(m, from, least + i, step + i, 0, tile);
-        for (int64_t r = 0; r < rows; ++r) axpy(acc + r * width + 64 * w, p[r * BLOCK + i], tile, 64);
+        for (int64_t r = 0; r < rows; ++r) axpy(acc + r * width + 64 * w, p[r * c.page + i], tile, 64);
       }
   }
 
-  void finish(const float* acc, const float*, float* out) const {
-    for (int64_t r = 0; r < rows; ++r) std::memcpy(out + r * c.d, acc + r * width, static_cast<size_t>(c.d) * 4);
+  void finish(const float* acc, const float*, int64_t, float* out) const {
+    for (int64_t r = 0; r < rows; ++r) std::memcpy(out + r * c.dim, acc + r * width, static_cast<size_t>(c.dim) * 4);
   }
 
   // Where the elements of 64 tokens from t begin; quantized ones are spread to one a byte first.
@@ -198,14 +209,14 @@ template <Type T> struct Bitmap {
   template <int N> void fast_scores(const uint64_t* maps, const uint8_t* from, int64_t r0, float* s) const {
     __m512 acc[N][4];
     for (auto& row : acc) for (auto& a : row) a = _mm512_setzero_ps();
-    const int32_t* qp = pairs.data() + r0 * (c.d / 2);
-    for (int64_t i = 0; i < c.d; i += 2) {
+    const int32_t* qp = pairs.data() + r0 * (c.dim / 2);
+    for (int64_t i = 0; i < c.dim; i += 2) {
       __m512i x[4];
       const Two a = tile_of(maps[i], from), b = tile_of(maps[i + 1], from);
       pair_up(a, b, x);
 #pragma GCC unroll 4
       for (int r = 0; r < N; ++r) {
-        const __m512i two = _mm512_set1_epi32(qp[r * (c.d / 2) + i / 2]);
+        const __m512i two = _mm512_set1_epi32(qp[r * (c.dim / 2) + i / 2]);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; ++j) acc[r][j] = product(acc[r][j], x[j], two);
       }
@@ -213,7 +224,7 @@ template <Type T> struct Bitmap {
     for (int r = 0; r < N; ++r) {
       __m512 out[4];
       ordered(acc[r], out);
-      for (int j = 0; j < 4; ++j) _mm512_storeu_ps(s + (r0 + r) * BLOCK + 16 * j, out[j]);
+      for (int j = 0; j < 4; ++j) _mm512_storeu_ps(s + (r0 + r) * c.page + 16 * j, out[j]);
     }
   }
   template <int N> void fast_values(const uint64_t* maps, const uint8_t* base, int64_t w, int64_t r0, const float* p, float* out) const {
@@ -223,7 +234,7 @@ template <Type T> struct Bitmap {
     for (int r = 0; r < N; ++r)
       for (int i = 0; i < 32; ++i) {  // probabilities are bf16 already: their low halves are zero
         uint32_t a, b;
-        std::memcpy(&a, p + (r0 + r) * BLOCK + 2 * i, 4), std::memcpy(&b, p + (r0 + r) * BLOCK + 2 * i + 1, 4);
+        std::memcpy(&a, p + (r0 + r) * c.page + 2 * i, 4), std::memcpy(&b, p + (r0 + r) * c.page + 2 * i + 1, 4);
         pp[r][i] = static_cast<int32_t>(a >> 16 | (b & 0xFFFF0000u));
       }
     auto start = [&](int64_t t) {
@@ -257,10 +268,12 @@ template <Type T> struct Bitmap {
 
 Tensor kv_attend_bitmap(const Tensor q, const Tensor pages, const Tensor ring, const Tensor lens, std::optional<Tensor> mask, double scale, int64_t page, int64_t keep, int64_t bits,
                         int64_t kval, int64_t kmap, int64_t vval, int64_t vmap, int64_t kscale, int64_t vscale) {
-  const Paged c = paged_of(q, pages, ring, lens, mask, scale, page, ring.size(2));
-  STD_TORCH_CHECK(page % 64 == 0 && keep > 0 && keep <= c.d && (bits == 4 || bits == 8 || bits == 16), "effllm: not a bitmap page");
+  const kv::State c = kv::state_of(pages, ring, lens, page, ring.size(2));
+  STD_TORCH_CHECK(q.scalar_type() == ring.scalar_type() && page % 64 == 0 && keep > 0 && keep <= c.dim && (bits == 4 || bits == 8 || bits == 16), "effllm: not a bitmap page");
   const Places at{keep, bits, kval, kmap, vval, vmap, kscale, vscale};
-  return attend_paged<Bitmap>(q, c, at);
+  if (c.type == Type::f32) return kv::attend(q, c, mask, scale, Bitmap<Type::f32>(c, at));
+  if (c.type == Type::bf16) return kv::attend(q, c, mask, scale, Bitmap<Type::bf16>(c, at));
+  return kv::attend(q, c, mask, scale, Bitmap<Type::f16>(c, at));
 }
 
 }  // namespace

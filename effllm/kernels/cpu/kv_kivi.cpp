@@ -71,31 +71,33 @@ inline void dots(const uint8_t* codes, int64_t quads, const int8_t* x, int64_t s
 
 // Offsets of the fields inside a record; `rank`, `kout` and `vout` are 0 for KIVI.
 struct Shape {
-  int64_t page, dim, bits, group, vgroup, rank, kout, vout;
+  int64_t page, dim, bits, group, vgroup, rank, kout, vout, factor;  // factor: bytes of an element of A and B
   int64_t kcodes, kscale, kmin, vcodes, vscale, vmin, ka, kb, va, vb, kidx, kval, vidx, vval, record;
-  Shape(int64_t page_, int64_t dim_, int64_t bits_, int64_t group_, int64_t rank_, int64_t kout_, int64_t vout_)
-      : page(page_), dim(dim_), bits(bits_), group(group_), vgroup(std::min(group_, dim_)), rank(rank_), kout(kout_), vout(vout_) {
+  Shape(int64_t page_, int64_t dim_, int64_t bits_, int64_t group_, int64_t rank_, int64_t kout_, int64_t vout_, int64_t factors)
+      : page(page_), dim(dim_), bits(bits_), group(group_), vgroup(std::min(group_, dim_)), rank(rank_), kout(kout_), vout(vout_), factor(factors / 8) {
     int64_t at = 0;
     auto take = [&at](int64_t bytes) { const int64_t here = at; at += (bytes + 63) / 64 * 64; return here; };
     const int64_t codes = page * dim * bits / 8;
     kcodes = take(codes), kscale = take(page / group * dim * 2), kmin = take(page / group * dim * 2);
     vcodes = take(codes), vscale = take(dim / vgroup * page * 2), vmin = take(dim / vgroup * page * 2);
-    ka = take(rank * page * 2), kb = take(rank * dim * 2), va = take(rank * page * 2), vb = take(rank * dim * 2);
+    ka = take(rank * page * factor), kb = take(rank * dim * factor), va = take(rank * page * factor), vb = take(rank * dim * factor);
     kidx = take(dim * kout), kval = take(dim * kout * 2), vidx = take(page * vout), vval = take(page * vout * 2);
     record = at;
   }
 };
 
-template <class A, int BITS, int DIGITS> struct Codec {
+template <class A, int BITS, int DIGITS> struct Codec : effllm::kv::Plain {
   Shape z;
   std::vector<int8_t> x;   // digits of kRows rows
-  std::vector<float> f, h;  // one row of factors; halves widened
+  std::vector<float> f;       // one row of scaled queries or weights
+  std::vector<uint16_t> a, b;  // one row of A and of B as halves
   int64_t stride;
 
   explicit Codec(const Shape& shape) : z(shape), stride(std::max(shape.page, shape.dim)) {
     x.resize(static_cast<size_t>(kRows * DIGITS * stride));
     f.resize(static_cast<size_t>(stride));
-    h.resize(static_cast<size_t>(stride));
+    a.resize(static_cast<size_t>(stride));
+    b.resize(static_cast<size_t>(stride));
   }
 
   static const uint16_t* halves(const uint8_t* p) { return reinterpret_cast<const uint16_t*>(p); }
@@ -126,6 +128,13 @@ template <class A, int BITS, int DIGITS> struct Codec {
   // y += w * halves
   static void axpy(float w, const uint16_t* b, int64_t n, float* y) {
     for (int64_t i = 0; i < n; i += 16) A::store_f(y + i, A::fma1(A::load_h(b + i), w, A::load_f(y + i)));
+  }
+
+  // Row i, of n elements, of A or B at `from` as halves: in place, or widened into `room` where they are upper bytes of halves.
+  const uint16_t* factor_row(const uint8_t* from, int64_t i, int64_t n, std::vector<uint16_t>& room) const {
+    if (z.factor == 2) return halves(from) + i * n;
+    for (int64_t j = 0; j < n; ++j) room[static_cast<size_t>(j)] = static_cast<uint16_t>(from[i * n + j] << 8);
+    return room.data();
   }
 
   template <int ROWS> void keys(const uint8_t* record, const float* q, float* s) {
@@ -188,9 +197,10 @@ template <class A, int BITS, int DIGITS> struct Codec {
         default: keys<4>(record, from, to);
       }
     }
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < z.rank; ++i)
-        axpy(dot(q + r * z.dim, halves(record + z.kb) + i * z.dim, z.dim), halves(record + z.ka) + i * z.page, z.page, s + r * z.page);
+    for (int64_t i = 0; i < z.rank; ++i) {
+      const uint16_t *left = factor_row(record + z.ka, i, z.page, a), *right = factor_row(record + z.kb, i, z.dim, b);
+      for (int64_t r = 0; r < rows; ++r) axpy(dot(q + r * z.dim, right, z.dim), left, z.page, s + r * z.page);
+    }
     for (int64_t c = 0; c < (z.kout ? z.dim : 0); ++c)
       for (int64_t i = c * z.kout; i < (c + 1) * z.kout; ++i) {
         const float w = half_at(record + z.kval, i);
@@ -209,9 +219,10 @@ template <class A, int BITS, int DIGITS> struct Codec {
         default: sums<4>(record, from, to);
       }
     }
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < z.rank; ++i)
-        axpy(dot(p + r * z.page, halves(record + z.va) + i * z.page, z.page), halves(record + z.vb) + i * z.dim, z.dim, acc + r * z.dim);
+    for (int64_t i = 0; i < z.rank; ++i) {
+      const uint16_t *left = factor_row(record + z.va, i, z.page, a), *right = factor_row(record + z.vb, i, z.dim, b);
+      for (int64_t r = 0; r < rows; ++r) axpy(dot(p + r * z.page, left, z.page), right, z.dim, acc + r * z.dim);
+    }
     for (int64_t t = 0; t < (z.vout ? z.page : 0); ++t)
       for (int64_t i = t * z.vout; i < (t + 1) * z.vout; ++i) {
         const float w = half_at(record + z.vval, i);
@@ -221,12 +232,12 @@ template <class A, int BITS, int DIGITS> struct Codec {
 };
 
 Tensor kv_kivi(const Tensor q, const Tensor pages, const Tensor ring, const Tensor lens, std::optional<Tensor> mask, double scale, int64_t page, int64_t bits, int64_t group,
-               int64_t rank, int64_t kout, int64_t vout) {
-  const Shape z(page, ring.size(4), bits, group, rank, kout, vout);
-  STD_TORCH_CHECK((bits == 2 || bits == 4 || bits == 8) && page % group == 0 && group % 16 == 0 && z.dim % z.vgroup == 0 && z.dim % 16 == 0 && z.vgroup % 16 == 0 &&
+               int64_t rank, int64_t kout, int64_t vout, int64_t factors) {
+  const Shape z(page, ring.size(4), bits, group, rank, kout, vout, factors);
+  STD_TORCH_CHECK((factors == 8 || factors == 16) && (bits == 2 || bits == 4 || bits == 8) && page % group == 0 && group % 16 == 0 && z.dim % z.vgroup == 0 && z.dim % 16 == 0 && z.vgroup % 16 == 0 &&
                       pages.size(2) == z.record * ring.size(2), "effllm: the pages do not fit these settings");
   auto go = [&](auto bits_of, auto digits_of) {
-    return effllm::kv::attend(q, pages, ring, lens, mask, scale, page, Codec<effllm::EFFLLM_ISA, decltype(bits_of)::value, decltype(digits_of)::value>(z));
+    return effllm::kv::attend(q, effllm::kv::state_of(pages, ring, lens, page, ring.size(2)), mask, scale, Codec<effllm::EFFLLM_ISA, decltype(bits_of)::value, decltype(digits_of)::value>(z));
   };
   auto by_digits = [&](auto bits_of) {
     if (effllm::type_of(q.scalar_type()) == Type::f32) return go(bits_of, std::integral_constant<int, 3>());
@@ -240,6 +251,6 @@ Tensor kv_kivi(const Tensor q, const Tensor pages, const Tensor ring, const Tens
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
-  m.def("kv_kivi(Tensor q, Tensor pages, Tensor ring, Tensor lens, Tensor? mask, float scale, int page, int bits, int group, int rank, int kout, int vout) -> Tensor");
+  m.def("kv_kivi(Tensor q, Tensor pages, Tensor ring, Tensor lens, Tensor? mask, float scale, int page, int bits, int group, int rank, int kout, int vout, int factors) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { m.impl("kv_kivi", TORCH_BOX(&kv_kivi)); }

@@ -6,11 +6,15 @@
 //           Elements are the queries' dtype. uk, uv fp32 (G, D, D), mk, mv fp32 (G, D); kranks, vranks (G,).
 // Bytes     per token: (sum of kranks + sum of vranks) elements.
 // Numerics  fp32 throughout, one rounding at the end.
-#include "kv_paged.h"
+#include "kv.h"
 
 namespace {
 
 using namespace effllm;
+using effllm::kv::Tensor;
+using kv::axpy;
+using kv::dot;
+using torch::headeronly::ScalarType;
 
 struct Basis {
   const float *u, *mean;
@@ -23,16 +27,19 @@ struct Format {
 
 template <Type T> struct Projected {
   static constexpr int64_t element = T == Type::f32 ? 4 : 2;
-  const Paged& c;
-  const Format& f;
-  int64_t g, rows, rank, width, kfrom, vfrom;
+  kv::State c;
+  Format f;
+  int64_t g = 0, rank = 0, width = 0, kfrom = 0, vfrom = 0;
   std::vector<float> q, bias, line;
-  Projected(const Paged& c, int64_t, int64_t g, int64_t rows, const float* given, const Format& f)
-      : c(c), f(f), g(g), rows(rows), rank(f.k.ranks[g]), width(f.v.ranks[g]), q(static_cast<size_t>(rows * rank), 0.f), bias(static_cast<size_t>(rows)), line(static_cast<size_t>(c.d)) {
-    const float *u = f.k.u + g * c.d * c.d, *mean = f.k.mean + g * c.d;
+  Projected(const kv::State& c, const Format& f) : c(c), f(f), line(static_cast<size_t>(c.dim)) {}
+  void begin(int64_t, int64_t head, const float* given, int64_t rows) {
+    g = head, rank = f.k.ranks[g], width = f.v.ranks[g];
+    q.assign(static_cast<size_t>(rows * rank), 0.f);
+    bias.resize(static_cast<size_t>(rows));
+    const float *u = f.k.u + g * c.dim * c.dim, *mean = f.k.mean + g * c.dim;
     for (int64_t r = 0; r < rows; ++r) {
-      bias[static_cast<size_t>(r)] = dot(given + r * c.d, mean, c.d);
-      for (int64_t i = 0; i < c.d; ++i) axpy(q.data() + r * rank, given[r * c.d + i], u + i * c.d, rank);
+      bias[static_cast<size_t>(r)] = dot(given + r * c.dim, mean, c.dim);
+      for (int64_t i = 0; i < c.dim; ++i) axpy(q.data() + r * rank, given[r * c.dim + i], u + i * c.dim, rank);
     }
     kfrom = f.k.at + before(f.k) * c.page * element;
     vfrom = f.v.at + before(f.v) * c.page * element;
@@ -43,36 +50,39 @@ template <Type T> struct Projected {
     return sum;
   }
   float round(float p) const { return p; }
-  void scores(const uint8_t* record, int64_t t, int64_t n, float* s) {
-    for (int64_t i = 0; i < n; ++i) {
-      widen<T>(record + kfrom, (t + i) * rank, rank, line.data());
-      for (int64_t r = 0; r < rows; ++r) s[r * BLOCK + i] = bias[static_cast<size_t>(r)] + dot(q.data() + r * rank, line.data(), rank);
+  void scores(const uint8_t* record, const float*, int64_t rows, float* s) {
+    for (int64_t t = 0; t < c.page; ++t) {
+      widen<T>(record + kfrom, t * rank, rank, line.data());
+      for (int64_t r = 0; r < rows; ++r) s[r * c.page + t] = bias[static_cast<size_t>(r)] + dot(q.data() + r * rank, line.data(), rank);
     }
   }
-  void values(const uint8_t* record, int64_t t, int64_t n, const float* p, float* acc) {
-    for (int64_t i = 0; i < n; ++i) {
-      widen<T>(record + vfrom, (t + i) * width, width, line.data());
-      for (int64_t r = 0; r < rows; ++r) axpy(acc + r * width, p[r * BLOCK + i], line.data(), width);
+  void values(const uint8_t* record, const float* p, int64_t rows, float* acc) {
+    for (int64_t t = 0; t < c.page; ++t) {
+      widen<T>(record + vfrom, t * width, width, line.data());
+      for (int64_t r = 0; r < rows; ++r) axpy(acc + r * width, p[r * c.page + t], line.data(), width);
     }
   }
-  void finish(const float* acc, const float* sums, float* out) const {
-    const float *u = f.v.u + g * c.d * c.d, *mean = f.v.mean + g * c.d;
+  void finish(const float* acc, const float* sums, int64_t rows, float* out) const {
+    const float *u = f.v.u + g * c.dim * c.dim, *mean = f.v.mean + g * c.dim;
     for (int64_t r = 0; r < rows; ++r)
-      for (int64_t i = 0; i < c.d; ++i) out[r * c.d + i] = dot(u + i * c.d, acc + r * width, width) + sums[r] * mean[i];
+      for (int64_t i = 0; i < c.dim; ++i) out[r * c.dim + i] = dot(u + i * c.dim, acc + r * width, width) + sums[r] * mean[i];
   }
 };
 
 Tensor kv_attend_matryoshka(const Tensor q, const Tensor pages, const Tensor ring, const Tensor lens, const Tensor uk, const Tensor mk, const Tensor uv, const Tensor mv, std::optional<Tensor> mask,
                             double scale, int64_t page, std::vector<int64_t> kranks, std::vector<int64_t> vranks, int64_t kat, int64_t vat) {
-  const Paged c = paged_of(q, pages, ring, lens, mask, scale, page, 1);
+  const kv::State c = kv::state_of(pages, ring, lens, page, 1);
+  STD_TORCH_CHECK(q.scalar_type() == ring.scalar_type(), "effllm: queries and cache differ in dtype");
   auto basis = [&](const Tensor& u, const Tensor& mean, const std::vector<int64_t>& ranks, int64_t at) {
-    STD_TORCH_CHECK(u.is_contiguous() && mean.is_contiguous() && u.numel() == c.kv * c.d * c.d && mean.numel() == c.kv * c.d && u.scalar_type() == ScalarType::Float && mean.scalar_type() == ScalarType::Float, "effllm: a basis is fp32 (heads, D, D) with means (heads, D)");
-    STD_TORCH_CHECK(static_cast<int64_t>(ranks.size()) == c.kv, "effllm: one rank per key head");
-    for (const int64_t r : ranks) STD_TORCH_CHECK(r > 0 && r <= c.d, "effllm: a rank exceeds the head");
+    STD_TORCH_CHECK(u.is_contiguous() && mean.is_contiguous() && u.numel() == c.heads * c.dim * c.dim && mean.numel() == c.heads * c.dim && u.scalar_type() == ScalarType::Float && mean.scalar_type() == ScalarType::Float, "effllm: a basis is fp32 (heads, D, D) with means (heads, D)");
+    STD_TORCH_CHECK(static_cast<int64_t>(ranks.size()) == c.heads, "effllm: one rank per key head");
+    for (const int64_t r : ranks) STD_TORCH_CHECK(r > 0 && r <= c.dim, "effllm: a rank exceeds the head");
     return Basis{static_cast<const float*>(u.const_data_ptr()), static_cast<const float*>(mean.const_data_ptr()), ranks.data(), at};
   };
   const Format f{basis(uk, mk, kranks, kat), basis(uv, mv, vranks, vat)};
-  return attend_paged<Projected>(q, c, f);
+  if (c.type == Type::f32) return kv::attend(q, c, mask, scale, Projected<Type::f32>(c, f));
+  if (c.type == Type::bf16) return kv::attend(q, c, mask, scale, Projected<Type::bf16>(c, f));
+  return kv::attend(q, c, mask, scale, Projected<Type::f16>(c, f));
 }
 
 }  // namespace

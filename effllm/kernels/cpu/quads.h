@@ -4,6 +4,7 @@
 // turn(a, b, c, d, t)   dword 4 q + i of t[r] holds byte 16 q + 4 r + i of a, b, c, d, in this order
 // high(raw, low)        the sum over high nibbles, times kHigh: from sums over whole bytes and low nibbles, or over high nibbles themselves
 // dot(c, x)             lane l: sum of c[4 l + i] x[4 l + i] of unsigned codes and 64 activations
+// dot(c, x0, x1)        256 dot(c, x0) + dot(c, x1)
 // spread(c, per)        c[0 .. per) over the sixteen lanes, 16 / per lanes each; per is 1, 2 or 4
 #pragma once
 #include <cmath>
@@ -30,6 +31,7 @@ template <> struct Quads<Portable> {
     for (int l = 0; l < 16; ++l) s.v[l] = c.v[4 * l] * x[4 * l] + c.v[4 * l + 1] * x[4 * l + 1] + c.v[4 * l + 2] * x[4 * l + 2] + c.v[4 * l + 3] * x[4 * l + 3];
     return s;
   }
+  static Portable::I dot(const W& c, const int8_t* x0, const int8_t* x1) { return Portable::shift_add(dot(c, x0), dot(c, x1)); }
   static Portable::F spread(const float* c, int64_t per) { Portable::F f; for (int l = 0; l < 16; ++l) f.v[l] = c[l * per / 16]; return f; }
 };
 
@@ -55,6 +57,7 @@ template <> struct Quads<Avx2> {
     return _mm256_add_epi32(low, _mm256_add_epi32(half, half));
   }
   static Avx2::I dot(const W& c, const int8_t* x) { return {dot_half(c.a, x), dot_half(c.b, x + 32)}; }
+  static Avx2::I dot(const W& c, const int8_t* x0, const int8_t* x1) { return Avx2::shift_add(dot(c, x0), dot(c, x1)); }
   static Avx2::F spread(const float* c, int64_t per) {
     if (per == 1) return {_mm256_set1_ps(c[0]), _mm256_set1_ps(c[0])};
     if (per == 2) return {_mm256_set1_ps(c[0]), _mm256_set1_ps(c[1])};
@@ -74,6 +77,7 @@ template <> struct Quads<Avx512> {
   }
   static __m512i high(__m512i sum, __m512i low) { return _mm512_sub_epi32(sum, low); }
   static __m512i dot(W c, const int8_t* x) { return _mm512_dpbusd_epi32(_mm512_setzero_si512(), c, _mm512_loadu_si512(x)); }
+  static __m512i dot(W c, const int8_t* x0, const int8_t* x1) { return _mm512_dpbusd_epi32(_mm512_slli_epi32(dot(c, x0), 8), c, _mm512_loadu_si512(x1)); }
   static __m512 spread(const float* c, int64_t per) {
     if (per == 1) return _mm512_set1_ps(c[0]);
     const __m512i lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
@@ -108,5 +112,37 @@ inline bool digits_of_segment(const float* x, int64_t count, int digits, int8_t*
   for (int64_t c = 0; c < count; ++c) q[0][c] = static_cast<int8_t>(rest[c]);
   return true;
 }
+
+// The same with the instructions of a class: a segment's few dozen values are otherwise a chain of dependent additions and maxima. Up to 15
+// bytes past the count become zero.
+template <class V> inline bool digits_by(const float* x, int64_t count, int digits, int8_t* const* q, float& step, float& sum) { return digits_of_segment(x, count, digits, q, step, sum); }
+
+#if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
+template <> inline bool digits_by<Avx512>(const float* x, int64_t count, int digits, int8_t* const* q, float& step, float& sum) {
+  __m512 f[8], most = _mm512_setzero_ps(), total = most;
+  const int64_t vectors = (count + 15) / 16;
+  for (int64_t v = 0; v < vectors; ++v) {
+    f[v] = _mm512_maskz_loadu_ps(count - 16 * v >= 16 ? 0xFFFF : static_cast<__mmask16>((1u << (count - 16 * v)) - 1), x + 16 * v);
+    most = _mm512_max_ps(_mm512_abs_ps(f[v]), most);  // of a NaN the other operand; the sum is NaN then
+    total = _mm512_add_ps(total, f[v]);
+  }
+  const float big = _mm512_reduce_max_ps(most);
+  sum = _mm512_reduce_add_ps(total);
+  step = big / (digits == 2 ? 127.f * 256.f : 127.f * 65536.f);
+  if (!(std::fabs(sum) <= 3.4e38f) || !(big <= 3.4e38f)) return false;
+  const float inverse = step > 1e-37f ? 1.f / step : 0.f;
+  if (inverse == 0.f) step = 0.f;
+  for (int64_t v = 0; v < vectors; ++v) {
+    __m512i rest = _mm512_cvtps_epi32(_mm512_mul_ps(f[v], _mm512_set1_ps(inverse)));
+    for (int d = digits - 1; d > 0; --d) {
+      const __m512i up = _mm512_srai_epi32(_mm512_add_epi32(rest, _mm512_set1_epi32(128)), 8);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(q[d] + 16 * v), _mm512_cvtepi32_epi8(_mm512_sub_epi32(rest, _mm512_slli_epi32(up, 8))));
+      rest = up;
+    }
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(q[0] + 16 * v), _mm512_cvtepi32_epi8(rest));
+  }
+  return true;
+}
+#endif
 
 }  // namespace effllm

@@ -277,7 +277,7 @@ Tensor skip_rest(const Tensor x, const Tensor threshold, const Tensor colnorm, c
   const Tensor y = effllm::result(x, w.k, x.scalar_type());
   if (c.m == 0 || w.k == 0) return y;
   const std::vector<float> b = effllm::floats_of(bias, w.k);
-  by_input(c, w, &low, b.empty() ? nullptr : b.data(), y.mutable_data_ptr(), {threads, block, ahead});
+  by_input(c, w, c.sparse ? &low : nullptr, b.empty() ? nullptr : b.data(), y.mutable_data_ptr(), {threads, block, ahead});
   return y;
 }
 

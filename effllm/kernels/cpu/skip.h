@@ -100,6 +100,14 @@ template <class V> void take(Active& a, const void* x, Type type, int64_t m, int
   a.finish();
 }
 
+inline void floats(const void* x, int64_t at, int64_t count, Type type, float* to) {
+  if (type == Type::f32) std::memcpy(to, static_cast<const float*>(x) + at, static_cast<size_t>(count) * 4);
+  else if (type == Type::bf16)
+    for (int64_t c = 0; c < count; ++c) to[c] = bf16_to_float(static_cast<const uint16_t*>(x)[at + c]);
+  else
+    for (int64_t c = 0; c < count; ++c) to[c] = load_as_float(x, at + c, Type::f16);
+}
+
 struct Buffer {  // floats of one calling thread, kept between calls, at a cache line
   std::vector<float> data;
   float* take(int64_t count) {
@@ -115,7 +123,7 @@ struct Call {
   Type type = Type::f32;
   Mask mask;
   bool sparse = false;  // thresholds apply
-  bool few() const { return sparse && m <= kMost; }
+  bool few() const { return m <= kMost; }  // else PyTorch's product
   const void* data() const { return x.const_data_ptr(); }
 };
 
@@ -133,6 +141,8 @@ inline Call call_of(const Tensor& x, const Tensor& threshold, int64_t channels, 
   c.mask.threshold = floats_at(c.threshold, threshold, 1, channels < 0 ? c.k : channels, "thresholds must be float32, one or one per channel");
   c.mask.each = threshold.numel() > 1;
   c.sparse = limit < 0 || c.m <= limit;
+  static const float nothing = -1.f;  // dense calls of few rows: the same kernels read every channel
+  if (!c.sparse) c.mask.threshold = &nothing, c.mask.each = false;
   return c;
 }
 

@@ -26,7 +26,7 @@ OPERATIONS: dict[str, tuple[str, str, tuple[int, ...]]] = {
     "rsparse_linear": ("skip_rest", "dense", (2048, 512, 4096)),
     "sparse_up_linear": ("skip_output", "dense", (64, 16)),
     "sparse_bipolar_linear": ("skip_input_codes", "input_major", (2048, 512, 4096)),
-    "sparse_up_bipolar_linear": ("skip_output_codes", "row_major", (64, 16)),
+    "sparse_up_bipolar_linear": ("skip_output_codes", "row_major", (128, 32)),
 }
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _VALUES = {"float32", "bfloat16", "float16"}

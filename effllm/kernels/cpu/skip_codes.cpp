@@ -8,7 +8,8 @@
 // Bytes     the codes of channels that are read, and by input all scales.
 // Order     by input: a task is a block of outputs with fp32 sums in cache; segments in order; four channels that are read are turned into
 //           bytes of one output each and multiplied at once, with all sums of 64 bytes of codes in registers over a segment; lines of
-//           a later segment are prefetched meanwhile. by output: a task is some rows, each read front to back, the next one prefetched.
+//           a later segment are prefetched meanwhile. by output: a task is a range of rows,
+//           some of those that are read taken together, front to back, and the next ones prefetched.
 // Numerics  the rounding of activations, 2^-16 of a segment's largest (fp32: 2^-24), is below that of bf16 (fp32) products; deterministic.
 // Many rows the weight expanded to x's dtype, then PyTorch's own product.
 #include "quads.h"
@@ -36,6 +37,11 @@ struct Codes {
   int width;
   float zero;
   const uint8_t* line(int64_t i) const { return data + i * units * 64; }
+  void prefetch_scales(int64_t at, int64_t count) const {  // and minima, into the second-level cache
+    const int64_t value = half ? 2 : 4;
+    for (const void* p : {scale, minimum})
+      for (int64_t b = 0; p && b < count * value; b += 64) __builtin_prefetch(static_cast<const char*>(p) + at * value + b, 0, 2);
+  }
 };
 
 Codes codes_of(const Tensor& codes, const Tensor& scale, const std::optional<Tensor>& minimum, int64_t bits, int64_t group, double zero) {
@@ -67,7 +73,6 @@ struct Segments {
   std::vector<int64_t> start;   // first quad of each segment, and the end
   std::vector<int64_t> group;   // of each segment
   std::vector<float> step, sum; // [segment][vector]; what meets the scale (or minimum) belongs to a row's first vector
-  std::vector<int8_t> digit[3];
 
   const int32_t* row(int64_t vector, int64_t d) const { return values.data() + (2 * vector + d) * ld; }
   int64_t count() const { return static_cast<int64_t>(group.size()); }
@@ -75,37 +80,37 @@ struct Segments {
   void take(const Active& a, int64_t k, const Codes& w, Type type) {
     const int digits = digits_of(type);
     each = vectors_of(type), vectors = a.m * each;
-    const int64_t length = w.group ? w.group : kLongest;
-    ld = a.count / 4 + (k + length - 1) / length + 1;
-    offset.clear(), start.assign(1, 0), group.clear(), step.clear(), sum.clear();
-    values.resize(static_cast<size_t>(2 * vectors * ld));
-    for (auto& d : digit) d.resize(static_cast<size_t>(length + 4));
-    int8_t* q[3] = {digit[0].data(), digit[1].data(), digit[2].data()};
+    const int64_t length = w.group ? w.group : kLongest, most = (k + length - 1) / length, line = w.units * 64;
+    ld = a.count / 4 + most + 1 + 4;  // and what digits_by writes past the end
+    start.assign(1, 0), group.clear();
+    offset.resize(static_cast<size_t>(4 * ld)), values.resize(static_cast<size_t>(2 * vectors * ld));
+    step.resize(static_cast<size_t>(most * vectors)), sum.resize(static_cast<size_t>(most * vectors));
     const float factor = w.minimum ? 1.f : -2.f * w.zero;
     quads = 0;
     for (int64_t i = 0; i < a.count;) {
-      const int64_t segment = a.index[static_cast<size_t>(i)] / length;
-      int64_t end = i;
-      while (end < a.count && a.index[static_cast<size_t>(end)] < (segment + 1) * length) offset.push_back(a.index[static_cast<size_t>(end++)] * w.units * 64);
-      const int64_t count = end - i, own = (count + 3) / 4;
-      for (int64_t c = count; c < 4 * own; ++c) offset.push_back(offset.back());
+      const int32_t* index = a.index.data() + i;
+      const int64_t segment = *index / length, past = (segment + 1) * length, room = std::min(length, a.count - i);
+      int64_t count = 0;
+      for (int64_t c = 0; c < room; ++c) count += index[c] < past;  // in order, so those that pass come first
+      const int64_t own = (count + 3) / 4, at = this->count();
+      int64_t* to = offset.data() + 4 * quads;
+      for (int64_t c = 0; c < count; ++c) to[c] = index[c] * line;
+      for (int64_t c = count; c < 4 * own; ++c) to[c] = to[count - 1];
       for (int64_t r = 0; r < a.m; ++r) {
         float unit, total;
-        const bool finite = effllm::digits_of_segment(a.row(r) + i, count, digits, q, unit, total);
-        for (int d = 0; d < digits; ++d) {
-          if (!finite) std::memset(q[d], 0, static_cast<size_t>(count));
-          std::memset(q[d] + count, 0, static_cast<size_t>(4 * own - count));
-          std::memcpy(values.data() + (2 * (r * each + d / 2) + d % 2) * ld + quads, q[d], static_cast<size_t>(4 * own));
-        }
+        int8_t* q[3];
+        for (int d = 0; d < digits; ++d) q[d] = reinterpret_cast<int8_t*>(values.data() + (2 * (r * each + d / 2) + d % 2) * ld + quads);
+        const bool finite = effllm::digits_by<V>(a.row(r) + i, count, digits, q, unit, total);
+        for (int d = 0; d < digits; ++d) std::memset(q[d] + (finite ? count : 0), 0, static_cast<size_t>(4 * own - (finite ? count : 0)));
         for (int64_t v = 0; v < each; ++v) {
-          step.push_back(finite ? step_of(unit, digits, v) : std::nanf(""));
-          sum.push_back(v ? 0.f : finite ? factor * total : std::nanf(""));
+          step[static_cast<size_t>(at * vectors + r * each + v)] = finite ? step_of(unit, digits, v) : std::nanf("");
+          sum[static_cast<size_t>(at * vectors + r * each + v)] = v ? 0.f : finite ? factor * total : std::nanf("");
         }
       }
       quads += own;
       start.push_back(quads);
       group.push_back(w.group ? segment : 0);
-      i = end;
+      i += count;
     }
   }
 };
@@ -174,17 +179,23 @@ template <int WIDTH, int ND> inline void segment(const Codes& w, const Segments&
   }
 }
 
-// Units from .. to of all segments: y (vectors, ldy), starting at unit `from`. Lines of a later segment come in meanwhile.
+// Units from .. to of all segments: y (vectors, ldy), starting at unit `from`. A later segment comes in meanwhile, channel after channel, so
+// that neighbouring lines are asked for together: line by line over all channels takes a fifth longer. Its scales come with it.
 template <int WIDTH> void blocks_of(const Codes& w, const Segments& s, bool last_alone, int64_t from, int64_t to, float* y, int64_t ldy) {
   constexpr int64_t outputs = 512 / WIDTH;
+  const uint8_t* lines = w.data + from * 64;
   for (int64_t at = 0; at < s.count(); ++at) {
     const int64_t far = std::min(s.count(), at + kAheadSegments), farther = std::min(s.count(), far + 1);
-    const int64_t* next = s.offset.data() + 4 * s.start[static_cast<size_t>(far)];
-    const int64_t ahead = 4 * (s.start[static_cast<size_t>(farther)] - s.start[static_cast<size_t>(far)]);
+    const int64_t *next = s.offset.data() + 4 * s.start[static_cast<size_t>(far)], *end = s.offset.data() + 4 * s.start[static_cast<size_t>(farther)];
+    const int64_t each = end - next, scales = w.group && far < s.count() ? s.group[static_cast<size_t>(far)] * w.stride : -1;
+    int64_t line = from;
     for (int64_t u = from; u < to; ++u) {
-      const uint8_t* line = w.data + u * 64;
-      for (int64_t c = 0; c < ahead; c += 4)
-        for (int i = 0; i < 4; ++i) __builtin_prefetch(line + next[c + i], 0, 2);
+      for (int64_t c = 0; c < each; ++c) {
+        __builtin_prefetch(lines + *next + (line - from) * 64, 0, 2);
+        if (++line == to) line = from, ++next;
+      }
+      if (scales >= 0)
+        w.prefetch_scales(scales + u * outputs, outputs);
       for (int64_t v = 0; v < s.vectors; ++v) {
         float* out = y + v * ldy + (u - from) * outputs;
         if (last_alone && v % 2) segment<WIDTH, 1>(w, s, at, v, u, out);
@@ -233,16 +244,16 @@ struct Columns {
     length = w.group ? w.group : kLongest, segments = (c.k + length - 1) / length, part = std::min<int64_t>(64, length);
     planes = w.units * (8 / w.width), parts = planes * (64 / part), stride = planes * 64 + 64;
     x.assign(static_cast<size_t>(2 * vectors * stride), 0);
-    step.assign(static_cast<size_t>(vectors * parts + 16), 0.f), sum.assign(static_cast<size_t>(c.m * segments), 0.f);
+    step.assign(static_cast<size_t>(vectors * parts + 16), 0.f), sum.assign(static_cast<size_t>(c.m * segments + 16), 0.f);
     float f[kLongest];
     for (int64_t r = 0; r < c.m; ++r)
       for (int64_t g = 0; g < segments; ++g) {
         const int64_t from = g * length, count = std::min(length, c.k - from);
-        for (int64_t j = 0; j < count; ++j) f[j] = effllm::load_as_float(c.data(), r * c.k + from + j, c.type);
+        floats(c.data(), r * c.k + from, count, c.type, f);
         int8_t* q[3];
         for (int d = 0; d < digits; ++d) q[d] = x.data() + (2 * (r * each + d / 2) + d % 2) * stride + from;
         float unit, total;
-        const bool finite = effllm::digits_of_segment(f, count, digits, q, unit, total);
+        const bool finite = effllm::digits_by<V>(f, count, digits, q, unit, total);
         for (int d = 0; !finite && d < digits; ++d) std::memset(q[d], 0, static_cast<size_t>(count));
         sum[static_cast<size_t>(r * segments + g)] = finite ? (w.minimum ? 1.f : -2.f * w.zero) * total : std::nanf("");
         for (int64_t v = 0; v < each; ++v)
@@ -256,116 +267,165 @@ struct Columns {
 
 // The exact sum of 64 codes times ND digits, by lane.
 template <int ND> inline I sums_of(const W& c, const int8_t* x0, const int8_t* x1) {
-  const I high = effllm::Quads<V>::dot(c, x0);
-  if constexpr (ND == 1) return high;
-  else return V::shift_add(high, effllm::Quads<V>::dot(c, x1));
+  if constexpr (ND == 1) return effllm::Quads<V>::dot(c, x0);
+  else return effllm::Quads<V>::dot(c, x0, x1);
 }
 
-// One row of codes times a vector of ND digits; `scale` holds the row's scales by part. Returns the sum without what meets the sums of x.
-template <int WIDTH, int ND, int PER> float row_of(const uint8_t* codes, const uint8_t* next, int64_t units, const Columns& s, int64_t vector, const float* scale) {
+constexpr int kRows = effllm::Quads<V>::raw ? 4 : 2;  // rows that share the loads of activations: what registers hold
+
+// Rows of codes times a vector of ND digits; scale[r] holds row r's steps by part, kRows rows `ld` apart. What meets the sums of x is not in y.
+// Lines of the rows that come next are asked for meanwhile.
+template <int WIDTH, int ND, int PER> void rows_of(const uint8_t* const* codes, const uint8_t* const* next, int64_t units, const Columns& s, int64_t vector, const float* scale, int64_t ld, float* y) {
   using Q = effllm::Quads<V>;
-  F total[2] = {V::zero_f(), V::zero_f()};
+  F total[kRows];
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) total[r] = V::zero_f();
   const int8_t *x0 = s.row(vector, 0), *x1 = s.row(vector, 1);
-  auto plane = [&](const W& c, int64_t p, F& to) {
-    to = V::fma(V::to_float(sums_of<ND>(c, x0 + p * 64, x1 + p * 64)), Q::spread(scale + p * PER, PER), to);
+  auto plane = [&](const W& c, int64_t p, int r) {
+    total[r] = V::fma(V::to_float(sums_of<ND>(c, x0 + p * 64, x1 + p * 64)), Q::spread(scale + r * ld + p * PER, PER), total[r]);
   };
   for (int64_t u = 0; u < units; ++u) {
-    __builtin_prefetch(next + u * 64);
-    const W c = V::load(codes + u * 64);
+    W c[kRows];
+#pragma GCC unroll 4
+    for (int r = 0; r < kRows; ++r) __builtin_prefetch(next[r] + u * 64, 0, 2), c[r] = V::load(codes[r] + u * 64);
     if constexpr (WIDTH == 8) {
-      plane(c, u, total[u & 1]);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) plane(c[r], u, r);
     } else {
-      plane(V::template field<0, 0x0F>(c), 2 * u, total[0]);
-      if constexpr (Q::raw) plane(V::template field<0, 0xF0>(c), 2 * u + 1, total[1]);
-      else plane(V::template field<4, 0x0F>(c), 2 * u + 1, total[1]);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) plane(V::template field<0, 0x0F>(c[r]), 2 * u, r);
+#pragma GCC unroll 4
+      for (int r = 0; r < kRows; ++r) {
+        if constexpr (Q::raw) plane(V::template field<0, 0xF0>(c[r]), 2 * u + 1, r);
+        else plane(V::template field<4, 0x0F>(c[r]), 2 * u + 1, r);
+      }
     }
   }
-  return effllm::sum16(total[0]) + effllm::sum16(total[1]);
+#pragma GCC unroll 4
+  for (int r = 0; r < kRows; ++r) y[r] += effllm::sum16(total[r]);
 }
 
-template <int WIDTH, int ND> float row(const uint8_t* codes, const uint8_t* next, int64_t units, const Columns& s, int64_t vector, const float* scale) {
-  if (s.part == 64) return row_of<WIDTH, ND, 1>(codes, next, units, s, vector, scale);
-  if (s.part == 32) return row_of<WIDTH, ND, 2>(codes, next, units, s, vector, scale);
-  return row_of<WIDTH, ND, 4>(codes, next, units, s, vector, scale);
+template <int WIDTH, int ND> void rows(const uint8_t* const* codes, const uint8_t* const* next, int64_t units, const Columns& s, int64_t vector, const float* scale, int64_t ld, float* y) {
+  if (s.part == 64) return rows_of<WIDTH, ND, 1>(codes, next, units, s, vector, scale, ld, y);
+  if (s.part == 32) return rows_of<WIDTH, ND, 2>(codes, next, units, s, vector, scale, ld, y);
+  return rows_of<WIDTH, ND, 4>(codes, next, units, s, vector, scale, ld, y);
 }
 
+// A row's steps by part (its scales times those of x, zero where the row ends), and the sum over its segments of what meets those of x.
+void steps_of(const Codes& w, const Columns& s, int64_t line, int64_t vector, float* to) {
+  const float* step = s.step.data() + vector * s.parts;
+  const int64_t at = line * w.stride, known = std::min(s.parts, (s.segments * s.length) / s.part);
+  int64_t p = 0;
+  if (w.group && s.length == s.part)
+    for (; p + 16 <= s.segments; p += 16) V::store_f(to + p, V::fma(load_scale(w.scale, at + p, w.half), V::load_f(step + p), V::zero_f()));
+  for (; p < known; ++p) to[p] = step[p] * one_scale(w.scale, at + (w.group ? p * s.part / s.length : 0), w.half);
+  for (; p < s.parts; ++p) to[p] = 0.f;
+}
+
+float offset_of(const Codes& w, const Columns& s, int64_t line, int64_t row) {
+  const void* meets = w.minimum ? w.minimum : w.scale;
+  const float* sums = s.sum.data() + row * s.segments;
+  float offset = 0;
+  int64_t g = 0;
+  if (w.group) {
+    F total = V::zero_f();
+    for (; g + 16 <= s.segments; g += 16) total = V::fma(load_scale(meets, line * w.stride + g, w.half), V::load_f(sums + g), total);
+    if (g) offset = effllm::sum16(total);
+  }
+  for (; g < s.segments; ++g) offset += sums[g] * one_scale(meets, line * w.stride + (w.group ? g : 0), w.half);
+  return offset;
+}
+
+// A task is a range of channels; within it each row of x takes its own, so that a channel which several rows read comes from memory once.
 void by_output(const Call& c, const Tensor& gate, Type gate_type, const Codes& w, const float* bias, void* y, int64_t asked, int64_t block) {
-  static thread_local Active kept;
+  static thread_local Active kept[kMost];
   static thread_local Columns columns;
-  Active& a = kept;
+  Active* lists = kept;
   Columns& s = columns;
   const int64_t n = w.lines;
-  take<V>(a, gate.const_data_ptr(), gate_type, c.m, n, c.mask);
+  int64_t read = 0;
+  for (int64_t m = 0; m < c.m; ++m) {
+    take<V>(lists[m], static_cast<const char*>(gate.const_data_ptr()) + m * n * size_of(gate_type), gate_type, 1, n, c.mask);
+    read += lists[m].count;
+  }
   s.take(c, w);
   std::memset(y, 0, static_cast<size_t>(c.m * n * size_of(c.type)));
-  const int64_t threads = threads_for(asked, static_cast<double>(a.count * w.units * 64) * static_cast<double>(s.vectors));
-  const int64_t each = std::clamp<int64_t>(block > 0 ? block : 64, 1, std::max<int64_t>(1, (a.count + threads - 1) / threads));
-  effllm::in_phases<1>({(a.count + each - 1) / each}, threads, [&](int, int64_t task) {
+  const int64_t threads = threads_for(asked, static_cast<double>(read * w.units * 64) * static_cast<double>(s.each));
+  const int64_t each = std::clamp<int64_t>(block > 0 ? block : 128, 1, std::max<int64_t>(1, (n + threads - 1) / threads));
+  effllm::in_phases<1>({(n + each - 1) / each}, threads, [&](int, int64_t task) {
     static thread_local Buffer memory;
-    const int64_t room = std::max(s.segments, s.parts) + 32;
-    float* scale = memory.take(4 * room);  // by segment
-    float *minimum = scale + room, *wide = minimum + room, *steps = wide + room;
-    std::memset(wide, 0, static_cast<size_t>(room) * 4);
-    for (int64_t i = task * each; i < std::min(a.count, (task + 1) * each); ++i) {
-      const int64_t j = a.index[static_cast<size_t>(i)], after = a.index[static_cast<size_t>(i + 1)];
-      int64_t g = 0;
-      if (w.group)
-        for (; g + 16 <= s.segments; g += 16) {
-          V::store_f(scale + g, load_scale(w.scale, j * w.stride + g, w.half));
-          if (w.minimum) V::store_f(minimum + g, load_scale(w.minimum, j * w.stride + g, w.half));
+    const int64_t ld = s.parts + 16;
+    float* steps = memory.take(kRows * ld);
+    for (int64_t m = 0; m < c.m; ++m) {
+      const Active& a = lists[m];
+      auto before = [&](int64_t channel) { return std::lower_bound(a.index.data(), a.index.data() + a.count, channel) - a.index.data(); };
+      const int64_t end = before(std::min(n, (task + 1) * each));
+      for (int64_t i = before(task * each); i < end; i += kRows) {
+        const uint8_t *codes[kRows], *next[kRows];
+        int64_t line[kRows];
+        float f[kRows];
+        for (int r = 0; r < kRows; ++r) {  // past the end the last row once more
+          line[r] = a.index[static_cast<size_t>(std::min(i + r, end - 1))], codes[r] = w.line(line[r]), f[r] = bias ? bias[line[r]] : 0.f;
+          const int64_t later = a.index[static_cast<size_t>(i + kRows + r)];
+          next[r] = w.line(later);
+          if (w.group) w.prefetch_scales(later * w.stride, w.stride);
         }
-      for (; g < s.segments; ++g) {
-        scale[g] = one_scale(w.scale, j * w.stride + (w.group ? g : 0), w.half);
-        if (w.minimum) minimum[g] = one_scale(w.minimum, j * w.stride + (w.group ? g : 0), w.half);
-      }
-      const float* by_part = scale;
-      if (s.length > s.part) {
-        for (int64_t p = 0; p < s.parts; ++p) wide[p] = scale[std::min(s.segments - 1, p * s.part / s.length)];
-        by_part = wide;
-      }
-      for (int64_t r = 0; r < c.m; ++r) {
-        const float gated = effllm::load_as_float(gate.const_data_ptr(), r * n + j, gate_type);
-        if (!c.mask.passes(gated, j)) continue;
-        float f = bias ? bias[j] : 0.f;
-        for (int64_t v = r * s.each; v < (r + 1) * s.each; ++v) {
-          const float* step = s.step.data() + v * s.parts;
-          const int64_t known = std::min(s.parts, s.length > s.part ? s.parts : s.segments);
-          for (int64_t p = 0; p < known; p += 16) V::store_f(steps + p, V::fma(V::load_f(by_part + p), V::load_f(step + p), V::zero_f()));
-          for (int64_t p = known; p < s.parts; ++p) steps[p] = 0.f;
+        for (int64_t v = m * s.each; v < (m + 1) * s.each; ++v) {
+          for (int r = 0; r < kRows; ++r) steps_of(w, s, line[r], v, steps + r * ld);
           const bool alone = s.each > 1 && v % 2;
-          if (w.width == 4) f += alone ? row<4, 1>(w.line(j), w.line(after), w.units, s, v, steps) : row<4, 2>(w.line(j), w.line(after), w.units, s, v, steps);
-          else f += alone ? row<8, 1>(w.line(j), w.line(after), w.units, s, v, steps) : row<8, 2>(w.line(j), w.line(after), w.units, s, v, steps);
+          if (w.width == 4) alone ? rows<4, 1>(codes, next, w.units, s, v, steps, ld, f) : rows<4, 2>(codes, next, w.units, s, v, steps, ld, f);
+          else alone ? rows<8, 1>(codes, next, w.units, s, v, steps, ld, f) : rows<8, 2>(codes, next, w.units, s, v, steps, ld, f);
         }
-        const float *sums = s.sum.data() + r * s.segments, *meets = w.minimum ? minimum : scale;
-        float offset = 0;
-#pragma omp simd reduction(+ : offset)
-        for (int64_t q = 0; q < s.segments; ++q) offset += sums[q] * meets[q];
-        effllm::store_from_float(y, r * n + j, c.type, gated * (f + offset));
+        for (int r = 0; r < kRows && i + r < end; ++r)
+          effllm::store_from_float(y, m * n + line[r], c.type, a.values[static_cast<size_t>(i + r)] * (f[r] + offset_of(w, s, line[r], m)));
       }
     }
   });
+}
+
+// Sixteen neighbouring codes of a channel (by input: outputs; by output: columns), as floats: which = 0 .. 512 / WIDTH / 16 of a unit.
+template <int WIDTH, bool OUTPUT> inline F sixteen(const uint8_t* unit, int which) {
+  constexpr int per = 8 / WIDTH;
+  const int shift = OUTPUT ? which / 4 * WIDTH : which % per * WIDTH, r = OUTPUT ? which % 4 : which / per;
+  alignas(64) float f[16];
+  for (int q = 0; q < 4; ++q) {
+    uint32_t four;
+    std::memcpy(&four, unit + (OUTPUT ? 16 * r + 4 * q : 16 * q + 4 * r), 4);
+    for (int i = 0; i < 4; ++i) f[4 * q + i] = static_cast<float>((four >> (8 * i + shift)) & ((1u << WIDTH) - 1));
+  }
+  return V::load_f(f);
 }
 
 // The dense weight in x's dtype: (K, n) of codes by input, (N, k) of codes by output.
-Tensor expanded(const Tensor& like, const Codes& w, int64_t columns, bool by_output) {
-  const Tensor dense = torch::stable::new_empty(like, {w.lines, columns});
-  void* to = dense.mutable_data_ptr();
-  const Type type = effllm::type_of(like.scalar_type());
-  const int64_t per = 8 / w.width;
-  const uint32_t mask = (1u << w.width) - 1;
+template <int WIDTH, bool OUTPUT> void expand(const Codes& w, int64_t columns, void* to, Type type) {
   torch::stable::parallel_for(0, w.lines, 16, [&](int64_t a, int64_t b) {
+    alignas(64) float f[16], scale[16], low[16] = {};
     for (int64_t i = a; i < b; ++i)
-      for (int64_t c = 0; c < columns; ++c) {
-        const int64_t unit = c / (512 / w.width), r = c % (512 / w.width);
-        int64_t byte, bit;
-        if (by_output) byte = r % 64, bit = r / 64 * w.width;
-        else byte = r % 16 / 4 * 16 + r / 16 / per * 4 + r % 4, bit = r / 16 % per * w.width;
-        const auto u = static_cast<float>((static_cast<uint32_t>(w.line(i)[unit * 64 + byte]) >> bit) & mask);
-        const int64_t g = w.group ? (by_output ? c : i) / w.group : 0, at = by_output ? i * w.stride + g : g * w.stride + c;
-        const float s = 2.f * one_scale(w.scale, at, w.half);
-        effllm::store_from_float(to, i * columns + c, type, w.minimum ? s * u + one_scale(w.minimum, at, w.half) : s * (u - w.zero));
+      for (int64_t c = 0; c < columns; c += 16) {
+        // by input the scales of neighbours are neighbours, by output they are one: groups are whole multiples of 16 columns
+        const int64_t g = w.group ? (OUTPUT ? c : i) / w.group : 0, at = OUTPUT ? i * w.stride + g : g * w.stride + c;
+        if constexpr (OUTPUT) {
+          const float s = 2.f * one_scale(w.scale, at, w.half), m = w.minimum ? one_scale(w.minimum, at, w.half) : -s * w.zero;
+          for (int j = 0; j < 16; ++j) scale[j] = s, low[j] = m;
+        } else {
+          const F s = load_scale(w.scale, at, w.half);
+          V::store_f(scale, V::axpb(s, 2.f, 0.f));
+          V::store_f(low, w.minimum ? load_scale(w.minimum, at, w.half) : V::axpb(s, -2.f * w.zero, 0.f));
+        }
+        const F u = sixteen<WIDTH, OUTPUT>(w.line(i) + c / (512 / WIDTH) * 64, static_cast<int>(c % (512 / WIDTH) / 16));
+        V::store_f(f, V::fma(V::load_f(scale), u, V::load_f(low)));
+        const int64_t count = std::min<int64_t>(16, columns - c);
+        write(f, nullptr, to, i * columns + c, count, type);
       }
   });
+}
+
+Tensor expanded(const Tensor& like, const Codes& w, int64_t columns, bool by_output) {
+  const Tensor dense = torch::stable::new_empty(like, {w.lines, columns});
+  const Type type = effllm::type_of(like.scalar_type());
+  void* to = dense.mutable_data_ptr();
+  if (w.width == 4) by_output ? expand<4, true>(w, columns, to, type) : expand<4, false>(w, columns, to, type);
+  else by_output ? expand<8, true>(w, columns, to, type) : expand<8, false>(w, columns, to, type);
   return dense;
 }
 

@@ -62,9 +62,9 @@ def _model(kind: str, isa: str) -> Model:
     else:
         nbytes = coded * share + scales + outside
         codes = N * K * share
-        # fitted to the times beside dense ones of 4096x11008 (inputs) and 11008x4096 (outputs) at half of the channels,
-        # groups of 32: stalls on lines that are not there yet count as instructions
-        instructions = width * DIGITS * (0.06 * codes * (1 + M) + M * 1.75 * N * K / sympy.Min(GROUP, 128)) + lists * 4
+        # fitted to the times beside dense ones of 4096x11008 (inputs) and 11008x4096 (outputs), groups of 32, in memory, and of
+        # 4096x300 and 800x4096 in cache: stalls on lines that are not there yet count as instructions
+        instructions = width * DIGITS * (0.033 * codes * (1 + M) + M * 1.45 * N * K / sympy.Min(GROUP, 128)) + lists * 4
         flops = 2 * M * N * K * DENSITY
     seconds = sympy.Max(nbytes / rate, instructions / (ISSUE * THREADS)) + lists / ISSUE + CALL + woken
     return Model(nbytes, flops, instructions, seconds, nbytes / BANDWIDTH)

@@ -12,6 +12,7 @@ from effllm.kernels.triton.splitk import reduce_kernel
 from effllm.runtime.layouts.input_major import width_of
 
 ROWS = 4
+OUTPUTS = 32  # that a program looks at before it reads rows
 
 
 def few(x: Tensor, limit: int) -> bool:
@@ -25,9 +26,9 @@ def _flat(x: Tensor) -> Tensor:
     return flat if flat.stride(-1) == 1 or flat.shape[-1] == 1 else flat.contiguous()
 
 
-def tile_k(bits: int, group: int) -> int:
-    """Channels of a tile: within one group of codes."""
-    return min(32, group or 32) if bits else 32
+def listed(bits: int, group: int) -> int:
+    """Channels that a program looks at before it reads weights: within one group of codes."""
+    return min(128, group or 128) if bits else 128
 
 
 def by_input(
@@ -40,9 +41,9 @@ def by_input(
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y.reshape(*x.shape[:-1], n)
-    threshold, width, bk, bn = threshold.contiguous(), width_of(bits) if bits else 0, tile_k(bits, group), 128
+    threshold, width, bs, bn = threshold.contiguous(), width_of(bits) if bits else 0, listed(bits, group), 128
     each, rank = threshold.numel() > 1, 0 if v is None else v.shape[0]
-    steps, tiles = triton.cdiv(k, bk), triton.cdiv(n, bn)
+    steps, tiles = triton.cdiv(k, bs), triton.cdiv(n, bn)
     split = split or splits(tiles * m, steps)
     bias = None if bias is None else bias.contiguous()
     with torch.cuda.device_of(x):
@@ -54,7 +55,7 @@ def by_input(
         skip_input_kernel[(tiles, split, m)](
             flat, threshold, norm, weight, scale, minimum, u, z, bias, target, m, n, k, flat.stride(0), weight.shape[1] if bits else 0,
             scale.shape[1] if scale is not None else 0, triton.cdiv(steps, split), rank, zero,
-            EACH=each, BITS=width, GROUP=group, BK=bk, BN=bn, BR=16, SPLIT=split, num_warps=4,
+            EACH=each, BITS=width, GROUP=group, BS=bs, BK=bs // 4, BN=bn, BR=16, SPLIT=split, num_warps=4,
         )  # fmt: skip
         if split > 1:
             reduce_kernel[(triton.cdiv(n, 256), m)](target, bias, None, y, m, n, SPLIT=split, BN=256, num_warps=2)
@@ -70,11 +71,11 @@ def by_output(
     y = torch.empty(flat.shape[0], n, dtype=x.dtype, device=x.device)
     if y.numel() == 0:
         return y.reshape(*x.shape[:-1], n)
-    threshold, bk = threshold.contiguous(), tile_k(bits, group) if bits else 128
+    threshold, bk = threshold.contiguous(), min(32, group or 32) if bits else 128
     with torch.cuda.device_of(x):
-        skip_output_kernel[(triton.cdiv(n, 16), flat.shape[0])](
+        skip_output_kernel[(triton.cdiv(n, OUTPUTS), flat.shape[0])](
             flat, gate.reshape(-1, n).contiguous(), threshold, weight, scale, minimum, None if bias is None else bias.contiguous(), y, n, k, flat.stride(0),
             weight.shape[1] if bits else 0, scale.shape[1] if scale is not None else 0, zero,
-            EACH=threshold.numel() > 1, BITS=width_of(bits) if bits else 0, GROUP=group, BK=bk, BN=16, num_warps=4,
+            EACH=threshold.numel() > 1, BITS=width_of(bits) if bits else 0, GROUP=group, BK=bk, BS=OUTPUTS, BN=16, num_warps=4,
         )  # fmt: skip
     return y.reshape(*x.shape[:-1], n)

@@ -8,7 +8,7 @@ is missing at their places, so they come out exact. A B^T is a rank-`rank` power
 (the streaming buffer of the paper is the page), so prompts and decoded tokens are treated alike. Beyond the fields of KIVI a page holds,
 per head,
 
-    ka, va  (rank, page) fp16     kb, vb  (rank, D) fp16
+    ka, va  (rank, page)     kb, vb  (rank, D)     fp16, or with `factors=8` the upper byte of it (e5m2: range of fp16, 2 bits behind the leading one)
     kidx    (D, nk) uint8, kval (D, nk) fp16     vidx  (page, nv) uint8, vval (page, nv) fp16
 """
 
@@ -31,12 +31,14 @@ from effllm.runtime.caches.layout import Field, Layout
 @dataclass(frozen=True)
 class Gear(Kivi):
     """`rank` of the correction, `outliers` as a share of each vector, `loops` of the power iteration, `rounds` of quantizing anew what the
-    correction leaves. rank=0, outliers=0 is KIVI."""
+    correction leaves, `factors` the bits of an element of A or B, 16 or 8: rounding a correction by 7 % costs half a percent of what it corrects.
+    rank=0, outliers=0 is KIVI."""
 
     rank: int = 2
     outliers: float = 0.02
     loops: int = 3
     rounds: int = 1
+    factors: int = 16
 
     name: ClassVar[str] = "gear"
 
@@ -46,6 +48,8 @@ class Gear(Kivi):
         if not (0 <= self.rank <= min(self.page, dim or self.page) and 0 <= self.outliers <= 1 and self.loops >= 1 and self.rounds >= 1):
             step = "rank is at most page and head size, outliers lies in 0 to 1, loops and rounds are at least 1"
             raise CacheError("E-KVC-VALUE", f"gear: rank={self.rank}, outliers={self.outliers}, loops={self.loops}, rounds={self.rounds}", step)
+        if self.factors not in (8, 16):
+            raise CacheError("E-KVC-VALUE", f"gear: factors={self.factors}", "factors is 8 or 16")
         if max(self.page, dim) > 256:
             raise CacheError("E-KVC-SHAPE", f"gear: pages of {self.page} tokens, heads of {dim} channels", "both are at most 256: outliers have 8-bit indices")
 
@@ -53,10 +57,15 @@ class Gear(Kivi):
         """Exact entries of a key channel over a page and of a value over its channels; halves from either end, all of them at most."""
         return tuple(min(n, 2 * math.ceil(self.outliers * n / 2)) for n in (self.page, dim))  # type: ignore[return-value]
 
+    @property
+    def factor(self) -> torch.dtype:
+        """Of the factors as stored."""
+        return torch.float16 if self.factors == 16 else torch.float8_e5m2
+
     def layout(self, heads: int, dim: int, dtype: torch.dtype) -> Layout:
         """See the top of the file."""
         half, (nk, nv) = torch.float16, self.counts(dim)
-        more = [Field(n, half, (self.rank, size)) for n, size in (("ka", self.page), ("kb", dim), ("va", self.page), ("vb", dim))]
+        more = [Field(n, self.factor, (self.rank, size)) for n, size in (("ka", self.page), ("kb", dim), ("va", self.page), ("vb", dim))]
         more += [Field("kidx", torch.uint8, (dim, nk)), Field("kval", half, (dim, nk))]
         more += [Field("vidx", torch.uint8, (self.page, nv)), Field("vval", half, (self.page, nv))]
         return Layout(heads, (*super().layout(heads, dim, dtype).fields, *more))
@@ -79,8 +88,8 @@ class Gear(Kivi):
         for _ in range(self.rounds):
             filled = fill(x - low, index)
             rest = (x - dequantize(*quantize(filled, self.bits, group), group)).scatter(-2, index, 0.0)
-            a, b = power_iteration(rest, self.rank, self.loops)
-            low = a.half().float() @ b.half().float().transpose(-1, -2)
+            a, b = (t.to(self.factor) for t in power_iteration(rest, self.rank, self.loops))
+            low = a.float() @ b.float().transpose(-1, -2)
         exact = (x - low - dequantize(*quantize(filled, self.bits, group), group)).gather(-2, index)
         return filled, a.transpose(-1, -2), b.transpose(-1, -2), index.transpose(-1, -2).to(torch.uint8), exact.transpose(-1, -2)
 

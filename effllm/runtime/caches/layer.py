@@ -204,13 +204,19 @@ class Layer:
     def load(self, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Take over what `about` and `tensors` of another layer gave. Raises CacheError (E-KVC-METHOD) where the format differs."""
         own = {"format": self.format.spec, "version": self.format.version}
-        for key, value in own.items():
-            if about.get(key) != value:
-                step = "load it into a cache of the same format and settings"
-                raise CacheError("E-KVC-METHOD", f"the file holds {key} {about.get(key)!r}, this cache is {value!r}", step)
+        if about.get("version") != self.format.version or not self._means(about.get("format")):
+            step = "load it into a cache of the same format and settings"
+            raise CacheError("E-KVC-METHOD", f"the file holds {about.get('format')!r}, version {about.get('version')!r}, this cache is {own}", step)
         for name in _PARTS:
             setattr(self, name, tensors[name].clone())
         self.tables = [tensors[f"tables.{i}"].clone() for i in range(sum(n.startswith("tables.") for n in tensors))]
         self.capacity = about["capacity"]
         self.ready = True
         self._static()
+
+    def _means(self, text: object) -> bool:
+        """Whether a text is this format; settings that it does not name have their defaults."""
+        try:
+            return parse(str(text)) == self.format
+        except CacheError:
+            return False

@@ -1,4 +1,4 @@
-"""Order of key channels so that those of similar size share a block (K-sort, arXiv:2403.20137).
+"""Order of key channels so that an outlier coarsens few others (K-sort, arXiv:2403.20137).
 
 q . k is what it was when the channels of both are reordered alike, but rotary embeddings turn pairs of channels (i, i + D/2), so there are
 three ways that stay exact:
@@ -8,6 +8,10 @@ three ways that stay exact:
     layout    pairs become neighbours (i, i + D/2 -> 2j, 2j + 1) and are sorted as pairs: `layout_order`, also after the rotation
 
 With blocks as large as the head no order helps; with blocks of D/2 `pair` does not help either, since each half stays a block of its own.
+
+Sorting by the size of keys alone lowers the error of the keys and may raise that of the scores: channels with large keys are often the ones that
+queries read most, and sorting gives all of them the coarsest step (on SmolLM2-135M at 4 bits in blocks of 32, 6 % less error in keys and 41 % more
+in scores). So each order takes `weight` as well, the energy of the queries; what is made small then is `cost`.
 """
 
 from __future__ import annotations
@@ -34,9 +38,49 @@ def pair_energy(energy: Tensor, rotary: int | None = None) -> Tensor:
     return energy[..., : r // 2] + energy[..., r // 2 : r]
 
 
-def pair_order(energy: Tensor, rotary: int | None = None) -> Tensor:
-    """Way "pair": the permutation (..., R/2) that sorts pairs by falling energy. With one table of angles it must be the same in all heads: sum first."""
-    return torch.argsort(pair_energy(energy, rotary), dim=-1, descending=True, stable=True)
+def cost(energy: Tensor, order: Tensor, weight: Tensor, block: int) -> Tensor:
+    """What blocks of `block` channels in an order do to scores, up to a factor: sum over blocks of largest energy times summed weight; (..., D) -> (...)."""
+    e, w = (t.expand(order.shape).gather(-1, order).unflatten(-1, (-1, block)) for t in (energy, weight))
+    return (e.amax(-1) * w.sum(-1)).sum(-1)
+
+
+def block_order(energy: Tensor, weight: Tensor, block: int) -> Tensor:
+    """An order (..., D) of low `cost`: channels are split in two groups of whole blocks, as well as that can be done, and each group again.
+
+    Given the largest energy m of the lower group, the best lower group are the channels of most weight among those of at most m; every m is tried.
+    Raises CacheError (E-KVC-GROUP) where blocks do not divide D.
+    """
+    d = energy.shape[-1]
+    if block < 1 or d % block:
+        raise CacheError("E-KVC-GROUP", f"blocks of {block} do not divide {d} channels", "take a block that does")
+    flat = [t.double().expand(energy.shape).reshape(-1, d) for t in (energy, weight)]
+    return torch.stack([_halve(e, w, block) for e, w in zip(*flat, strict=True)]).reshape(energy.shape)
+
+
+def _halve(e: Tensor, w: Tensor, block: int) -> Tensor:
+    d = e.numel()
+    size = d // block // 2 * block  # of the lower group
+    if size == 0:
+        return torch.arange(d, device=e.device)
+    rising, best, least = e.argsort(stable=True), torch.zeros(d, dtype=torch.bool), torch.inf
+    for n in range(size, d + 1):
+        may = rising[:n]
+        low = torch.zeros(d, dtype=torch.bool)
+        low[may[w[may].argsort(descending=True, stable=True)[:size]]] = True
+        now = float(e[low].max() * w[low].sum() + e[~low].max() * w[~low].sum())
+        if now < least:
+            best, least = low, now
+    groups = [g.nonzero()[:, 0] for g in (~best, best)]  # the coarse one first
+    return torch.cat([g[_halve(e[g], w[g], block)] for g in groups])
+
+
+def pair_order(energy: Tensor, rotary: int | None = None, weight: Tensor | None = None) -> Tensor:
+    """Way "pair": the permutation (..., R/2) that sorts pairs by falling energy, over weight where there is one. With one table of angles it must be the
+    same in all heads: sum first."""
+    score = pair_energy(energy, rotary)
+    if weight is not None:
+        score = score / pair_energy(weight, rotary).clamp_min(torch.finfo(weight.dtype).tiny)
+    return torch.argsort(score, dim=-1, descending=True, stable=True)
 
 
 def pairs_to_channels(order: Tensor, dim: int) -> Tensor:
@@ -46,19 +90,32 @@ def pairs_to_channels(order: Tensor, dim: int) -> Tensor:
     return torch.cat((order, order + r // 2, rest), -1)
 
 
-def channel_order(energy: Tensor, rotary: int | None = None) -> Tensor:
-    """Way "post": channels by falling energy (..., D); those without rotation stay behind the `rotary` ones."""
+def channel_order(energy: Tensor, rotary: int | None = None, weight: Tensor | None = None, block: int = 32) -> Tensor:
+    """Way "post": channels (..., D) by falling energy, or by `block_order` where there are weights; those without rotation stay behind the `rotary` ones."""
     r = energy.shape[-1] if rotary is None else rotary
-    parts = [torch.argsort(part, dim=-1, descending=True, stable=True) for part in (energy[..., :r], energy[..., r:])]
-    return torch.cat((parts[0], parts[1] + r), -1)
+    parts = []
+    for at, part in ((0, slice(0, r)), (r, slice(r, None))):
+        parts.append(_sorted(energy[..., part], None if weight is None else weight[..., part], block) + at)
+    return torch.cat(parts, -1)
 
 
-def layout_order(energy: Tensor, rotary: int | None = None) -> Tensor:
-    """Way "layout": pairs by falling energy, the two channels of a pair next to each other (..., D)."""
-    r = energy.shape[-1] if rotary is None else rotary
-    pairs = pair_order(energy, r)
+def layout_order(energy: Tensor, rotary: int | None = None, weight: Tensor | None = None, block: int = 32) -> Tensor:
+    """Way "layout": the two channels of a pair next to each other (..., D), pairs by falling energy or by `block_order`."""
+    d = energy.shape[-1]
+    r = d if rotary is None else rotary
+    if weight is None:
+        pairs = pair_order(energy, r)
+    else:
+        pair_energy(energy, r)  # refuses what is no number of rotary channels
+        pairs = _sorted(torch.maximum(energy[..., : r // 2], energy[..., r // 2 : r]), pair_energy(weight, r), max(1, block // 2))
     beside = torch.stack((pairs, pairs + r // 2), -1).flatten(-2)
-    return torch.cat((beside, torch.arange(r, energy.shape[-1]).expand(*energy.shape[:-1], energy.shape[-1] - r)), -1)
+    return torch.cat((beside, torch.arange(r, d).expand(*energy.shape[:-1], d - r)), -1)
+
+
+def _sorted(energy: Tensor, weight: Tensor | None, block: int) -> Tensor:
+    if weight is None or not energy.shape[-1] or energy.shape[-1] % block:
+        return torch.argsort(energy, dim=-1, descending=True, stable=True)
+    return block_order(energy, weight, block)
 
 
 def reorder(x: Tensor, order: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("triton")
 import torch
 
-from effllm.kernels.triton import aot, skip, skip_ops
+from effllm.kernels.triton import aot, skip, skip_launch, skip_ops
 from effllm.lowering.sparse_linear import problem
 from tests.kernels.triton.skip_cases import KINDS, names
 
@@ -36,9 +36,10 @@ def test_compiles_without_a_spill(target: str, kind: str) -> None:
         missing = {"norm": None, "minimum": None, "u": None, "z": None, "bias": None} | ({} if bits else {"scale": None})
         sizes = {"EACH": True, "BITS": bits, "GROUP": group}
         if kind == "input":
-            runs.append((skip.skip_input_kernel, plain | coded, missing | sizes | {"BK": 32, "BN": 128, "BR": 16, "SPLIT": 1}))
+            bs = skip_launch.listed(bits, group)
+            runs.append((skip.skip_input_kernel, plain | coded, missing | sizes | {"BS": bs, "BK": bs // 4, "BN": 128, "BR": 16, "SPLIT": 1}))
         elif kind == "output":
-            runs.append((skip.skip_output_kernel, plain | coded | {"gate": "*bf16"}, missing | sizes | {"BK": 32 if bits else 128, "BN": 16}))
+            runs.append((skip.skip_output_kernel, plain | coded | {"gate": "*bf16"}, missing | sizes | {"BK": 32 if bits else 128, "BS": 32, "BN": 16}))
     for kernel, types, constants in runs:
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         signature = {name: kind for name, kind in types.items() if name in kernel.arg_names and name not in constants}

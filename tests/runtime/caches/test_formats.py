@@ -21,6 +21,7 @@ CASES = [
     "bfp(bits=8,vbits=5,block=32,page=32,window=0)",
     "matryoshka(k=full,v=full,page=16,window=8)",
     "gear(bits=2,page=32,group=16,window=8,rank=2,outliers=0.05)",
+    "gear(bits=4,page=32,group=16,window=8,rank=3,factors=8)",
 ]
 
 

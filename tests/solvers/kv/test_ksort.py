@@ -90,3 +90,45 @@ def test_partial_rotation_keeps_its_boundary() -> None:
         assert torch.equal(order.sort(-1).values, torch.arange(D).expand(G, D))
     with pytest.raises(CacheError, match="E-KVC-ROTARY"):
         ksort.pair_order(energy, 31)
+
+
+def test_weights_decide_where_keys_alone_mislead() -> None:
+    """The channels with the largest keys are read most: sorting by keys puts them into one coarse block."""
+    energy = torch.tensor([100.0, 1, 1, 1, 9, 9, 1, 1])
+    weight = torch.tensor([1.0, 1, 1, 1, 50, 50, 1, 1])
+    blind, seen = ksort.channel_order(energy, None, None, 4), ksort.channel_order(energy, None, weight, 4)
+    assert seen.sort().values.tolist() == list(range(8))
+    assert ksort.cost(energy, blind, weight, 4) == 100 * (1 + 50 + 50 + 1) + 1 * 4
+    assert ksort.cost(energy, seen, weight, 4) == 100 * 4 + 9 * (50 + 50 + 1 + 1)  # the outlier sits with what nobody reads
+    g = torch.Generator().manual_seed(3)
+    q, k = torch.randn(1, 1, 64, 8, generator=g) * weight.sqrt(), torch.randn(1, 1, 64, 8, generator=g) * energy.sqrt()
+    errors = []
+    for order in (blind, seen):
+        kept = bfp.decode(bfp.encode(ksort.reorder(k, order[None]), 4, 4), 4)
+        errors.append(float((ksort.reorder(q, order[None]) @ (kept - ksort.reorder(k, order[None])).mT).norm()))
+    assert errors[1] < 0.6 * errors[0]
+
+
+@pytest.mark.parametrize("block", [2, 4])
+def test_two_blocks_are_split_as_well_as_can_be(block: int) -> None:
+    from itertools import combinations
+
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        energy, weight = torch.rand(2 * block, generator=g).exp(), torch.rand(2 * block, generator=g)
+        every = [torch.tensor([*c, *(i for i in range(2 * block) if i not in c)]) for c in combinations(range(2 * block), block)]
+        best = min(float(ksort.cost(energy, order, weight, block)) for order in every)
+        assert float(ksort.cost(energy, ksort.block_order(energy, weight, block), weight, block)) == pytest.approx(best)
+    with pytest.raises(CacheError, match="E-KVC-GROUP"):
+        ksort.block_order(energy, weight, block + 1)
+
+
+def test_weighted_orders_stay_exact_and_keep_pairs() -> None:
+    energy, weight = (torch.rand(G, 96, generator=torch.Generator().manual_seed(s)) for s in (5, 6))
+    for way in (ksort.channel_order, ksort.layout_order):
+        order = way(energy, 64, weight, 16)
+        assert torch.equal(order.sort(-1).values, torch.arange(96).expand(G, 96))
+        assert (order[:, :64] < 64).all()
+    pairs = ksort.layout_order(energy, 64, weight, 16)[:, :64].unflatten(-1, (-1, 2))
+    assert torch.equal(pairs[..., 1], pairs[..., 0] + 32)
+    assert ksort.channel_order(energy, None, weight, 32).shape == (G, 96)  # three blocks

@@ -1,0 +1,188 @@
+"""Decoding with activation sparsity beside the same model dense, variants taking turns: tokens a second, batch 1, on CPU.
+
+    python benchmarks/activation_decode.py [--model demo --model 1b] [--weights bf16 --weights w4] [--texts WHEEL] [--tokens 24] [--rounds 5]
+        [--inner eager]
+
+demo: thresholds from tokens of text, decoding goes on from a text. 1b: a Llama of Llama-3.2-1B's layer shapes with random weights; no text
+means anything to it, so thresholds come from random tokens and only the times and the share of channels skipped are of use. Baselines are
+PyTorch (Inductor, or eager with --inner eager) in bf16 and the effllm backend on the same weights, dense. `every channel` is the chess model
+with thresholds below every magnitude: the same kernels skip nothing. `realised` is the share of the channels under thresholds that was
+skipped while decoding, `skipped` the share of the layers' weights that a token does not read, by the calibration. Each variant's compiled
+logits are compared with its uncompiled ones first.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import effllm
+from benchmarks.activation_quality import counting
+from benchmarks.timing import save
+from effllm.activation.apply import install, sparse_parts
+from effllm.activation.calibrate import Recording, parse
+from effllm.activation.calibration import Plan
+from effllm.hf import texts, variants
+from effllm.hf.static import StaticRunner
+from effllm.hf.variants import Shape, Variant
+from effllm.solvers import blocks
+
+METHODS = ("chess(sparsity=0.5)", "teal(sparsity=0.5,allocation=uniform)")
+CHECKED, TOLERANCE = 6, 0.15  # as effllm bench
+
+
+@dataclasses.dataclass
+class Timed:
+    """A variant with its bytes of weights, what it skips, and the error of its logits."""
+
+    variant: Variant
+    skipped: float = 0.0
+    realised: float = 0.0
+    error: float = 0.0
+    seconds: list[float] = dataclasses.field(default_factory=list)
+
+
+def random_1b(layers: int) -> tuple[Any, None]:
+    """A Llama of Llama-3.2-1B's layer shapes; 16 layers make it one of 1.04 billion weights."""
+    config = LlamaConfig(
+        vocab_size=32000, hidden_size=2048, intermediate_size=8192, num_hidden_layers=layers,
+        num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=2048,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return LlamaForCausalLM(config).bfloat16().eval().requires_grad_(False), None
+
+
+def nothing(plan: Plan) -> Plan:
+    """The plan with thresholds below every magnitude."""
+
+    def cuts(found: dict[str, Any]) -> dict[str, Any]:
+        return {n: dataclasses.replace(c, tensors=c.tensors | {"threshold": torch.full_like(c.tensors["threshold"], -1.0)}) for n, c in found.items()}
+
+    return dataclasses.replace(plan, inputs=cuts(plan.inputs), gates=cuts(plan.gates))
+
+
+def twin(model: Any) -> Any:
+    """A copy that shares all tensors."""
+    return copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+
+
+def compiled(name: str, model: Any, shape: Shape, inner: str) -> Variant:
+    """A model with the effllm backend; `inner` compiles what is left of the graph."""
+
+    def wrap(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return torch.compile(step, fullgraph=True, backend="effllm", options={"inner": inner})
+
+    return Variant(name, None, model, StaticRunner(model, wrap, length=shape.length, prefill_length=shape.prefill, compile_prefill=False))
+
+
+def build(dense: Any, weights: str, calibration: Tensor, shape: Shape, inner: str, tell: Callable[[str], None]) -> list[Timed]:
+    """The dense variants and the sparse ones of one kind of weights."""
+    base = twin(dense)
+    plain = "eager-bf16" if inner == "eager" else "inductor-bf16"
+    out = [Timed(variants.baseline(plain, dense, shape, compile_prefill=False))]
+    if weights != "bf16":
+        tell(f"packing {weights}")
+        effllm.compress(base, weights)
+    out.append(Timed(compiled(f"{weights} dense", base, shape, inner)))
+    recording = Recording(base, blocks.batches(calibration), calibration.numel(), parse(METHODS), tell)
+    for word in METHODS:
+        found = recording.solve(parse(word))
+        for name, plan in ((word, found.plans[0]), ("every channel", nothing(found.plans[0]))):
+            if name == word or word == METHODS[0]:
+                model = twin(base)
+                install(model, found, plan, anyway=True)
+                skipped = found.level(plan) if name == word else 0.0
+                out.append(Timed(compiled(f"{weights} {name}", model, shape, inner), skipped))
+    return out
+
+
+def check(timed: Timed, ids: Tensor, shape: Shape) -> None:
+    """Compile, and compare the logits of some steps with those of uncompiled steps on the same tokens; count what those skip."""
+    v, prompt = timed.variant, ids[:, : shape.prompt]
+    tokens, outs = v.runner.decode(v.runner.start(prompt), shape.prompt, CHECKED)
+    plain = StaticRunner(v.model, None, length=shape.length, prefill_length=shape.prefill)
+    plain.start(prompt)
+    with counting(v.model, sinks=False) as seen:
+        want = [plain.decode_step(torch.tensor([[t]]), torch.tensor([[shape.prompt + i]])) for i, t in enumerate(tokens)]
+    got, true = (torch.cat(x).double() for x in (outs, want))
+    got, true = got - got.mean(-1, keepdim=True), true - true.mean(-1, keepdim=True)
+    timed.error = float((got - true).norm() / true.norm())
+    if not timed.error <= TOLERANCE:
+        raise SystemExit(f"{v.name}: compiled and uncompiled logits differ by {timed.error:.3g}; not timed")
+    if seen and sparse_parts(v.model):
+        timed.realised = sum(share * n for share, n in seen) / sum(n for _, n in seen)
+
+
+def measure(built: list[Timed], ids: Tensor, shape: Shape, rounds: int) -> None:
+    """Rounds of `shape.tokens` tokens each, the variants taking turns."""
+    for _ in range(rounds):
+        for t in built:
+            logits = t.variant.runner.start(ids[:, : shape.prompt])
+            start = time.perf_counter()
+            t.variant.runner.decode(logits, shape.prompt, shape.tokens)
+            t.seconds.append(time.perf_counter() - start)
+
+
+def rows(built: list[Timed], model: str, weights: str, shape: Shape) -> list[dict[str, Any]]:
+    """Results, as ratios to both dense variants: medians of the ratios of each round."""
+    found = []
+    for t in built:
+        row = {"model": model, "weights": weights, "variant": t.variant.name, "tok_s": shape.tokens / statistics.median(t.seconds)}
+        for name, other in (("vs_torch", built[0]), ("vs_effllm_dense", built[1])):
+            row[name] = statistics.median(a / b for a, b in zip(other.seconds, t.seconds, strict=True))
+        found.append(row | {"skipped": t.skipped, "realised": t.realised, "error": t.error})
+    return found
+
+
+def prepare(
+    model: str, weights: str, texts_from: str | None, shape: Shape, calibration_windows: int, layers: int, inner: str, tell: Callable[[str], None]
+) -> Any:
+    """(prompt ids, checked variants) of a model."""
+    if model == "demo":
+        dense, tokenizer = effllm.load_demo()
+        dense = dense.bfloat16()
+        calibration = texts.windows(tokenizer, texts.calibration_text(texts_from).text, 512, calibration_windows)
+        ids = texts.windows(tokenizer, texts.evaluation_text(texts_from).text, shape.prefill, 1)
+    else:
+        dense, _ = random_1b(layers)
+        calibration = torch.randint(0, dense.config.vocab_size, (1, 512), generator=torch.Generator().manual_seed(0))
+        ids = torch.randint(0, dense.config.vocab_size, (1, shape.prefill), generator=torch.Generator().manual_seed(1))
+    built = build(dense, weights, calibration, shape, inner, lambda line: tell(f"{model} {weights}: {line}"))
+    for t in built:
+        tell(f"{model} {weights}: checking {t.variant.name}")
+        check(t, ids, shape)
+    return ids, built
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", action="append", choices=("demo", "1b"))
+    parser.add_argument("--weights", action="append")
+    parser.add_argument("--texts", metavar="WHEEL")
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--inner", default="inductor", choices=("inductor", "eager"), help="what runs the rest of the graph")
+    parser.add_argument("--layers", type=int, default=16, help="of the 1b model")
+    parser.add_argument("--calibration", type=int, default=32, help="windows of 512 tokens that calibrate the demo model")
+    a = parser.parse_args()
+    shape, found = Shape(prompt=32, tokens=a.tokens, prefill=64), []
+    with torch.no_grad():
+        for model in a.model or ["demo", "1b"]:
+            for w in a.weights or ["bf16", "w4"]:
+                ids, built = prepare(model, w, a.texts, shape, a.calibration, a.layers, a.inner, lambda line: print(line, flush=True))
+                measure(built, ids, shape, a.rounds)
+                found += rows(built, model, w, shape)
+                save("activation-decode", found, threads=torch.get_num_threads(), tokens=a.tokens, rounds=a.rounds, layers_1b=a.layers, inner=a.inner)
+
+
+if __name__ == "__main__":
+    main()
