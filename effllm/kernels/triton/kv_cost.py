@@ -32,7 +32,7 @@ SPLITS = (1, 2, 4, 8, 16, 32, 64)
 DENSE = 0.85  # of the bandwidth
 _ISSUE = {"kivi": 3.4, "gear": 5.6, "mustafar": 11.1, "bfp": 5.2, "matryoshka": 4.6}  # instructions an element; matryoshka: a stored one
 SCORE = 25.0  # a score: mask, exponential, sums
-_LEVELS = 21.0  # more an element where Mustafar's values are levels
+_LEVELS = {16: 0.0, 8: 12.7, 4: 18.2}  # more an element where Mustafar's values are levels of so many bits
 _OUTLIER = 2.2  # a compare, a select and an addition, for each entry that a channel or a token has
 _TILE, _STAGES, _RESIDENT = 64, 2, 3  # tokens; loads ahead; programs of 128 threads and about 150 registers a multiprocessor holds
 
@@ -64,8 +64,8 @@ def issue(fmt: CacheFormat, dim: int, rows: int) -> float:
         count += _OUTLIER * sum(fmt.counts(dim))
     elif isinstance(fmt, Kivi):
         count += {2: 0.4, 4: 0.0, 8: 1.6}[fmt.bits]
-    elif isinstance(fmt, Mustafar) and fmt.bits < 16:
-        count += _LEVELS
+    elif isinstance(fmt, Mustafar):
+        count += _LEVELS[fmt.bits]
     elif isinstance(fmt, Bfp) and fmt.bits > 4:
         count -= 1.2
     elif isinstance(fmt, Matryoshka):

@@ -208,6 +208,24 @@ def nan_append(spec: str) -> dict[str, Any]:
     return {"equal": equal, "bad": bool(reads[0][0].isnan().any() and reads[0][1].isnan().any())}
 
 
+def ops(spec: str) -> dict[str, Any]:
+    """torch's own checks of both graph ops, with the launchers standing in for the CUDA kernels."""
+    import torch
+
+    from effllm.kernels.triton import kv_append_launch, kv_ops
+
+    for name, call in (("kv_append", kv_append_launch.append), ("kv_attend", kv_ops.attend)):
+        torch.library.impl(f"effllm_triton_kv::{name}", "CPU", call)
+    layer, own = layer_of(spec, 1, 32, 60, "float32", batch=1), torch.ops.effllm_triton_kv
+    layer.ring.nan_to_num_(0.0)  # the checks compare inputs, and NaN is unlike itself
+    k, q = torch.randn(1, 1, 2, 32), torch.randn(1, 2, 1, 32)
+    which = ("test_schema", "test_faketensor")
+    found = torch.library.opcheck(own.kv_append.default, (layer.pages, layer.ring, layer.lens, layer.start, k, k, [], spec), test_utils=which)
+    state = (layer.pages, layer.ring, layer.lens, [], None, 0.2, spec)
+    more = torch.library.opcheck(own.kv_attend.default, (q, *state), test_utils=(*which, "test_aot_dispatch_dynamic"))
+    return found | {f"attend {n}": r for n, r in more.items()}
+
+
 def main() -> None:
     """All cases, in order."""
     os.environ["TRITON_INTERPRET"] = "1"
@@ -216,9 +234,11 @@ def main() -> None:
 
     patch()
     torch.set_num_threads(1)
-    for what, items in ((attend, ATTEND), (nothing, NOTHING), (append, APPEND), (nan_append, (APPEND[0][0], "mustafar(page=64,window=0,sparsity=0.5,bits=8)"))):
+    odd = (APPEND[0][0], "mustafar(page=64,window=0,sparsity=0.5,bits=8)")
+    runs: tuple[Any, ...] = ((attend, ATTEND), (nothing, NOTHING), (append, APPEND), (nan_append, odd), (ops, NOTHING[:1]))
+    for what, items in runs:
         for item in items:
-            print(json.dumps({"name": f"{what.__name__} {item}", **what(item)}), flush=True)  # type: ignore[operator]
+            print(json.dumps({"name": f"{what.__name__} {item}", **what(item)}), flush=True)
 
 
 if __name__ == "__main__":

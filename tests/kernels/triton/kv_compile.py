@@ -10,7 +10,7 @@ from effllm.kernels.triton import aot, kv_append_launch, kv_attend_launch
 from effllm.kernels.triton.kv_flush import kv_flush_kivi_kernel
 from effllm.kernels.triton.kv_flush_bitmap import kv_flush_bitmap_kernel
 from effllm.kernels.triton.kv_parts import kv_merge_kernel
-from effllm.kernels.triton.kv_ring import kv_ring_kernel
+from effllm.kernels.triton.kv_ring import kv_lens_kernel, kv_ring_kernel
 from effllm.runtime.caches.base import parse
 
 KIND = {
@@ -31,8 +31,10 @@ COUNTED = (
 FLUSH = (("kivi(bits=4)", 128), ("kivi(bits=2,page=128,group=128)", 64), ("kivi(bits=8)", 256), ("mustafar(sparsity=0.7)", 128), ("mustafar(bits=4)", 64))
 
 
-def attend(spec: str, dim: int, repeat: int, queries: int, mask: int, target: str, dtype: torch.dtype = torch.bfloat16) -> tuple[aot.Resources, Any]:
-    """Attention over eight key heads of a cache in `dtype`."""
+def attend(
+    spec: str, dim: int, repeat: int, queries: int, mask: int, target: str, dtype: torch.dtype = torch.bfloat16, ones: tuple[str, ...] = ()
+) -> tuple[aot.Resources, Any]:
+    """Attention over eight key heads of a cache in `dtype`; `ones` are sizes that are 1, which Triton makes constants."""
     fmt = parse(spec)
     pages = torch.zeros(1, 1, fmt.layout(8, dim, dtype).page, dtype=torch.uint8)
     ring = torch.zeros(1, 2, 8, fmt.window + fmt.page, dim, dtype=dtype)
@@ -50,7 +52,8 @@ def attend(spec: str, dim: int, repeat: int, queries: int, mask: int, target: st
         kinds["mk"] = "i32"
     aligned = ("q", *names, "ring", "lens", "part", "stats", "page_bytes", "record", "qb", "qh", "qq")
     absent = {} if mask else {"mask": None}
-    return aot.compile_for(kernel, kinds, constants | shape | absent, target, aligned=aligned, **kv_attend_launch.how(dim))
+    kinds = {name: kind for name, kind in kinds.items() if name not in ones}
+    return aot.compile_for(kernel, kinds, constants | shape | absent | dict.fromkeys(ones, 1), target, aligned=aligned, **kv_attend_launch.how(dim))
 
 
 def instructions(spec: str, dim: int, repeat: int, queries: int, mask: int) -> float:
@@ -61,8 +64,8 @@ def instructions(spec: str, dim: int, repeat: int, queries: int, mask: int) -> f
     return sum(loop_instructions(aot.sass(compiled)).values()) * kv_attend_launch.how(dim)["num_warps"] * 32 / (64 * dim * 2)
 
 
-def append(spec: str, dim: int, target: str, dtype: torch.dtype = torch.bfloat16) -> list[aot.Resources]:
-    """The flush of a format, the ring and the merge of attention."""
+def append(spec: str, dim: int, target: str, dtype: torch.dtype = torch.bfloat16, ones: tuple[str, ...] = ()) -> list[aot.Resources]:
+    """The flush of a format, the ring, the lengths and the merge of attention."""
     fmt, kind = parse(spec), KIND[dtype]
     kinds = {"k": kind, "v": kind, "ring": kind, "lens": "*i64", "start": "*i64", "words": "*i64", "halves": "*fp16", "octets": "*u8", "scratch": "*u8"}
     kinds |= {"fault": "*i64", "values": kind if getattr(fmt, "bits", 16) == 16 else "*u8"} | dict.fromkeys(SIZES, "i32")
@@ -72,10 +75,15 @@ def append(spec: str, dim: int, target: str, dtype: torch.dtype = torch.bfloat16
     constants = kv_append_launch.constants(spec, 8, dim, dtype)
     one = {"D": dim, "DP": kv_attend_launch.padded(dim), "BR": 16, "PAGE": fmt.page, "LAST": True}
     merge = {"R": 4, "Q": 1, "D": dim, "BM": 16, "BD": 32, "SP": 32, "SPLITS": 16}
-    runs = ((kernel, kinds, constants | {"D": dim}, kv_append_launch.warps_of(fmt, dim)), (kv_ring_kernel, kinds, one, 4))
+    runs: tuple[Any, ...] = ((kernel, kinds, constants | {"D": dim}, kv_append_launch.warps_of(fmt, dim)), (kv_ring_kernel, kinds, one, 4))
+    runs += ((kv_lens_kernel, kinds, {"PAGE": fmt.page}, 1),)
     runs += ((kv_merge_kernel, {"part": "*fp32", "stats": "*fp32", "out": kind, "G": "i32"}, merge, 2),)
     aligned = ("words", "halves", "octets", "values", "ring", "k", "v", "page_bytes", "record")
-    return [_compile(kernel, kinds, constants, target, warps, aligned) for kernel, kinds, constants, warps in runs]
+    fixed = dict.fromkeys(ones, 1)
+    return [
+        _compile(kernel, kinds, constants | {n: v for n, v in fixed.items() if n in kernel.arg_names}, target, warps, aligned)
+        for kernel, kinds, constants, warps in runs
+    ]
 
 
 def _compile(kernel: Any, kinds: dict[str, str], constants: dict[str, Any], target: str, warps: int, aligned: tuple[str, ...]) -> aot.Resources:

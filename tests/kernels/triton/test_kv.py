@@ -50,6 +50,11 @@ def test_what_is_not_finite_is_packed_as_the_reference_packs_it(results: dict[st
     assert len(rows) == 2 and all(row["bad"] and row["equal"] == [True, True] for row in rows)
 
 
+def test_graph_ops_are_what_they_say(results: dict[str, dict[str, Any]]) -> None:
+    got = results[f"ops {NOTHING[0]}"]
+    assert len(got) == 6 and all(value == "SUCCESS" for name, value in got.items() if name != "name")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", aot.TARGETS)
 @pytest.mark.parametrize(("spec", "dim", "repeat", "queries", "mask"), kv_compile.ATTEND)
@@ -65,6 +70,16 @@ def test_attention_compiles_without_spills(target: str, spec: str, dim: int, rep
 def test_packing_compiles_without_spills(target: str, spec: str, dim: int) -> None:
     for used in kv_compile.append(spec, dim, target):
         assert used.spills == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["cuda:90", "hip:gfx942"])
+def test_sizes_of_one_compile(target: str) -> None:
+    # Triton makes an argument that equals 1 a constant: decoding appends one token, small models have one key head, short caches one page
+    for spec in ("kivi(bits=4)", "mustafar(sparsity=0.7)"):
+        assert all(used.spills == 0 for used in kv_compile.append(spec, 64, target, ones=("n", "B", "G", "P")))
+    for spec in ("kivi(bits=4)", "mustafar(sparsity=0.7)", "bfp(bits=4)", "matryoshka(k=0.5,v=0.5)"):
+        assert kv_compile.attend(spec, 64, 2, 1, 3, target, ones=("G", "P"))[0].spills == 0
 
 
 @pytest.mark.slow

@@ -19,7 +19,6 @@ from tests.kernels.triton.rotated_cases import CASES
 from tests.kernels.triton.test_aot import loop_instructions
 
 WORKER = "rotated_cases.py"
-KIND = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c)))
@@ -32,30 +31,31 @@ def test_error_is_at_most_that_of_keys_turned_and_rounded(results: dict[str, dic
     assert got["wrong"] > 0.1 or lie == "one" or pairs == 0
 
 
-def compiled(dim: int, pairs: int, repeat: int, mask: int, target: str, dtype: torch.dtype = torch.bfloat16) -> tuple[aot.Resources, Any]:
+def compiled(dim: int, repeat: int, mask: int, target: str, ones: tuple[str, ...] = ()) -> tuple[aot.Resources, Any]:
     kinds = dict.fromkeys(("S", "G", "P", "qb", "qh", "qq", "kb", "kg", "ks", "vb", "vg", "vs", "mb", "mh", "mq"), "i32")
-    kinds |= dict.fromkeys(("q", "k", "v"), KIND[dtype]) | dict.fromkeys(("cos", "sin", "part", "stats"), "*fp32") | {"row": "*i32", "scale": "fp32"}
+    kinds |= dict.fromkeys(("q", "k", "v"), "*bf16") | dict.fromkeys(("cos", "sin", "part", "stats"), "*fp32") | {"row": "*i32", "scale": "fp32"}
     rows = max(16 if target.startswith("hip") else 8, rotated_launch.rows_of(repeat))
     constants: dict[str, Any] = {"R": repeat, "Q": 1, "D": dim, "DP": rotated_launch.padded(dim), "BM": rows, "BT": rotated_launch.tile_of(64, dim)}
     constants |= {"MASK": mask, "HALF": True, "SPLITS": 7}
     constants |= {"mk": 1} if mask else {"mask": None}
     kinds |= {"mask": "*u8"} if mask else {"mk": "i32"}
     aligned = ("q", "k", "v", "cos", "sin", "row", "part", "stats", "qh", "kg", "ks", "vg", "vs", "kb", "vb")
-    return aot.compile_for(rotated_attention_kernel, kinds, constants, target, aligned=aligned, **rotated_launch.how(dim))
+    kinds = {name: kind for name, kind in kinds.items() if name not in ones}
+    return aot.compile_for(rotated_attention_kernel, kinds, constants | dict.fromkeys(ones, 1), target, aligned=aligned, **rotated_launch.how(dim))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", aot.TARGETS)
-@pytest.mark.parametrize(("dim", "pairs", "repeat", "mask"), [(64, 32, 3, 3), (128, 64, 4, 0), (40, 10, 8, 3)])
-def test_compiles_without_spills(target: str, dim: int, pairs: int, repeat: int, mask: int) -> None:
-    used, _ = compiled(dim, pairs, repeat, mask, target)
+@pytest.mark.parametrize(("dim", "repeat", "mask", "ones"), [(64, 3, 3, ()), (128, 4, 0, ()), (40, 8, 3, ("S", "G", "P"))])
+def test_compiles_without_spills(target: str, dim: int, repeat: int, mask: int, ones: tuple[str, ...]) -> None:
+    used, _ = compiled(dim, repeat, mask, target, ones)
     assert used.spills == 0 and used.registers <= 255 + 257 * target.startswith("hip")
     assert used.shared <= (64 if target.startswith("hip") else 164) * 1024
 
 
 @pytest.mark.slow
 def test_instructions_an_element_are_those_of_the_cost_model() -> None:
-    _, code = compiled(128, 64, 4, 3, "cuda:90")
+    _, code = compiled(128, 4, 3, "cuda:90")
     measured = sum(loop_instructions(aot.sass(code)).values()) * rotated_launch.how(128)["num_warps"] * 32 / (64 * 128 * 2)
     assert rotated_cost.predict(1 << 20, 1, 8, 128, 8, torch.bfloat16, 8, "cpu").instructions / (1 << 20) / (2 * 8 * 128) == pytest.approx(measured, rel=0.15)
 
