@@ -29,7 +29,9 @@ from effllm.recovery.trainer import Regularisers, Trainer
 from effllm.recovery.truncation import Truncation
 
 Progress = Callable[[int, int, str], None]
-_LR, _LR_ADAPTERS = 1e-4, 1e-3  # factors of the demo model diverge from 3e-4 on with a few hundred tokens a step
+# Demo model, 256 tokens a step: low-rank factors at 1.3 times the dense perplexity diverge from 3e-4 on; 2:4 values at 10 times it gain more
+# in 40 steps at 1e-3 (0.45 of the log gap left) than at 3e-4 (0.56)
+_LR, _LR_CLOSE = 1e-3, 1e-4
 _DEFAULT_ADAPTERS = {"perp": Adapter(), "lora": Adapter(), "dsee": Adapter("dsee", rank=4)}
 
 
@@ -73,8 +75,8 @@ def recover(
     without one a weight of zero counts as pruned.
 
     lr: step size relative to each tensor's root mean square, after a linear warm-up over that share of the steps and along a
-    cosine to 0; None is 1e-4 for weights that hold what the compression kept, 1e-3 where adapters start from nothing. The report
-    notes when the loss rose. loss: weights kl, lm, features and temperature, see `Weights`; features: number of blocks whose outputs are matched,
+    cosine to 0; None is 1e-4 where low-rank factors or whole weights are trained, 1e-3 for sparse values, Monarch factors and adapters.
+    The report notes when the loss rose. loss: weights kl, lm, features and temperature, see `Weights`; features: number of blocks whose outputs are matched,
     evenly spaced, None for all. truncation (TRP), ordered (Maestro's ordered dropout) and perturbation (noise on the trained
     tensors, relative to their size, as PELA's regularisation) are options of the low-rank trainer.
 
@@ -86,9 +88,7 @@ def recover(
     E-CAL-FORM), CheckpointError and OptionError. After E-REC-NAN the model has values whose loss and gradients were finite, at most
     20 steps old; after any other error those of the last step. Adapters are merged in both cases.
     """
-    if lr is None:
-        lr = _LR_ADAPTERS if isinstance(what, str) and what in _DEFAULT_ADAPTERS else _LR
-    _check(steps, batch, accumulate, lr, warmup, perturbation, precision, every)
+    _check(steps, batch, accumulate, _LR if lr is None else lr, warmup, perturbation, precision, every)
     if resume and checkpoint is None:
         raise OptionError("E-OPT-RECOVER", "resume=True without a checkpoint directory", "pass checkpoint=")
     start = time.perf_counter()
@@ -107,6 +107,9 @@ def recover(
                 freeze(selection)
                 masters = Masters(selection.parameters, betas=betas, decay=decay, clip=clip)
                 regularisers = Regularisers(model, selection, truncation, ordered, perturbation, seed)
+                if lr is None:
+                    far = isinstance(what, str) and (what in _DEFAULT_ADAPTERS or (what == "factors" and not regularisers.pairs))
+                    lr = _LR if far else _LR_CLOSE
                 options: dict[str, Any] = {"what": what, "steps": steps, "accumulate": accumulate, "lr": lr, "warmup": warmup, "betas": betas}
                 options |= {"decay": decay, "clip": clip, "loss": weights, "adapter": adapter}
                 options |= {"truncation": truncation, "ordered": ordered, "perturbation": perturbation}
