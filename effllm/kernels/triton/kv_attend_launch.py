@@ -43,11 +43,11 @@ def kivi_constants(spec: str, heads: int, dim: int, dtype: torch.dtype) -> dict[
     """A KIVI or GEAR record: sizes and byte offsets, by the names of the kernel's constants."""
     fmt = parse(spec)
     assert isinstance(fmt, Kivi)
-    rank, (nk, nv) = (fmt.rank, fmt.counts(dim)) if isinstance(fmt, Gear) else (0, (0, 0))
+    rank, factor, (nk, nv) = (fmt.rank, fmt.factors, fmt.counts(dim)) if isinstance(fmt, Gear) else (0, 16, (0, 0))
     at = fmt.layout(heads, dim, dtype).offsets()
     fields = {"KS": "kscale", "KM": "kmin", "VC": "vcodes", "VS": "vscale", "VM": "vmin", "KA": "ka", "KB": "kb", "VA": "va", "VB": "vb"}
     fields |= {"KI": "kidx", "KV": "kval", "VI": "vidx", "VV": "vval"}
-    sizes = {"PAGE": fmt.page, "GROUP": fmt.group, "VG": fmt.vgroup(dim), "BITS": fmt.bits, "RANK": rank, "NK": nk, "NV": nv}
+    sizes = {"PAGE": fmt.page, "GROUP": fmt.group, "VG": fmt.vgroup(dim), "BITS": fmt.bits, "RANK": rank, "FACTOR": factor, "NK": nk, "NV": nv}
     return sizes | {"BT": tile_of(fmt.group, dim)} | {name: at.get(field, 0) for name, field in fields.items()}
 
 

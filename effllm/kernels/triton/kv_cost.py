@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import sympy
 import torch
 
-from effllm.autotune import machines
+from effllm.autotune import gpus, kv_cost, machines
 from effllm.autotune.cost import ACT, BANDWIDTH, CALL, Model, Prediction
 from effllm.kernels.triton.cost import CLOCK, LATENCY, SMS
-from effllm.runtime.caches.base import CacheFormat
+from effllm.runtime.caches.base import CacheFormat, parse
 from effllm.runtime.caches.bfp import Bfp
 from effllm.runtime.caches.gear import Gear
 from effllm.runtime.caches.kivi import Kivi
@@ -107,6 +107,28 @@ def best(fmt: CacheFormat, shape: Shape, machine: Mapping[str, float]) -> int:
     """The number of splits that the model finds cheapest; no program is left without a tile."""
     most = max(1, -(-shape.tokens // _TILE))
     return min((s for s in SPLITS if s <= most), key=lambda s: predict(fmt, shape, s, machine).seconds)
+
+
+def decision(site: kv_cost.Site, target: str = "") -> kv_cost.Prediction:
+    """Seconds of dense and compressed attention of a graph's site, and the context from which the compressed one is faster for good.
+
+    `target` names a class of gpus.CLASSES; the default is the GPU that is there.
+    """
+    fmt = parse(site.spec)
+    machine = gpus.constants(gpus.by_class(target)) if target else machines.gpu("cuda")
+    columns = max(8, 1 << (site.queries * site.heads // site.groups - 1).bit_length())
+
+    def both(tokens: int) -> tuple[float, float]:
+        shape = Shape(site.batch, site.groups, site.dim, columns, max(1, tokens - fmt.window - fmt.page), fmt.window + fmt.page, site.dtype)
+        return dense_seconds(shape, machine), predict(fmt, shape, best(fmt, shape, machine), machine).seconds
+
+    slower = [tokens for tokens in (1 << i for i in range(8, 21)) if both(tokens)[0] <= both(tokens)[1]]
+    low, high = (slower[-1], 2 * slower[-1]) if slower else (0, 256)
+    while high - low > 64:
+        middle = (low + high) // 2
+        low, high = (low, middle) if both(middle)[0] > both(middle)[1] else (middle, high)
+    dense, packed = both(site.tokens)
+    return kv_cost.Prediction(dense, packed, high if high <= 1 << 20 else None)
 
 
 @functools.lru_cache(maxsize=1024)

@@ -83,6 +83,15 @@ def dequantized(words, scales, lows, c, t, D: tl.constexpr, VG: tl.constexpr, PA
 
 
 @triton.jit
+def factor(halves, octets, at, i, inside, FACTOR: tl.constexpr):  # type: ignore[no-untyped-def]
+    """fp32 elements i of a factor that starts at byte `at`: fp16, or its upper bytes."""
+    if FACTOR == 16:
+        return tl.load(halves + at // 2 + i, mask=inside, other=0.0).to(tl.float32)
+    else:
+        return (tl.load(octets + at + i, mask=inside, other=0).to(tl.int16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def exactly(x, index, value, at, inside, e):  # type: ignore[no-untyped-def]
     """Entry e of every column of x (rows `at`, columns) added at its row."""
     place = tl.load(index + e, mask=inside, other=0).to(tl.int32)
@@ -105,7 +114,8 @@ def corrected(x, index, value, at, inside, COUNT: tl.constexpr):  # type: ignore
 def kv_kivi_kernel(  # type: ignore[no-untyped-def]
     q, words, halves, octets, ring, lens, mask, part, stats, P, page_bytes, record, G, W, qb, qh, qq, mb, mh, mq, mk, scale,
     R: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, MASK: tl.constexpr, SPLITS: tl.constexpr,
-    PAGE: tl.constexpr, GROUP: tl.constexpr, VG: tl.constexpr, BITS: tl.constexpr, RANK: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr,
+    PAGE: tl.constexpr, GROUP: tl.constexpr, VG: tl.constexpr, BITS: tl.constexpr, RANK: tl.constexpr, FACTOR: tl.constexpr,
+    NK: tl.constexpr, NV: tl.constexpr,
     KS: tl.constexpr, KM: tl.constexpr, VC: tl.constexpr, VS: tl.constexpr, VM: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr, VA: tl.constexpr,
     VB: tl.constexpr, KI: tl.constexpr, KV: tl.constexpr, VI: tl.constexpr, VV: tl.constexpr,
 ):  # fmt: skip
@@ -149,8 +159,9 @@ def kv_kivi_kernel(  # type: ignore[no-untyped-def]
             else:
                 s = tl.dot(unpack(kw, BITS, DTYPE), (wide * ks[:, None]).to(DTYPE), input_precision="ieee") + tl.sum(wide * low[:, None], 0)[None, :]
             for e in tl.static_range(RANK):
-                kb = tl.load(w16 + KB // 2 + e * D + kc, mask=kc < D, other=0.0).to(tl.float32)
-                s += tl.load(w16 + KA // 2 + e * PAGE + row).to(tl.float32)[:, None] * tl.sum(wide * kb[:, None], 0)[None, :]
+                kb = factor(halves, octets, at + KB, e * D + kc, kc < D, FACTOR)
+                ka = factor(halves, octets, at + KA, e * PAGE + row, n < BT, FACTOR)
+                s += ka[:, None] * tl.sum(wide * kb[:, None], 0)[None, :]
             s = masked(s, mask, lane, i * BT + n, n < BT, G, mb, mh, mq, mk, scale, R, Q, MASK)
             p, shrink, top, total = weigh(s, top, total)
             acc = acc * shrink[None, :]
@@ -169,6 +180,7 @@ def kv_kivi_kernel(  # type: ignore[no-untyped-def]
                     v = corrected(v, octets + at + VI + token * NV, w16 + VV // 2 + token * NV, c, token >= 0, NV)
                 acc = tl.dot(v.to(VTYPE), ordered(p, BITS).to(VTYPE), acc, input_precision="ieee")
             for e in tl.static_range(RANK):
-                vb = tl.load(w16 + VB // 2 + e * D + c, mask=c < D, other=0.0).to(tl.float32)
-                acc += vb[:, None] * tl.sum(p * tl.load(w16 + VA // 2 + e * PAGE + row).to(tl.float32)[:, None], 0)[None, :]
+                vb = factor(halves, octets, at + VB, e * D + c, c < D, FACTOR)
+                va = factor(halves, octets, at + VA, e * PAGE + row, n < BT, FACTOR)
+                acc += vb[:, None] * tl.sum(p * va[:, None], 0)[None, :]
     leave(part, stats, acc, top, total, lane, split, c, D, SPLITS)

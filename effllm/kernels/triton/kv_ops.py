@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effllm.kernels.triton import kv_append_launch, kv_attend_launch
+from effllm.autotune.kv_cost import PREDICTORS
+from effllm.kernels.triton import kv_append_launch, kv_attend_launch, kv_cost
 from effllm.lowering.kv_cache import APPEND, ATTEND
 from effllm.lowering.op import YES, Problem, Provider, Verdict
 from effllm.runtime.caches.base import CacheFormat, parse
@@ -105,5 +106,6 @@ def _tiles(fmt: CacheFormat, dim: int) -> Verdict:
 def register() -> None:
     """Add the provider "triton" to the cache ops; calling it again changes nothing."""
     ops = torch.ops.effllm_triton_kv
+    PREDICTORS["cuda"] = kv_cost.decision
     APPEND.register(Provider("triton", "kv_append", "cuda", "pages", supports_append, ops.kv_append, rank=10))
     ATTEND.register(Provider("triton", "kv_attend", "cuda", "pages", supports_attend, ops.kv_attend, rank=10))

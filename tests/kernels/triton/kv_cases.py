@@ -30,15 +30,15 @@ ATTEND: tuple[tuple[str, int, int, int, int, int, str, str, int], ...] = (
     ("kivi(bits=4)", 2, 4, 64, 200, 1, "bfloat16", "padded", 2),
     ("kivi(bits=2,page=32,group=32,window=8)", 1, 4, 64, 120, 1, "bfloat16", "none", 2),
     ("kivi(bits=8,page=32,group=32,window=8)", 1, 2, 32, 90, 2, "bfloat16", "none", 1),
-    ("gear(bits=4,page=32,group=32,window=8)", 1, 4, 64, 120, 1, "bfloat16", "added", 2),
+    ("gear(bits=4,page=32,group=32,window=8,factors=8)", 1, 4, 64, 120, 1, "bfloat16", "added", 2),
     ("mustafar(page=64,window=8,sparsity=0.5)", 1, 3, 64, 150, 1, "bfloat16", "none", 2),
     ("bfp(page=32,window=0,bits=4,vbits=8,block=16)", 1, 3, 64, 100, 1, "bfloat16", "none", 2),
     ("matryoshka(page=32,window=5,k=20,v=31)", 1, 2, 40, 90, 1, "bfloat16", "none", 2),
 )
 # format, head size, dtype: keys and values of 2 rows by 2 heads, one row padded
 APPEND: tuple[tuple[str, int, str], ...] = (
-    ("kivi(bits=4,page=32,group=16,window=8)", 32, "float32"), ("kivi(bits=2,page=48,group=48,window=3)", 48, "float16"),
-    ("kivi(bits=8,page=64,group=64,window=0)", 64, "bfloat16"), ("kivi(bits=4,page=32,group=16,window=2)", 80, "float16"),
+    ("kivi(bits=4,page=32,group=16,window=8)", 80, "float32"), ("kivi(bits=2,page=48,group=48,window=3)", 48, "float16"),
+    ("kivi(bits=8,page=64,group=64,window=0)", 64, "bfloat16"),
     ("mustafar(page=64,window=8,sparsity=0.7)", 48, "float32"), ("mustafar(page=128,window=0,sparsity=0.5,bits=4)", 64, "float16"),
     ("mustafar(page=64,window=3,sparsity=0.6,bits=8)", 80, "bfloat16"),
 )  # fmt: skip

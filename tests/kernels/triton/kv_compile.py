@@ -19,16 +19,14 @@ KIND = {
 SIZES = ("P", "page_bytes", "record", "G", "W", "qb", "qh", "qq", "mb", "mh", "mq", "limit", "n", "B", "kb", "kg", "kt", "vb", "vg", "vt")
 # format, head size, query heads per key head, queries, mask
 ATTEND = (
-    ("kivi(bits=4)", 128, 4, 1, 3), ("kivi(bits=2)", 64, 4, 1, 3), ("kivi(bits=8)", 128, 1, 4, 2), ("kivi(bits=4)", 256, 2, 1, 0),
-    ("kivi(bits=4,group=16)", 80, 1, 1, 3), ("gear(bits=2)", 128, 4, 1, 1), ("gear(bits=4)", 64, 8, 4, 3),
-    ("mustafar(sparsity=0.7)", 128, 4, 1, 3), ("mustafar(sparsity=0.5,bits=4)", 64, 8, 1, 3), ("bfp(bits=4)", 128, 4, 1, 3),
-    ("bfp(bits=8,vbits=4)", 64, 1, 2, 4), ("matryoshka(k=0.5,v=0.5)", 128, 4, 1, 3), ("matryoshka(k=full,v=full)", 64, 8, 1, 1),
-    ("mustafar(sparsity=0.7)", 256, 2, 1, 3), ("gear(bits=4,outliers=0.1)", 128, 4, 1, 3), ("matryoshka(k=0.5,v=0.5)", 256, 2, 1, 3),
+    ("kivi(bits=4)", 128, 4, 1, 3), ("kivi(bits=8)", 128, 1, 4, 2), ("kivi(bits=2)", 256, 2, 1, 0), ("kivi(bits=4,group=16)", 80, 1, 1, 1),
+    ("gear(bits=4,factors=8)", 64, 8, 4, 3), ("gear(bits=4,outliers=0.1)", 128, 4, 1, 3), ("mustafar(sparsity=0.7)", 256, 2, 1, 3),
+    ("mustafar(sparsity=0.5,bits=4)", 64, 8, 1, 3), ("bfp(bits=4)", 128, 4, 1, 3), ("matryoshka(k=0.5,v=0.5)", 256, 2, 1, 3),
 )  # fmt: skip
 COUNTED = (
     "kivi(bits=4)", "kivi(bits=8)", "gear(bits=4)", "mustafar(sparsity=0.7)", "bfp(bits=4)", "bfp(bits=8,vbits=8)", "matryoshka(k=0.5,v=0.5)",
 )  # fmt: skip
-FLUSH = (("kivi(bits=4)", 128), ("kivi(bits=2,page=128,group=128)", 64), ("kivi(bits=8)", 256), ("mustafar(sparsity=0.7)", 128), ("mustafar(bits=4)", 64))
+FLUSH = (("kivi(bits=4)", 128), ("kivi(bits=8,page=128,group=128)", 256), ("mustafar(sparsity=0.7)", 128), ("mustafar(bits=4)", 64))
 
 
 def attend(
@@ -65,7 +63,7 @@ def instructions(spec: str, dim: int, repeat: int, queries: int, mask: int) -> f
 
 
 def append(spec: str, dim: int, target: str, dtype: torch.dtype = torch.bfloat16, ones: tuple[str, ...] = ()) -> list[aot.Resources]:
-    """The flush of a format, the ring, the lengths and the merge of attention."""
+    """The flush of a format; with the first of FLUSH or `ones` also the ring, the lengths and the merge of attention."""
     fmt, kind = parse(spec), KIND[dtype]
     kinds = {"k": kind, "v": kind, "ring": kind, "lens": "*i64", "start": "*i64", "words": "*i64", "halves": "*fp16", "octets": "*u8", "scratch": "*u8"}
     kinds |= {"fault": "*i64", "values": kind if getattr(fmt, "bits", 16) == 16 else "*u8"} | dict.fromkeys(SIZES, "i32")
@@ -76,13 +74,12 @@ def append(spec: str, dim: int, target: str, dtype: torch.dtype = torch.bfloat16
     one = {"D": dim, "DP": kv_attend_launch.padded(dim), "BR": 16, "PAGE": fmt.page, "LAST": True}
     merge = {"R": 4, "Q": 1, "D": dim, "BM": 16, "BD": 32, "SP": 32, "SPLITS": 16}
     runs: tuple[Any, ...] = ((kernel, kinds, constants | {"D": dim}, kv_append_launch.warps_of(fmt, dim)), (kv_ring_kernel, kinds, one, 4))
-    runs += ((kv_lens_kernel, kinds, {"PAGE": fmt.page}, 1),)
-    runs += ((kv_merge_kernel, {"part": "*fp32", "stats": "*fp32", "out": kind, "G": "i32"}, merge, 2),)
+    runs += ((kv_lens_kernel, kinds, {"PAGE": fmt.page}, 1), (kv_merge_kernel, {"part": "*fp32", "stats": "*fp32", "out": kind, "G": "i32"}, merge, 2),)
     aligned = ("words", "halves", "octets", "values", "ring", "k", "v", "page_bytes", "record")
     fixed = dict.fromkeys(ones, 1)
     return [
         _compile(kernel, kinds, constants | {n: v for n, v in fixed.items() if n in kernel.arg_names}, target, warps, aligned)
-        for kernel, kinds, constants, warps in runs
+        for kernel, kinds, constants, warps in (runs if ones or (spec, dim) == FLUSH[0] else runs[:1])
     ]
 
 

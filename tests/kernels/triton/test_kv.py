@@ -10,12 +10,13 @@ pytest.importorskip("triton")
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from effllm.autotune.kv_cost import PREDICTORS, Site
 from effllm.kernels import triton as kernels
 from effllm.kernels.triton import aot, kv_attend_launch, kv_cost, kv_ops
 from effllm.lowering import kv_cache, providers
 from effllm.lowering.op import OPS
 from effllm.runtime.caches.base import parse
-from tests.kernels.triton import kv_compile
+from tests.kernels.triton import kv_compile, kv_graph
 from tests.kernels.triton.kv_cases import APPEND, ATTEND, NOTHING
 
 WORKER = "kv_cases.py"
@@ -167,6 +168,32 @@ def test_what_the_model_says_is_bounded_and_monotone() -> None:
             assert found.seconds > found.bound > 0
             times.append(found.seconds)
         assert times == sorted(times)
+
+
+def test_a_site_is_told_from_which_context_it_pays() -> None:
+    def site(spec: str, tokens: int = 32768) -> Site:
+        return Site(spec, tokens, 1, 8, 32, 128, 1, torch.bfloat16)
+
+    kernels.register()
+    assert PREDICTORS["cuda"] is kv_cost.decision
+    found = {spec: kv_cost.decision(site(spec), "cuda:90") for spec in ("kivi(bits=4)", "kivi(bits=8)", "gear(bits=4)")}
+    assert found["gear(bits=4)"].crossover is None and found["gear(bits=4)"].compressed > found["gear(bits=4)"].dense
+    first, second = found["kivi(bits=4)"].crossover, found["kivi(bits=8)"].crossover
+    assert first is not None and second is not None and 256 < first <= second < 32768
+    at = kv_cost.decision(site("kivi(bits=4)", first), "cuda:90")
+    assert at.compressed < at.dense
+    before = kv_cost.decision(site("kivi(bits=4)", first - 64), "cuda:90")
+    assert before.compressed >= before.dense
+
+
+def test_the_decision_of_a_graph_on_a_gpu_names_kernel_refusal_and_prediction() -> None:
+    """The graph is captured on the CPU; what its nodes hold is then said to be on a GPU."""
+    kernels.register()
+    for spec, appended in (("kivi(bits=4,page=16,group=16,window=4)", "triton"), ("gear(bits=2,page=16,group=16,window=4)", "reference")):
+        append, read = kv_graph.decisions(spec, "cuda")
+        assert append.kernel == appended and ("power iteration" in append.reason) == (appended == "reference")
+        assert (read.action, read.kernel) == ("applied", "triton")
+        assert "of the bytes of dense keys and values" in read.reason and "predicted to" in read.reason
 
 
 def test_masks_of_one_row_are_read_once() -> None:
