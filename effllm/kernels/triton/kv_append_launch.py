@@ -56,7 +56,7 @@ def _kivi(spec: str, heads: int, dim: int, dtype: torch.dtype) -> dict[str, int]
     assert isinstance(fmt, Kivi)
     at, vgroup = fmt.layout(heads, dim, dtype).offsets(), fmt.vgroup(dim)
     wide = [triton.next_power_of_2(n) for n in (fmt.group, vgroup)]
-    tile = max(16, 8192 // max(wide))
+    tile = max(16, 4096 // max(wide))
     sizes = {"PAGE": fmt.page, "GROUP": fmt.group, "VG": vgroup, "GP": wide[0], "VGP": wide[1], "BN": min(64, tile), "BITS": fmt.bits}
     return sizes | {"KS": at["kscale"], "KM": at["kmin"], "VC": at["vcodes"], "VS": at["vscale"], "VM": at["vmin"]}
 

@@ -68,8 +68,8 @@ def supports_append(problem: Problem) -> Verdict:
         return Verdict(False, f"keys are {problem.dtype}, the kernels take fp16, bf16 and fp32")
     if problem.k > CHANNELS:
         return Verdict(False, f"heads of {problem.k} channels, the kernels' registers hold {CHANNELS}")
-    if isinstance(fmt, Kivi) and max(fmt.group, fmt.vgroup(problem.k)) > 512:
-        return Verdict(False, f"groups of {fmt.group}, the kernel's registers hold 512")
+    if isinstance(fmt, Kivi) and max(fmt.group, fmt.vgroup(problem.k)) > 256:
+        return Verdict(False, f"groups of {fmt.group}, the kernel's registers hold 256")
     return YES
 
 
