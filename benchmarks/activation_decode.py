@@ -79,7 +79,7 @@ def compiled(name: str, model: Any, shape: Shape, inner: str) -> Variant:
     """A model with the effllm backend; `inner` compiles what is left of the graph."""
 
     def wrap(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return torch.compile(step, fullgraph=True, backend="effllm", options={"inner": inner})
+        return torch.compile(step, fullgraph=True, backend="effllm", options={"recipe": "dense", "inner": inner})
 
     return Variant(name, None, model, StaticRunner(model, wrap, length=shape.length, prefill_length=shape.prefill, compile_prefill=False))
 
