@@ -79,7 +79,7 @@ class Layer:
     @property
     def limit(self) -> int:
         """Tokens that fit without growing."""
-        page, window = _sizes(self._spec)
+        page, window = _sizes(self.spec)
         return self.pages.shape[1] * page + window + page
 
     @property
@@ -119,7 +119,7 @@ class Layer:
         more = k.shape[2]
         if not torch.compiler.is_compiling():
             self.reserve(more)
-        if more <= _sizes(self._spec)[1] + 1:  # so many are always dense
+        if more <= _sizes(self.spec)[1] + 1:  # so many are always dense
             self.append(k, v)
             keys, values = self.read()
         else:
