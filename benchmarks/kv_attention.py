@@ -60,6 +60,28 @@ def compressed(spec: str, q: Tensor, states: list[tuple[Tensor, Tensor]]) -> Var
     return [lambda layer=layer: layer.attend(q) for layer in layers], want, layers[0].pages.numel() + layers[0].ring.numel() * 2
 
 
+def transformers_fp8(q: Tensor, states: list[tuple[Tensor, Tensor]]) -> Variant:
+    """transformers' own fp8 layer, which restores all tokens at every step; its 2- and 4-bit layers need packages that may not be installed."""
+    from transformers.cache_utils import Fp8QuantizedLayer
+
+    attend, calls, want = torch.nn.functional.scaled_dot_product_attention, [], []
+    for k, v in states:
+        layer = Fp8QuantizedLayer()
+        layer.update(k[:, :, :-1], v[:, :, :-1])
+        state = dict(vars(layer))
+
+        def call(layer: Any = layer, state: dict[str, Any] = state, k: Tensor = k[:, :, -1:], v: Tensor = v[:, :, -1:]) -> Tensor:
+            vars(layer).update(state)  # every call appends the same token
+            keys, values = layer.update(k, v)
+            return attend(q, keys, values, enable_gqa=True)
+
+        vars(layer).update(state)
+        keys, values = layer.update(k[:, :, -1:], v[:, :, -1:])
+        want.append(attend(q.float(), keys.float(), values.float(), enable_gqa=True))
+        calls.append(call)
+    return calls, want, 2 * states[0][0].numel()
+
+
 def measure(variants: dict[str, Variant], rounds: int) -> dict[str, list[float]]:
     """Seconds a call, round robin."""
     times: dict[str, list[float]] = {name: [] for name in variants}
@@ -82,6 +104,8 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
     only = [n for n in a.only.split(",") if n]
     variants = {name: dense(name, q, states) for name in DENSE}
     variants |= {name: compressed(m.spec, q, states) for name, m in METHODS.items() if m.make is None and name != "dense" and (not only or name in only)}
+    if not only or "transformers-fp8" in only:
+        variants["transformers-fp8"] = transformers_fp8(q, states)
     errors = {}
     for name, (calls, want, _) in variants.items():
         errors[name] = max(float((call().float() - w).norm() / w.norm()) for call, w in zip(calls, want, strict=True))

@@ -1,4 +1,4 @@
-"""Bases of a Matryoshka cache for the demo model: principal axes, those weighted by what attention makes of them, and the latter trained by distillation.
+"""Bases of a Matryoshka cache for the demo model: principal axes, those weighted by what attention makes of them, and one of the two trained by distillation (--start).
 
     python -m benchmarks.kv_basis --out TABLES.safetensors [--texts WHEEL] [--steps 150] [--kl 1.0]
 
@@ -36,7 +36,7 @@ def main() -> None:
     parser.add_argument("--high", type=float, default=0.75)
     parser.add_argument("--low", type=float, default=0.25)
     parser.add_argument("--tables", help="a file of an earlier run, to take bases without training from")
-    parser.add_argument("--start", choices=("pca", "weighted"), default="weighted")
+    parser.add_argument("--start", choices=("pca", "weighted"), default="pca")
     parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

@@ -95,7 +95,7 @@ def held_bytes(variant: Variant, tokens: int) -> tuple[float, float]:
         size = variant.runner.cache_bytes * tokens / variant.runner.length
         return size, size
     layer, fmt = cache.compressed[0], cache.format
-    _, _, heads, width, dim = layer.ring.shape
+    _, _, heads, _, dim = layer.ring.shape
     pages = (tokens - fmt.window - 1) // fmt.page
     ring = layer.ring.numel() * layer.ring.element_size()
     return layers * (pages * layer.pages.shape[2] + ring), layers * (pages * fmt.page * fmt.bytes_per_token(heads, dim, layer.ring.dtype) + ring)

@@ -126,17 +126,17 @@ def about(name: str, config: Any, text: str, dtype: str) -> dict[str, Any]:
     return {"spec": spec if spec.startswith("ems") else parse(spec).spec, "text": text, "dtype": dtype} | size
 
 
-def stored() -> dict[str, dict[str, Any]]:
+def stored(out: Path) -> dict[str, dict[str, Any]]:
     """Rows of earlier runs."""
-    return {r["method"]: r for r in json.loads(RESULTS.read_text())["rows"]} if RESULTS.exists() else {}
+    return {r["method"]: r for r in json.loads(out.read_text())["rows"]} if out.exists() else {}
 
 
 @torch.inference_mode()
-def run(names: list[str], wheel: str | None, count: int, dtype: str) -> dict[str, dict[str, Any]]:
-    """All rows by name, written to RESULTS after every method and window."""
+def run(names: list[str], wheel: str | None, count: int, dtype: str, out: Path = RESULTS) -> dict[str, dict[str, Any]]:
+    """All rows by name, written to `out` after every method and window."""
     model, tokenizer = load_demo(getattr(torch, dtype))
     text = texts.evaluation_text(wheel)
-    rows = stored()
+    rows = stored(out)
     for n, ids in enumerate(texts.windows(tokenizer, text.text, PROMPT + SCORED, count)):
         what = {name: about(name, model.config, text.name, dtype) for name in names}
         known = {name: rows[name]["windows"] if name in rows and all(rows[name].get(k) == what[name][k] for k in KEYS) else {} for name in names}
@@ -159,7 +159,7 @@ def run(names: list[str], wheel: str | None, count: int, dtype: str) -> dict[str
             seconds = time.perf_counter() - start
             known[name][str(n)] = compare(dense, log_probabilities(own, ids, cache), ids) | {"compress_s": round(seconds, 3)}
             rows[name] = row(name, known[name], what[name])
-            RESULTS.write_text(json.dumps({"machine": describe(), "rows": list(rows.values())}, indent=1) + "\n")
+            out.write_text(json.dumps({"machine": describe(), "rows": list(rows.values())}, indent=1) + "\n")
             r = rows[name]
             print(f"window {n} {name:18} {r['ratio']:.4f} +- {r['ratio_se']:.4f}  kl {r['kl']:.5f} +- {r['kl_se']:.5f}", flush=True)
     return rows
@@ -173,12 +173,13 @@ def main() -> None:
     parser.add_argument("--only", default="")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--basis", help="a file of benchmarks/kv_basis.py, for Matryoshka with trained bases")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--dtype", default="float32", help="of the model; bfloat16 is faster and has a KL of its own, which the row `dense` shows")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     METHODS.update(kv_calibrated.methods(args.texts, args.basis, Method))
     names = [n for n in args.only.split(",") if n] or list(METHODS)
-    rows = run(names, args.texts, args.windows, args.dtype)
+    rows = run(names, args.texts, args.windows, args.dtype, args.out)
     for r in (rows[n] for n in names if n in rows):
         sizes = f"{r['bytes']:.0f} bytes, {r['share']:.1%} of 16 bits, {r['total_share_4k']:.1%} with the window at 4k"
         print(f"{r['method']:18} {r['ratio']:.4f} +- {r['ratio_se']:.4f}  kl {r['kl']:.5f} +- {r['kl_se']:.5f}  {sizes}")

@@ -10,12 +10,30 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 from effllm.autotune import machines
 
-_PER_INSTRUCTION = {"dense": 2.6, "kivi": 6.7, "gear": 4.2}  # multiply-adds; AVX-512, two threads of a Zen 4
+# multiply-adds; AVX-512, two threads of a Zen 4; "mustafar-coded" keeps levels of 8 or 4 bits
+_PER_INSTRUCTION = {"dense": 2.6, "kivi": 6.7, "gear": 4.2, "mustafar": 7.0, "mustafar-coded": 3.0, "bfp": 3.0}
 _START = 5e-6  # s: splitting, the merge of the splits, digits of the query
+
+
+@dataclass(frozen=True)
+class Site:
+    """One attention as a graph has it: the format's text, tokens that the cache holds, sizes, and the dtype of the model."""
+
+    spec: str
+    tokens: int
+    batch: int
+    groups: int
+    heads: int
+    dim: int
+    queries: int
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -25,6 +43,9 @@ class Prediction:
     dense: float
     compressed: float
     crossover: int | None
+
+
+PREDICTORS: dict[str, Callable[[Site], Prediction]] = {}  # device type -> the model of its kernels, which they register
 
 
 def predict(format: str, tokens: int, window: int, heads: int, dim: int, dense_bytes: float, packed_bytes: float, rows: int = 1) -> Prediction:

@@ -1,7 +1,7 @@
 """What caches learn from text: bases of keys and values (Matryoshka) and orders of channels (sorted block floating point).
 
     statistics = collect(model, windows)
-    cache = CompressedCache(model, "matryoshka(k=32,v=32)", tables=weighted_tables(statistics))
+    cache = CompressedCache(model, "matryoshka(k=32,v=32)", tables=pca_tables(statistics))
     cache = CompressedCache(model, "bfp(bits=4)", tables=sort_tables(statistics))
 """
 

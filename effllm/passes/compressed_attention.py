@@ -101,7 +101,13 @@ def _read(graph: fx.Graph, read: fx.Node, context: Context) -> Decision:
         about["table"] = compat.example_value(turn[1]).shape[0]
     reason = f"{why}; {after / before:.1%} of the bytes of dense keys and values a token"
     held = compat.example_value(pages).shape[1] * fmt.page + state.shape[3]
-    cost = kv_cost.predict(fmt.name, held, state.shape[3], q.shape[1], dim, before, after, q.shape[2]) if state.device.type == "cpu" else None
+    cost = None
+    if state.device.type == "cpu":
+        kind = "mustafar-coded" if fmt.name == "mustafar" and getattr(fmt, "bits", 16) < 16 else fmt.name
+        cost = kv_cost.predict(kind, held, state.shape[3], q.shape[1], dim, before, after, q.shape[2])
+    elif state.device.type in kv_cost.PREDICTORS:
+        site = kv_cost.Site(fmt.spec, held, state.shape[0], heads, q.shape[1], dim, q.shape[2], state.dtype)
+        cost = kv_cost.PREDICTORS[state.device.type](site)
     if cost is not None:
         about["crossover_tokens"] = cost.crossover
         reason += f"; predicted to pay from {cost.crossover} tokens of context" if cost.crossover else "; predicted to save memory, but no time"

@@ -183,3 +183,19 @@ def test_bytes_are_those_of_the_formula(model: Any) -> None:
         pages = (layer.limit - 128) // 64
         want = pages * 64 * layer.format.bytes_per_token(heads, dim, torch.float32) + 2 * heads * 128 * dim * 4 + 24
         assert abs(layer.nbytes - want) < 0.01 * want + pages * heads * 14 * 64  # fields are filled up to 64 bytes, which small heads feel
+
+
+@torch.no_grad()
+def test_one_compiled_function_serves_caches_of_several_formats(model: Any) -> None:
+    """Numbers of a format that differ between caches would become dynamic, and then no text of the format can be made."""
+
+    def step(ids: torch.Tensor, cache: Any) -> torch.Tensor:
+        out: torch.Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True).logits
+        return out
+
+    compiled = torch.compile(step, fullgraph=True, backend="eager")
+    for text in ("kivi(bits=4)", "mustafar(sparsity=0.7,page=64)", "gear(bits=2,page=128,window=8)"):
+        caches = [CompressedCache(model, text, 300).prepare(model) for _ in range(2)]
+        for i in range(3):
+            a, b = (f(torch.tensor([[5 + i]]), c) for f, c in zip((compiled, step), caches, strict=True))
+            assert torch.allclose(a, b, atol=1e-5)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -9,7 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from effllm.errors import CacheError
 from effllm.hf.cache import CompressedCache
 from effllm.hf.kv_basis import BasisTraining, train_basis
-from effllm.hf.kv_calibrate import collect, pca_tables, sort_tables
+from effllm.hf.kv_calibrate import collect, pca_tables, sort_tables, weighted_tables
+from effllm.solvers.kv.weighted import lost
 
 HOW = BasisTraining(steps=12, rate=2e-2, warmup=1, kl=1.0, interval=4, high=0.5, prompt=40, window=4)
 
@@ -44,6 +47,40 @@ def test_no_steps_give_the_start(model: LlamaForCausalLM) -> None:
     for layer, tables in start.items():
         for a, b in zip(tables, made[layer], strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=2e-6)
+
+
+def test_remembering_the_dense_model_changes_nothing(model: LlamaForCausalLM) -> None:
+    start = pca_tables(collect(model, windows()))
+    made = [train_basis(model, windows(), start, replace(HOW, steps=7, remember=keep)) for keep in (True, False)]
+    assert all(torch.equal(a, b) for layer in made[0] for a, b in zip(made[0][layer], made[1][layer], strict=True))
+
+
+@torch.no_grad()
+def test_collected_statistics_are_those_of_the_attention(model: LlamaForCausalLM) -> None:
+    before = model.config._attn_implementation
+    states = collect(model, windows(2))
+    assert model.config._attn_implementation == before and len(states) == 2
+    attention, seen = model.model.layers[0].self_attn, []
+    hook = attention.q_proj.register_forward_hook(lambda m, a, out: seen.append(out))
+    for ids in windows(2):
+        model(ids[None])
+    hook.remove()
+    q = torch.cat(seen, 1).double()[0]  # before the rotation, which leaves lengths alone
+    assert states[0].queries.count == 2 * 2 * 70
+    lengths = q.square().unflatten(-1, (2, 2 * 16)).sum((0, 2))
+    torch.testing.assert_close(torch.diagonal(states[0].queries.second, dim1=-2, dim2=-1).sum(-1), lengths, rtol=1e-5, atol=0)
+    w = attention.o_proj.weight.double()
+    torch.testing.assert_close(states[0].output[1], sum(w[:, 16 * h : 16 * h + 16].mT @ w[:, 16 * h : 16 * h + 16] for h in (2, 3)), rtol=1e-9, atol=1e-12)
+
+
+@torch.no_grad()
+def test_weighted_tables_keep_more_of_scores(model: LlamaForCausalLM) -> None:
+    states = collect(model, windows())
+    plain, made = pca_tables(states), weighted_tables(states)
+    for i, s in enumerate(states):
+        for side, (c, w) in enumerate(((s.keys.centred, s.queries.second / s.queries.count), (s.values.centred, s.output))):
+            a, b = (lost(t[i][2 * side].double(), c, w, [8]).log().mean() for t in (plain, made))
+            assert b < a
 
 
 @torch.no_grad()

@@ -23,6 +23,8 @@ from effllm.runtime.caches.base import CacheFormat
 from effllm.runtime.caches.codes import dequantize, pack, quantize, unpack
 from effllm.runtime.caches.layout import Field, Layout
 
+Quantized = tuple[Tensor, Tensor, Tensor]  # codes, scale, minimum
+
 
 @dataclass(frozen=True)
 class Kivi(CacheFormat):
@@ -60,8 +62,11 @@ class Kivi(CacheFormat):
 
     def encode(self, k: Tensor, v: Tensor, tables: Sequence[Tensor]) -> Mapping[str, Tensor]:
         """Quantize and pack."""
-        kc, ks, km = quantize(k.float(), self.bits, self.group)
-        vc, vs, vm = quantize(v.float().transpose(-1, -2), self.bits, self.vgroup(v.shape[-1]))
+        return self.packed(quantize(k.float(), self.bits, self.group), quantize(v.float().transpose(-1, -2), self.bits, self.vgroup(v.shape[-1])))
+
+    def packed(self, k: Quantized, v: Quantized) -> dict[str, Tensor]:
+        """The fields of quantized keys (page, D) and transposed values (D, page)."""
+        (kc, ks, km), (vc, vs, vm) = k, v
         return {"kcodes": pack(kc, self.bits), "kscale": ks, "kmin": km, "vcodes": pack(vc, self.bits), "vscale": vs, "vmin": vm}
 
     def decode(self, held: Mapping[str, Tensor], tables: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

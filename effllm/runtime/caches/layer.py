@@ -20,6 +20,13 @@ from effllm.runtime.caches.base import CacheFormat, parse
 _PARTS = ("pages", "ring", "lens", "start")
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _sizes(spec: str) -> tuple[int, int]:
+    """page and window."""
+    fmt = parse(spec)
+    return fmt.page, fmt.window
+
+
 class Layer:
     """Keys and values of one layer in a format.
 
@@ -34,7 +41,7 @@ class Layer:
 
     def __init__(self, fmt: CacheFormat | str, capacity: int | None = None, tables: Sequence[Tensor] | None = None) -> None:
         self.format = parse(fmt) if isinstance(fmt, str) else fmt
-        self.spec = self.format.spec  # as text, for the ops: a compiled graph need not trace how it is made
+        self.spec = self.format.spec  # compiled code reads this alone: numbers of objects become dynamic once two caches differ in them
         self.capacity = capacity
         self.tables = None if tables is None else list(tables)
         self.ready = False
@@ -72,7 +79,8 @@ class Layer:
     @property
     def limit(self) -> int:
         """Tokens that fit without growing."""
-        return paging.capacity(self.format, self.pages.shape[1])
+        page, window = _sizes(self.spec)
+        return self.pages.shape[1] * page + window + page
 
     @property
     def full(self) -> int:
@@ -111,7 +119,7 @@ class Layer:
         more = k.shape[2]
         if not torch.compiler.is_compiling():
             self.reserve(more)
-        if more <= self.format.window + 1:  # so many are always dense
+        if more <= _sizes(self.spec)[1] + 1:  # so many are always dense
             self.append(k, v)
             keys, values = self.read()
         else:

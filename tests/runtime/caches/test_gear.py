@@ -88,6 +88,9 @@ def test_outliers_are_the_ends_of_each_vector() -> None:
     assert sorted(index[:, 0].tolist()) == [0, 1, 6, 7]
     filled = fill(x, index)
     assert torch.equal(filled[[0, 1, 6, 7]], x.mean(0).expand(4, 3)) and torch.equal(filled[2:6], x[2:6])
+    for x in (torch.randn(3, 16, 5, generator=torch.Generator().manual_seed(1)), torch.zeros(1, 8, 3), torch.arange(4.0).repeat(3)[:, None]):
+        order = x.sort(dim=-2, stable=True).indices
+        assert torch.equal(extremes(x, 2), torch.stack([order[..., 0, :], order[..., -1, :]], -2))
     assert extremes(torch.zeros(6, 2), 6).sort(0).values.tolist() == [[i, i] for i in range(6)]
 
 
