@@ -79,12 +79,12 @@ def compiled(name: str, model: Any, shape: Shape, inner: str) -> Variant:
     """A model with the effllm backend; `inner` compiles what is left of the graph."""
 
     def wrap(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return torch.compile(step, fullgraph=True, backend="effllm", options={"inner": inner})
+        return torch.compile(step, fullgraph=True, backend="effllm", options={"recipe": "dense", "inner": inner})
 
     return Variant(name, None, model, StaticRunner(model, wrap, length=shape.length, prefill_length=shape.prefill, compile_prefill=False))
 
 
-def build(dense: Any, weights: str, calibration: Tensor, shape: Shape, inner: str, tell: Callable[[str], None]) -> list[Timed]:
+def build(dense: Any, weights: str, calibration: Tensor, shape: Shape, inner: str, methods: list[str], tell: Callable[[str], None]) -> list[Timed]:
     """The dense variants and the sparse ones of one kind of weights."""
     base = twin(dense)
     plain = "eager-bf16" if inner == "eager" else "inductor-bf16"
@@ -93,11 +93,11 @@ def build(dense: Any, weights: str, calibration: Tensor, shape: Shape, inner: st
         tell(f"packing {weights}")
         effllm.compress(base, weights)
     out.append(Timed(compiled(f"{weights} dense", base, shape, inner)))
-    recording = Recording(base, blocks.batches(calibration), calibration.numel(), parse(METHODS), tell)
-    for word in METHODS:
+    recording = Recording(base, blocks.batches(calibration), calibration.numel(), parse(methods), tell)
+    for word in methods:
         found = recording.solve(parse(word))
         for name, plan in ((word, found.plans[0]), ("every channel", nothing(found.plans[0]))):
-            if name == word or word == METHODS[0]:
+            if name == word or word == methods[0]:
                 model = twin(base)
                 install(model, found, plan, anyway=True)
                 skipped = found.level(plan) if name == word else 0.0
@@ -144,8 +144,9 @@ def rows(built: list[Timed], model: str, weights: str, shape: Shape) -> list[dic
 
 
 def prepare(
-    model: str, weights: str, texts_from: str | None, shape: Shape, calibration_windows: int, layers: int, inner: str, tell: Callable[[str], None]
-) -> Any:
+    model: str, weights: str, texts_from: str | None, shape: Shape, calibration_windows: int, layers: int, inner: str, methods: list[str],
+    tell: Callable[[str], None],
+) -> Any:  # fmt: skip
     """(prompt ids, checked variants) of a model."""
     if model == "demo":
         dense, tokenizer = effllm.load_demo()
@@ -156,7 +157,7 @@ def prepare(
         dense, _ = random_1b(layers)
         calibration = torch.randint(0, dense.config.vocab_size, (1, 512), generator=torch.Generator().manual_seed(0))
         ids = torch.randint(0, dense.config.vocab_size, (1, shape.prefill), generator=torch.Generator().manual_seed(1))
-    built = build(dense, weights, calibration, shape, inner, lambda line: tell(f"{model} {weights}: {line}"))
+    built = build(dense, weights, calibration, shape, inner, methods, lambda line: tell(f"{model} {weights}: {line}"))
     for t in built:
         tell(f"{model} {weights}: checking {t.variant.name}")
         check(t, ids, shape)
@@ -168,6 +169,7 @@ def main() -> None:
     parser.add_argument("--model", action="append", choices=("demo", "1b"))
     parser.add_argument("--weights", action="append")
     parser.add_argument("--texts", metavar="WHEEL")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="the first one also with every channel read")
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--inner", default="inductor", choices=("inductor", "eager"), help="what runs the rest of the graph")
@@ -178,7 +180,7 @@ def main() -> None:
     with torch.no_grad():
         for model in a.model or ["demo", "1b"]:
             for w in a.weights or ["bf16", "w4"]:
-                ids, built = prepare(model, w, a.texts, shape, a.calibration, a.layers, a.inner, lambda line: print(line, flush=True))
+                ids, built = prepare(model, w, a.texts, shape, a.calibration, a.layers, a.inner, a.methods, lambda line: print(line, flush=True))
                 measure(built, ids, shape, a.rounds)
                 found += rows(built, model, w, shape)
                 save("activation-decode", found, threads=torch.get_num_threads(), tokens=a.tokens, rounds=a.rounds, layers_1b=a.layers, inner=a.inner)

@@ -1,4 +1,4 @@
-"""Packed GEMV and GEMM on a CUDA or ROCm GPU: verified, tuned as `effllm tune` does, timed in turns with a cold L2 cache.
+"""Packed GEMV and GEMM and compressed caches on a CUDA or ROCm GPU: verified, tuned as `effllm tune` does, timed in turns with a cold L2 cache.
 
 Every timing is a CUDA graph of one call per weight copy; the copies together exceed four times the L2 cache, so each call reads
 its weight from memory. Each is kept in the tuning store, wrong results and failures as such. Achieved bandwidth (packed bytes over
@@ -213,23 +213,34 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rows", type=int, nargs="+", default=[1])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 32768], help="tokens of the timed caches")
     parser.add_argument("--budget", type=float, default=20.0, help="seconds of tuning per problem; what was measured before is not measured again")
     parser.add_argument("--predict", nargs="?", const="cuda:90", metavar="CLASS", help="print the cost model's figures and measure nothing")
     args = parser.parse_args(argv)
     if args.predict:
+        from benchmarks import gpu_caches
         from benchmarks.gpu_tuning import print_predictions
 
         print_predictions(args.predict)
+        gpu_caches.print_predictions(args.predict)
         return 0
     if not torch.cuda.is_available():
         print("no GPU: nothing measured")
         return 0
-    report: dict[str, Any] = {"machine": versions(), "verified": verify(), "rows": []}
+    from benchmarks import gpu_caches
+
+    report: dict[str, Any] = {"machine": versions(), "verified": verify() + gpu_caches.verify(), "rows": [], "caches": []}
+    report["verified"] += [gpu_caches.captured(spec) for spec in gpu_caches.PACKED]
     copy = copy_bandwidth()
     report["machine"]["copy_gb_s"] = copy / 1e9
     print(f"{report['machine']['gpu']}: {len(report['verified'])} results verified, copy {copy / 1e9:.0f} GB/s")
     path = args.json or RESULTS / f"gpu-{report['machine']['gpu'].lower().replace(' ', '-')}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
+    for tokens in args.contexts:
+        report["caches"] += gpu_caches.timed(tokens, graph_seconds, lambda nbytes: copies(nbytes, l2_bytes()))
+        path.write_text(json.dumps(report, indent=1) + "\n")
+        for row in report["caches"][-len(gpu_caches.SPECS) :]:
+            print(f"{row['spec']} {tokens} tokens: {row['us']:.1f} us, {row['times']:.2f}x dense, predicted {row['predicted_us']:.1f}", flush=True)
     for m in args.rows:
         for n, k in SHAPES:
             for bits, act in [(b, "a16") for b in BITS] + [(4, "a8")]:

@@ -3,19 +3,24 @@
     python benchmarks/pie.py quality [--edits 200] [--each 10] [--dtype float32] [--refresh 0]
     python benchmarks/pie.py cost [--lengths 2048,4096,8192] [--sizes 1,8,64]
     python benchmarks/pie.py drift [--edits 100]
+    python benchmarks/pie.py packed [--cache "kivi(bits=4)"]
 
 quality: contexts of 1024 tokens and more (beginnings of files) that end with a line. An edit inserts, deletes or replaces 4 to 48 tokens,
 what is new being code of another file; a fifth of the edits does so in three places at once. Compared to reading everything behind the edit
 again: KL of the next token, the same most likely token, and the same greedy next line (up to 24 tokens); for PIE, and for the same
 edit without moving keys ("unfixed"). cost: median seconds of one edit of N tokens in the middle against reading the whole text.
-drift: bf16 keys of layer 0 after many edits against the keys that the model stores for the final text, in units of one rounding.
-Results go to benchmarks/results/pie.json, rows of other parts stay there.
+packed: one text of 1024 tokens, 20 edits one after the other; after 1, 5 and 20 of them the KL of the next token of an edited session to a
+new session over the same text and cache, for a dense cache and for a packed one. drift: bf16 keys of layer 0 after many edits against those
+of the same model in fp64, beside what the bf16 model itself rounds when it reads the final text.
+Results go to benchmarks/results/pie.json, rows of other parts stay there; each edit of "quality" also goes to results/pie_quality.jsonl as
+soon as it is measured, and a run that was stopped continues behind the edits found there (--fresh forgets them).
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import importlib.util
 import json
 import random
@@ -35,7 +40,9 @@ from effllm.runtime.edit.plan import Plan
 from effllm.runtime.edit.slots import Slots
 
 RESULTS = Path(__file__).parent / "results" / "pie.json"
+EDITS = RESULTS.with_name("pie_quality.jsonl")
 LINE = 24  # tokens of a next line at most
+AGAIN = (16, 64)  # tokens behind each edit that are encoded again, for comparison
 Edits = list[tuple[int, int, list[int]]]
 
 
@@ -99,9 +106,32 @@ def kl(p: Tensor, q: Tensor) -> float:
     return float((a.exp() * (a - b)).sum())
 
 
-def line(session: EditSession, tokenizer: Any) -> list[int]:
-    """The greedy next line."""
+def line(session: EditSession, tokenizer: Any, guess: list[int] | None = None) -> list[int]:
+    """The greedy next line. Where `guess` is it, which one pass over all of it tells, no token is generated."""
+    if guess and int(session.next_token_logits().argmax()) == guess[0] and followed(session, guess[:-1]) == guess[1:]:
+        return guess
     return session.generate(LINE, stop=_newlines(tokenizer))
+
+
+@torch.no_grad()
+def followed(session: EditSession, ids: list[int]) -> list[int]:
+    """The most likely token behind each of `ids`, appended to the text. The session stays as it is."""
+    if not ids:
+        return []
+    before, n = session._slots, len(session)
+    session._reserve(len(ids))
+    slots = session._slots.extended(session._slots.take(len(ids)))
+    try:
+        session._slots = slots
+        tables = session._tables(slots.order[n:], high=slots.high)
+        session._cache.use(tables)
+        at = list(range(n, n + len(ids)))
+        mask = session._mask(slots.positions(), at, tables.high)
+        out = session.model(input_ids=torch.tensor([ids]), position_ids=torch.tensor([at]), attention_mask=mask, past_key_values=session._cache)
+    finally:
+        session._slots = before
+    tokens: list[int] = out.logits[0].argmax(-1).tolist()
+    return tokens
 
 
 _cache: dict[int, list[int]] = {}
@@ -120,43 +150,98 @@ def quality(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
     texts = files()
     pool = [t for t in texts if len(t) > 12000]
     filler = encode(tokenizer, texts[len(pool)][:20000])
-    found: list[dict[str, Any]] = []
+    run = {"dtype": a.dtype, "refresh": a.refresh, "each": a.each, "longest": a.longest, "cache": a.cache}
+    found = _measured(run) if not a.fresh else []
+    done = len(found)
     start = time.perf_counter()
     base: Any = None
     for i in range(a.edits):
         if i % a.each == 0:
-            after = context(tokenizer, pool[i // a.each * 7 % len(pool)], 1024, a.longest, rng)
-            session = EditSession(model, after)
-            base = (session._slots, session._ids, session._logits)  # old slots stay valid until they are used again
-        ids, edits, kind = made_edit(base[1], filler, rng)
-        session._slots, session._ids, session._logits = base
-        session.refresh = a.refresh
-        session.edit(edits)
-        assert session.ids == ids
-        pie, said = session.next_token_logits(), line(session, tokenizer)
-        session._slots, session._ids, session._logits = base
-        with unfixed():
-            session.edit(edits)
-        bad = session.next_token_logits()
-        session._slots, session._ids, session._logits = base
-        session.refresh = 1 << 30  # everything behind the edit again: full recomputation, less the unchanged beginning
-        session.edit(edits)
-        full, want = session.next_token_logits(), line(session, tokenizer)
-        found.append({"kind": kind, "kl": kl(full, pie), "unfixed_kl": kl(full, bad), "top1": bool(full.argmax() == pie.argmax()), "line": said == want})
+            after, base = context(tokenizer, pool[i // a.each * 7 % len(pool)], 1024, a.longest, rng), None
+        ids, edits, kind = made_edit(after, filler, rng)
+        if i < done:
+            continue  # the random numbers are drawn all the same, so that later edits are those of an unbroken run
+        if base is None:
+            session = EditSession(model, after, cache=a.cache, capacity=2 * len(after) + 512)  # room for all edits: states can be put back
+            base = _state(session)
+        about = {"edit": i, "kind": kind, "tokens": len(after), "from_end": len(ids) - edits[-1][0]}
+        row = {**about, **compare(session, base, ids, edits, tokenizer, a.refresh)}
+        found.append(row)
+        with EDITS.open("a") as file:
+            file.write(json.dumps({**run, **row}) + "\n")
         if i % 10 == 9 or i + 1 == a.edits:
-            print(f"{i + 1} edits, {time.perf_counter() - start:.0f} s, last {found[-1]}", flush=True)
+            print(f"{i + 1} edits, {time.perf_counter() - start:.0f} s, last {row}", flush=True)
             yield _summary("all", found, a)
     for kind in sorted({f["kind"] for f in found}):
         yield _summary(kind, [f for f in found if f["kind"] == kind], a)
 
 
+def compare(session: EditSession, state: dict[str, Any], ids: list[int], edits: Edits, tokenizer: Any, refresh: int) -> dict[str, Any]:
+    """One edit from a state: PIE, keys left where they were, and everything behind the edit read again. `state` learns the next line."""
+    _reset(session, state)
+    session.refresh = 1 << 30  # everything behind the edit again: full recomputation, less the unchanged beginning
+    session.edit(edits)
+    full, want = session.next_token_logits(), line(session, tokenizer, state["line"])
+    state["line"] = want
+    more = {}
+    for n in (refresh, *AGAIN):
+        _reset(session, state)
+        session.refresh = n
+        session.edit(edits)
+        assert session.ids == ids
+        pie, said = session.next_token_logits(), line(session, tokenizer, want)
+        more |= {f"kl_{n}": kl(full, pie), f"top1_{n}": bool(full.argmax() == pie.argmax()), f"line_{n}": said == want}
+    _reset(session, state)
+    session.refresh = refresh
+    with unfixed():
+        session.edit(edits)
+    bad = session.next_token_logits()
+    two = full.double().softmax(-1).topk(2).values.tolist()
+    return {
+        "kl": more[f"kl_{refresh}"], "unfixed_kl": kl(full, bad), "top1": more[f"top1_{refresh}"], "line": more[f"line_{refresh}"],
+        "margin": two[0] - two[1], "line_tokens": len(want), **more,
+    }  # fmt: skip
+
+
+def _measured(run: dict[str, Any]) -> list[dict[str, Any]]:
+    """Edits of a run with these settings that a stopped one has left, in order."""
+    rows = [json.loads(s) for s in EDITS.read_text().splitlines()] if EDITS.is_file() else []
+    of = {r["edit"]: r for r in rows if all(r.get(k) == v for k, v in run.items())}
+    return [of[i] for i in range(len(of)) if i in of]
+
+
+def _state(session: EditSession) -> dict[str, Any]:
+    """A copy: new tokens of one edit may take the places of those that it deletes."""
+    held = [(layer.keys.clone(), layer.values.clone()) for layer in session._cache.own]
+    return {"slots": session._slots, "ids": session._ids, "logits": session._logits, "held": held, "line": None}
+
+
+def _reset(session: EditSession, state: dict[str, Any]) -> None:
+    session._slots, session._ids, session._logits = state["slots"], state["ids"], state["logits"]
+    for layer, (keys, values) in zip(session._cache.own, state["held"], strict=True):
+        layer.keys.copy_(keys)
+        layer.values.copy_(values)
+
+
 def _summary(kind: str, rows: list[dict[str, Any]], a: argparse.Namespace) -> dict[str, Any]:
     mean = {k: statistics.fmean(r[k] for r in rows) for k in ("kl", "unfixed_kl", "top1", "line")}
     return {
-        "part": "quality", "edits": kind, "dtype": a.dtype, "refresh": a.refresh, "count": len(rows), "kl_mean": mean["kl"],
+        "part": "quality", "edits": kind, "dtype": a.dtype, "refresh": a.refresh, "cache": a.cache, "longest": a.longest, "count": len(rows),
+        "kl_mean": mean["kl"],
         "kl_median": statistics.median(r["kl"] for r in rows), "kl_max": max(r["kl"] for r in rows), "unfixed_kl_mean": mean["unfixed_kl"],
-        "ratio": mean["unfixed_kl"] / mean["kl"], "top1": mean["top1"], "same_line": mean["line"],
+        "ratio": mean["unfixed_kl"] / mean["kl"], "top1": mean["top1"], "same_line": mean["line"], **_again(rows),
     }  # fmt: skip
+
+
+def _again(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The same for edits that encode tokens behind them again, over the rows that have it."""
+    out: dict[str, Any] = {}
+    for n in AGAIN:
+        have = [r for r in rows if f"kl_{n}" in r]
+        if have:
+            kls, lines = [r[f"kl_{n}"] for r in have], [r[f"line_{n}"] for r in have]
+            out |= {f"count_{n}": len(have), f"kl_mean_{n}": statistics.fmean(kls), f"same_line_{n}": statistics.fmean(lines)}
+    return out
 
 
 def cost(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -168,9 +253,9 @@ def cost(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
         whole = []
         for _ in range(a.rounds):
             start = time.perf_counter()
-            session = EditSession(model, ids[:length])
+            session = EditSession(model, ids[:length], cache=a.cache)
             whole.append(time.perf_counter() - start)
-        for form in ("lazy", "eager"):
+        for form in ("lazy", "eager") if a.cache == "dense" else ("lazy",):
             session.form = form
             for size in (int(n) for n in a.sizes.split(",")):
                 times = []
@@ -181,14 +266,40 @@ def cost(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     session.edit([(length // 2, length // 2 + size, [])])
                 edit, full = statistics.median(times[1:]), statistics.median(whole)
                 yield {
-                    "part": "cost", "form": form, "dtype": a.dtype, "length": length, "size": size, "edit_s": edit, "full_s": full, "share": edit / full,
+                    "part": "cost", "form": form, "dtype": a.dtype, "length": length, "size": size, "cache": a.cache, "edit_s": edit, "full_s": full,
+                    "share": edit / full, "cache_bytes": session.cache_bytes,
                     "threads": torch.get_num_threads(),
+                }  # fmt: skip
+
+
+def packed(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Rows after 1, 5 and 20 edits: what editing loses over a dense cache and over a packed one."""
+    model, tokenizer = load_demo(torch.float32)
+    rng, texts = random.Random(2), files()
+    ids = context(tokenizer, texts[3], 1024, 1200, rng)
+    filler = encode(tokenizer, texts[50][:20000])
+    kinds = ("dense", a.cache if a.cache != "dense" else "kivi(bits=4)")
+    sessions = [EditSession(model, ids, cache=kind, capacity=3000) for kind in kinds]
+    for i in range(1, 21):
+        ids, edits, _ = made_edit(ids, filler, rng)
+        for session in sessions:
+            session.edit(edits)
+        if i in (1, 5, 20):
+            fresh = [EditSession(model, ids, cache=kind).next_token_logits() for kind in kinds]
+            for kind, session, new in zip(kinds, sessions, fresh, strict=True):
+                now = session.next_token_logits()
+                yield {
+                    "part": "packed", "cache": kind, "edits": i, "tokens": len(ids), "kl_to_fresh": kl(new, now), "kl_to_dense_fresh": kl(fresh[0], now),
+                    "segments": session._slots.segments(), "cache_bytes": session.cache_bytes,
                 }  # fmt: skip
 
 
 def drift(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Rows for both forms: error of layer-0 keys after one edit and after many."""
     model, tokenizer = load_demo(torch.bfloat16)
+    model.model.layers = model.model.layers[:1]  # nothing else is looked at
+    model.config.num_hidden_layers = 1
+    wide = copy.deepcopy(model).double()
     ids = encode(tokenizer, files()[0])[:512]
     rng = random.Random(1)
     script: list[Edits] = []
@@ -203,44 +314,46 @@ def drift(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for i, edits in enumerate(script, start=1):
             session.edit(edits)
             if i in (1, a.edits):
-                fresh = EditSession(model, session.ids)
-                error = _key_error(session, fresh)
-                yield {"part": "drift", "form": form, "edits": i, "rms": error[0], "max": error[1], "segments": session._slots.segments()}
+                truth, fresh = EditSession(wide, session.ids).keys(0), EditSession(model, session.ids)
+                error, own = _key_error(session, truth), _key_error(fresh, truth)
+                about = {"part": "drift", "form": form, "edits": i, "segments": session._slots.segments()}
+                yield {**about, "rms": error[0], "max": error[1], "model_rms": own[0], "model_max": own[1]}
 
 
-def _key_error(session: EditSession, fresh: EditSession) -> tuple[float, float]:
-    """Root mean square and maximum, over the keys of layer 0, of the difference to exactly turned keys that were rounded once when stored."""
+def _key_error(session: EditSession, truth: Tensor) -> tuple[float, float]:
+    """Root mean square and maximum, over the layer-0 keys of the last 200 tokens, of what a query turned in full precision sees less the truth."""
     from effllm.runtime.rotary import rotate, shift_angles, turns
 
     rotary, slots = session.rotary, session._slots
     stored = session._layer(0).stored()[0][:, :, slots.order].double()
     shifts = torch.tensor([p - slots.stored[s] for p, s in enumerate(slots.order)])
-    seen = rotate(stored, *turns(shift_angles(shifts, rotary.omega), torch.float64), rotary.layout)  # what a turned query sees
-    want = fresh.keys(0).double()
-    off = seen - want
+    seen = rotate(stored, *turns(shift_angles(shifts, rotary.omega), torch.float64), rotary.layout)
+    off = (seen - truth)[:, :, -200:]  # behind all edits, so moved by each of them
     return float(off.square().mean().sqrt()), float(off.abs().max())
 
 
 def main() -> None:
     """Print each row and keep it in the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("quality", "cost", "drift"))
+    parser.add_argument("part", choices=("quality", "cost", "drift", "packed"))
     parser.add_argument("--edits", type=int)
     parser.add_argument("--each", type=int, default=10, help="edits per context")
     parser.add_argument("--longest", type=int, default=1536, help="tokens of the longest context")
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--refresh", type=int, default=0)
+    parser.add_argument("--cache", default="dense", help="format of the session's cache")
+    parser.add_argument("--fresh", action="store_true", help="quality: measure all edits again")
     parser.add_argument("--lengths", default="2048,4096,8192")
     parser.add_argument("--sizes", default="1,8,64")
     parser.add_argument("--rounds", type=int, default=3)
     a = parser.parse_args()
     a.edits = a.edits or {"quality": 200, "drift": 100}.get(a.part, 0)
     a.dtype = a.dtype or ("float32" if a.part == "quality" else "bfloat16")
-    key = ("part", "edits", "form", "dtype", "length", "size", "refresh")
-    for row in {"quality": quality, "cost": cost, "drift": drift}[a.part](a):
+    key = ("part", "edits", "form", "dtype", "length", "size", "refresh", "cache")
+    for row in {"quality": quality, "cost": cost, "drift": drift, "packed": packed}[a.part](a):
         print("  ".join(f"{k}={v:.5g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
         old = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
-        keep = [r for r in old if any(r.get(k) != row.get(k) for k in key)]
+        keep = [r for r in old if any({"cache": "dense", **r}.get(k) != {"cache": "dense", **row}.get(k) for k in key)]
         RESULTS.write_text(json.dumps({"machine": describe(), "rows": [*keep, row]}, indent=1) + "\n")
 
 

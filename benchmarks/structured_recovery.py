@@ -1,9 +1,9 @@
 """Perplexity of the demo model under structured recipes, before and after recovery steps, through effllm.compress and effllm.recover.
 
-    python benchmarks/structured_recovery.py [--rows whitened,monarch,...] [--ratios 0.9,0.8] [--steps 300] [--calibration 16] [--windows 16]
+    python benchmarks/structured_recovery.py [--rows whitened,monarch,...] [--ratios 0.9,0.8] [--steps 300] [--batch 3] [--calibration 16] [--windows 16]
                                              [--length 256] [--texts WHEEL] [--targets DIR] [--table]
 
-Calibration (windows of 512 tokens) and recovery (one window of `length` tokens a step, each read once) use even articles, evaluation odd
+Calibration (windows of 512 tokens) and recovery (`batch` windows of `length` tokens a step, each read once) use even articles, evaluation odd
 ones; heads and embeddings stay dense. The teacher's answers are computed once for all rows and kept in DIR where one is given. Rows are
 written to benchmarks/results/structured-recovery.json as they come, first without recovery; --steps 0 leaves it there. Rows that are there
 already are not measured again. --table prints what is there and measures nothing.
@@ -77,7 +77,7 @@ class Run:
         evaluation = texts.evaluation_text(args.texts)
         spread = texts.windows(tokenizer, everything.text, 512)
         self.calibration = spread[:: len(spread) // args.calibration][: args.calibration]
-        self.training = texts.windows(tokenizer, everything.text, args.length, max(1, args.steps))
+        self.training = texts.windows(tokenizer, everything.text, args.length, max(1, args.steps * args.batch))
         self.windows = texts.windows(tokenizer, evaluation.text, 512, args.windows)
         self.base = perplexity(self.dense, self.windows)
         self.text = evaluation.name
@@ -111,10 +111,10 @@ class Run:
         print(f"{recipe}: {before:.2f} ({before / self.base:.4g}x), {found['stored']:.4f} stored, {packed:.0f} s", flush=True)
         if not args.steps:
             return
-        done = effllm.recover(model, self.targets(), self.training, args.steps, batch=1, lr=args.lr, progress=self._progress(start + packed))
+        done = effllm.recover(model, self.targets(), self.training, args.steps, batch=args.batch, lr=args.lr, progress=self._progress(start + packed))
         after = perplexity(model, self.windows)
         left = math.log(after / self.base) / math.log(before / self.base)
-        found |= {"steps": args.steps, "lr": args.lr, "tokens": args.steps * args.length, "recovered": after / self.base, "gap_left": left}
+        found |= {"steps": args.steps, "lr": args.lr, "tokens": args.steps * args.batch * args.length, "recovered": after / self.base, "gap_left": left}
         found["recover_s"] = done.seconds
         keep(found)
         print(f"{recipe}: after {args.steps} steps {after:.2f} ({after / self.base:.4g}x), {left:.2f} of the log gap left, {done.seconds:.0f} s", flush=True)
@@ -158,7 +158,8 @@ def main() -> None:
     parser.add_argument("--rows", default=";".join(ROWS), help="names separated by semicolons")
     parser.add_argument("--ratios", default="0.9,0.8", help="shares of the numbers that stay")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, help="default: that of recover")
+    parser.add_argument("--batch", type=int, default=3, help="windows of a step")
     parser.add_argument("--length", type=int, default=256, help="tokens of a recovery window")
     parser.add_argument("--calibration", type=int, default=16)
     parser.add_argument("--windows", type=int, default=16)
@@ -173,7 +174,7 @@ def main() -> None:
     for row in (name.strip() for name in args.rows.split(";")):
         for share in (float(s) for s in args.ratios.split(",")):
             known = next((r for r in stored() if (r["row"], r["share"]) == (row, share)), None)
-            if known is not None and known.get("steps", 0) >= args.steps:
+            if known is not None and known.get("tokens", 0) >= args.steps * args.batch * args.length:
                 continue
             run = run or Run(args)
             run.measure(row, share)

@@ -9,8 +9,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-import torch
-
 import effllm
 from effllm.hf.models import chat_ids, resolve
 
@@ -24,9 +22,8 @@ def main(name: str = "demo", tokens: int = 24) -> str:
         effllm.save(model, Path(folder) / "packed")
         loaded = effllm.load(Path(folder) / "packed")
     ids = chat_ids(tokenizer, "Why is the sky blue?")
-    with torch.no_grad():
-        out = loaded.generate(ids, max_new_tokens=tokens, do_sample=False)
-    text = str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    (out,) = effllm.generate(loaded, ids, max_new_tokens=tokens)
+    text = str(tokenizer.decode(out[ids.shape[1] :], skip_special_tokens=True))
     print(text)
     return text
 

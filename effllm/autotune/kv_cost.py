@@ -10,7 +10,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+
+import torch
 
 from effllm.autotune import machines
 
@@ -20,12 +23,29 @@ _START = 5e-6  # s: splitting, the merge of the splits, digits of the query
 
 
 @dataclass(frozen=True)
+class Site:
+    """One attention as a graph has it: the format's text, tokens that the cache holds, sizes, and the dtype of the model."""
+
+    spec: str
+    tokens: int
+    batch: int
+    groups: int
+    heads: int
+    dim: int
+    queries: int
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class Prediction:
     """Seconds of one attention at `tokens`, and the context (tokens) from which the compressed one is faster; None if never."""
 
     dense: float
     compressed: float
     crossover: int | None
+
+
+PREDICTORS: dict[str, Callable[[Site], Prediction]] = {}  # device type -> the model of its kernels, which they register
 
 
 def predict(format: str, tokens: int, window: int, heads: int, dim: int, dense_bytes: float, packed_bytes: float, rows: int = 1) -> Prediction:

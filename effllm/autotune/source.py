@@ -70,6 +70,7 @@ _LAUNCHERS = {
     "nm": "nm_launch.py",
     "packed_attention": "segments_launch.py",
     "pie": "pie.py",
+    "rotated_attention": "rotated_launch.py",
     "rsparse": "skip_launch.py",
     "sparse_lowrank": "lowrank_launch.py",
     "sparse": "skip_launch.py",
@@ -89,7 +90,7 @@ def provider_source(provider: str, op: str) -> str:
     """
     if provider.split("-")[0] == "triton":
         # which configuration is chosen, and for what machine, is not part of how a kernel runs
-        modules = ("choose", "cost", "kv_cost", "space", "lowrank_cost", "monarch_choose")
+        modules = ("choose", "cost", "kv_cost", "rotated_cost", "space", "lowrank_cost", "monarch_choose")
         return source_hash([KERNELS / "triton" / launcher(op)], without=[f"effllm.kernels.triton.{m}" for m in modules])
     if provider.startswith("cpu-"):
         units = sorted((KERNELS / "cpu").glob("*.cpp"))

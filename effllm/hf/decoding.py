@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from effllm.errors import OptionError
+from effllm.hf.cache import CompressedCache
 from effllm.hf.engine import Engine, Piece, Row, limit, vocabulary
 from effllm.hf.sampling import Sampling, generators
 from effllm.runtime.prepack import checked, prepack
@@ -56,9 +57,10 @@ def stream(model: Any, prompts: Any, **settings: Any) -> Iterator[Event]:
     """Tokens as they come, of all prompts interleaved; the model is as before whenever the caller stops listening.
 
     Settings: `max_new_tokens` (20), `temperature` (0: greedy), `top_k`, `top_p`, `repetition_penalty`, `seed` (one, or one per prompt),
-    `stop` (texts, with a tokenizer), `eos_token_id` (default: the model's), `tokenizer`, `capacity` (tokens of a prefill forward), `cache`:
-    a function that makes an empty transformers cache, such as lambda: CompressedCache(model, "kivi"). Each sequence then has one of its own: prompts
-    are read exactly, packed together as ever, and each goes into its cache when it is complete; decoding is one forward per sequence.
+    `stop` (texts, with a tokenizer), `eos_token_id` (default: the model's), `tokenizer`, `capacity` (tokens of a prefill forward),
+    `attention_mask` (B, S): which tokens of prompts (B, S) are no padding, on either side; padding is left out of the ids that come back.
+    `cache`: a cache format such as "kivi(bits=4)", or a function that makes an empty transformers cache. Each sequence then has one of its own:
+    prompts are read exactly, packed together as ever, and each goes into its cache when it is complete; decoding is one forward per sequence.
     A sequence also ends, with "length", where the model's positions end. Raises PromptError (E-PRM-*) and OptionError (E-OPT-*)
     before the first forward.
     """
@@ -85,7 +87,7 @@ class _Run:
     def __init__(
         self, model: Any, prompts: Any, *, max_new_tokens: int = 20, temperature: float = 0.0, top_k: int = 0, top_p: float = 1.0,
         repetition_penalty: float = 1.0, seed: int | Sequence[int] = 0, stop: str | Sequence[str] = (), eos_token_id: int | Sequence[int] | None = None,
-        tokenizer: Any = None, capacity: int | None = None, cache: Callable[[], Any] | None = None,
+        tokenizer: Any = None, capacity: int | None = None, attention_mask: Tensor | None = None, cache: str | Callable[[], Any] | None = None,
     ) -> None:  # fmt: skip
         self.model, self.tokenizer, self.capacity = model, tokenizer, capacity
         self.sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
@@ -102,6 +104,8 @@ class _Run:
             raise OptionError("E-OPT-VALUE", "an empty stop text", "leave it out")
         inner = getattr(model, "_orig_mod", model)
         known = vocabulary(inner)
+        if attention_mask is not None:
+            prompts = unpadded(prompts, attention_mask)
         ids = [checked(tokenizer(p)["input_ids"] if isinstance(p, str) else p, i, known) for i, p in enumerate(prompts)]
         self.eos = eos_of(inner, eos_token_id)
         longest = limit(inner.config.get_text_config(decoder=True)) if hasattr(inner, "config") else 1 << 30
@@ -109,7 +113,7 @@ class _Run:
         # positions may run out: what is written last is the token before the last new one
         self.sequences = [_Sequence(p, min(max_new_tokens, max(1, longest - len(p) + 1)), [], g) for p, g in zip(ids, streams, strict=True)]
         self.packing = prepack(ids, max([BIN, *map(len, ids)]) if capacity is None else capacity)
-        self.cache = cache
+        self.cache = _maker(inner, cache)
         if cache is None:
             slots = sum(len(s.prompt) + max(0, s.most - 1) for s in self.sequences)
         else:  # the arena holds one bin at a time
@@ -178,7 +182,6 @@ class _Run:
                 done = "stop"
         return Event(i, token, text, done)
 
-
     def _more(self, s: _Sequence, flush: bool) -> str:
         """The text since the last call; none while the last token is half of a character."""
         start, end = s.seen
@@ -187,6 +190,29 @@ class _Run:
             return ""
         s.seen, s.text = (end, len(s.new)), s.text + now[len(before) :]
         return now[len(before) :]
+
+
+def unpadded(prompts: Any, mask: Tensor) -> list[Tensor]:
+    """The tokens of each row of prompts (B, S) that the mask (B, S) of 0 and 1 shows. Raises OptionError (E-OPT-MASK)."""
+    step = "give token ids (B, S) and a mask of the same shape, as a tokenizer with padding=True makes them"
+    if not isinstance(prompts, Tensor) or prompts.dim() != 2 or prompts.shape != mask.shape:
+        have = tuple(prompts.shape) if isinstance(prompts, Tensor) else f"a {type(prompts).__name__}"
+        raise OptionError("E-OPT-MASK", f"the prompts are {have}, the attention mask {tuple(mask.shape)}", step)
+    rows = []
+    for i, (ids, shown) in enumerate(zip(prompts, mask.to(prompts.device) != 0, strict=True)):
+        at = shown.nonzero()[:, 0]
+        if len(at) and int(at[-1] - at[0]) + 1 != len(at):
+            raise OptionError("E-OPT-MASK", f"the attention mask of prompt {i} has a hole", "mask only what lies before or behind a prompt")
+        rows.append(ids[shown])
+    return rows
+
+
+def _maker(model: Any, cache: str | Callable[[], Any] | None) -> Callable[[], Any] | None:
+    """What makes a sequence's cache. A format is tried once, so that a wrong one raises CacheError before the first forward."""
+    if not isinstance(cache, str):
+        return cache
+    CompressedCache(model, cache)
+    return lambda: CompressedCache(model, cache)
 
 
 def eos_of(model: Any, given: int | Sequence[int] | None = None) -> frozenset[int]:

@@ -17,20 +17,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effllm.errors import EditError
+from effllm.errors import CacheError, EditError
 from effllm.hf import rope
 from effllm.hf.edit_cache import EditCache, EditLayer, Tables, turn_table
 from effllm.hf.edit_decode import Decoder
+from effllm.hf.edit_packed import PackedEditCache, PackedEditLayer, eager_refused, size_for
 from effllm.hf.edit_text import TextMap
 from effllm.lowering import providers
 from effllm.lowering.pie import pie_problem
+from effllm.runtime.caches.base import CacheFormat, parse
 from effllm.runtime.edit.plan import Plan, plan, read_edits
-from effllm.runtime.edit.slots import Slots
+from effllm.runtime.edit.slots import Log, Slots
 from effllm.runtime.rotary import change_angles, turns
 
 FORMS = ("lazy", "eager")
 ROWS = 256  # rows of the table of turns; it doubles when a text has more distinct shifts
 SPARE = 256  # slots beyond the text at the start
+_EVICTING = ("ems",)
 
 
 @dataclass(frozen=True)
@@ -49,15 +52,18 @@ class EditSession:
     they are read, so that any number of edits rounds nothing twice; "eager" rewrites keys at each edit, after which reading is plain.
     Models whose frequencies follow the length (dynamic NTK, LongRoPE) are edited in the eager form; `why_eager` says so. `refresh`: tokens behind
     each edit that are encoded again. `compile`: wraps the decode step, such as lambda f: torch.compile(f, backend="effllm").
-    `cache`: "dense", or a cache format such as "kivi(bits=4)" (lazy form only).
+    `cache`: "dense", or a cache format such as "kivi(bits=4)" (lazy form only): new tokens are appended to its pages and no page is packed
+    again, so any number of edits rounds each key and value once; deleted tokens cost room until their page is empty, or until `recompute`.
+    `tables[i]`: constant tensors of layer i for formats that have any (hf.kv_calibrate).
 
     Raises EditError: E-EDT-ROPE (rotary positions not proved), E-EDT-WINDOW (sliding windows), E-EDT-EMPTY, E-EDT-TOKEN, E-EDT-FORM,
-    E-EDT-LENGTH, E-EDT-CACHE.
+    E-EDT-LENGTH, E-EDT-CACHE (a cache that cannot be edited, and why); CacheError (E-KVC-*) where a format does not fit the model's heads.
     """
 
     def __init__(
         self, model: Any, ids: Any, *, tokenizer: Any = None, cache: str = "dense", form: str = "lazy", refresh: int = 0,
-        capacity: int | None = None, compile: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None,
+        capacity: int | None = None, tables: dict[int, list[Tensor]] | None = None,
+        compile: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None,
     ) -> None:  # fmt: skip
         if form not in FORMS:
             raise EditError("E-EDT-FORM", f"form={form!r}", f"form is one of {', '.join(FORMS)}")
@@ -77,7 +83,8 @@ class EditSession:
         self._boolean = config._attn_implementation == "sdpa"
         self._need_length(len(start))
         self._ids: list[int] = []
-        self._slots = Slots(max(capacity or 0, len(start) + SPARE))
+        self._format, self._bases = self._format_of(cache, form), tables or {}
+        self._slots = self._empty(max(capacity or 0, len(start) + SPARE))
         self._rows = ROWS
         size = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
         example = torch.empty(1, size, 1, self.rotary.head_dim, dtype=self._dtype, device=self.device)
@@ -85,7 +92,7 @@ class EditSession:
         self._omegas: Tensor | None = None  # of every slot, for types that vary
         self._decoder = Decoder(model, compile)
         self._logits = torch.empty(0)
-        self._cache = self._new_cache(cache)
+        self._cache = self._new_cache()
         self._prefill(start)
 
     # ---- reading
@@ -120,6 +127,11 @@ class EditSession:
         _, stored = self._layer(layer).stored()
         return stored.index_select(2, torch.tensor(self._slots.order, device=self.device))
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the cache's tensors, free room included."""
+        return self._cache.nbytes
+
     # ---- changing
 
     def edit(self, edits: Iterable[Sequence[Any]]) -> Edited:
@@ -149,7 +161,7 @@ class EditSession:
     def recompute(self) -> None:
         """Read the whole text again, as a new session would."""
         held, slots, logits, cache = self._ids, self._slots, self._logits, self._cache
-        self._cache, self._slots = self._new_cache(self._kind), Slots(slots.size)
+        self._cache, self._slots = self._new_cache(), self._empty(slots.size)
         try:
             self._prefill(held)
         except BaseException:
@@ -171,16 +183,22 @@ class EditSession:
         tables = self._tables(free[:1], high=None if self._decoder.compiled else max(slots.high, max(free) + 1))
         mask = self._mask(slots.positions(), [len(self._ids) - 1], tables.high)
         self._cache.use(tables)
-        for i, slot in enumerate(free):
-            token = int(logits.argmax()) if choose is None else int(choose(logits))
-            new.append(token)
-            if (i + 1 == max_new_tokens or token in stop) and not keep:
-                break
-            tables.write.fill_(slot)
-            mask[..., slot] = True if self._boolean else 0
-            logits = self._decoder.step(token, len(self._ids) + i, mask, self._cache)
-            if token in stop:
-                break
+        held, done = self._cache.snapshot(), False
+        try:
+            for i, slot in enumerate(free):
+                token = int(logits.argmax()) if choose is None else int(choose(logits))
+                new.append(token)
+                if (i + 1 == max_new_tokens or token in stop) and not keep:
+                    break
+                tables.write.fill_(slot)
+                mask[..., slot] = True if self._boolean else 0
+                logits = self._decoder.step(token, len(self._ids) + i, mask, self._cache)
+                if token in stop:
+                    break
+            done = keep
+        finally:
+            if not done:
+                self._cache.restore(held)
         if keep:
             used = free[: len(new)]
             self._note_omega(used)
@@ -203,7 +221,8 @@ class EditSession:
         before, cache_before = self._slots, self._cache.snapshot()
         omegas = self._omegas
         try:
-            slots, encode = before.after(change, sorted(again))
+            live = {before.order[s] for p, s in enumerate(change.source) if s >= 0 and p not in again}
+            slots, encode = self._cache.tidied(before, live).after(change, sorted(again))
             if self.form == "eager":
                 slots = self._rewrite(change, slots, encode)
             logits = self._encode(slots, [change.ids[p] for p in encode], encode)
@@ -229,7 +248,7 @@ class EditSession:
     @torch.no_grad()
     def _prefill(self, ids: list[int]) -> None:
         """Read a whole text into an empty cache."""
-        slots = Slots.fresh(len(ids), self._slots.size)
+        slots = type(self._slots).fresh(len(ids), self._slots.size)
         self._slots = slots
         if self.rotary.varies:
             rope.omega_at(self.model, len(ids))  # forgets what longer texts have left
@@ -262,7 +281,7 @@ class EditSession:
         on = [t.to(self.device) for t in (source, row, cos, sin)]
         # one layer after the other, but nothing is dropped before the edit has succeeded
         for layer in self._cache.own:
-            layer.keys, layer.values = layer.moved(*on)
+            layer.keys, layer.values = layer.moved(*on)  # refused where pages are packed
         if self._omegas is not None:
             self._omegas = self._omegas.clone()
             self._omegas[:length] = rope.omega_now(self.model)
@@ -289,18 +308,41 @@ class EditSession:
 
     # ---- small parts
 
-    def _layer(self, layer: int) -> EditLayer:
+    def _layer(self, layer: int) -> EditLayer | PackedEditLayer:
         return self._cache.own[layer]
 
-    def _new_cache(self, kind: str) -> EditCache:
-        self._kind = kind
-        if kind != "dense":
-            raise EditError("E-EDT-CACHE", f"cache={kind!r}", 'cache is "dense"')
-        return EditCache(self._tables([], high=None), self._slots.size, self._turning)
+    def _format_of(self, cache: str, form: str) -> CacheFormat | None:
+        """The format of a packed cache, None for a dense one. Raises EditError, and CacheError where the text names no format."""
+        if cache == "dense":
+            return None
+        if cache.split("(")[0].strip() in _EVICTING:
+            cause = f"{cache} drops tokens, a set for each key head, and an edit needs those that are left to be the text's"
+            raise EditError("E-EDT-CACHE", cause, 'use a format that keeps every token, such as "kivi(bits=4)"')
+        try:
+            fmt = parse(cache)
+        except CacheError as error:
+            raise EditError("E-EDT-CACHE", f"cache={cache!r}: {error.cause}", f'"dense" or a cache format: {error.next_step}') from error
+        if self.why_eager:
+            raise EditError("E-EDT-CACHE", f"{self.why_eager}, so keys have to be rewritten, which {fmt.spec} cannot", 'use cache="dense"')
+        if form == "eager":
+            raise eager_refused(fmt.spec)
+        return fmt
+
+    def _empty(self, size: int) -> Slots:
+        return Slots(size) if self._format is None else Log(size_for(self._format, size))
+
+    def _new_cache(self) -> EditCache | PackedEditCache:
+        tables, size = self._tables([], high=None), self._slots.size
+        if self._format is None:
+            return EditCache(tables, size, self._turning)
+        return PackedEditCache(tables, self._format, size, self._turning, self._bases)
 
     def _reserve(self, count: int) -> None:
         if self._slots.room() < count:
+            self._slots = self._cache.dropped(self._slots)
+        if self._slots.room() < count:
             size = max(2 * self._slots.size, self._slots.size + count)
+            size = size if self._format is None else size_for(self._format, size)
             for layer in self._cache.own:
                 layer.grow(size)
             self._slots = self._slots.grown(size)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from effllm.runtime.edit.slots import Slots
 from effllm.runtime.rotary import Rotary, shift_angles, turns
 
 
@@ -126,16 +127,29 @@ class EditCache(Cache):
         """The layers."""
         return [layer for layer in self.layers if isinstance(layer, EditLayer)]
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(t.numel() * t.element_size() for layer in self.own for t in (layer.keys, layer.values) if t is not None)
+
     def use(self, tables: Tables) -> None:
         """Let the next pass write and turn by these tables."""
         for layer in self.own:
             layer.tables = tables
 
-    def snapshot(self) -> list[tuple[Tensor | None, Tensor | None]]:
+    def tidied(self, slots: Slots, live: set[int]) -> Slots:
+        """Nothing to do: free slots are used again."""
+        return slots
+
+    def dropped(self, slots: Slots) -> Slots:
+        """Nothing to do, as above."""
+        return slots
+
+    def snapshot(self) -> list[Any]:
         """The tensors of all layers, to be put back by `restore`."""
         return [(layer.keys, layer.values) for layer in self.own]
 
-    def restore(self, held: list[tuple[Tensor | None, Tensor | None]]) -> None:
+    def restore(self, held: list[Any]) -> None:
         """Put tensors back."""
         for layer, (keys, values) in zip(self.own, held, strict=True):
             layer.keys, layer.values = keys, values

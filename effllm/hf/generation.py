@@ -1,7 +1,9 @@
-"""`generate` of transformers through the effllm backend: a CompileConfig that really compiles, and why another one would not.
+"""transformers' own `generate` through the effllm backend: a CompileConfig that really compiles, and why another one would not.
 
-    config = compile_config("w8")
-    model.generate(**inputs, cache_implementation="static", compile_config=config)
+    model.generate(**inputs, cache_implementation="static", compile_config=compile_config("w8"))
+    model.generate(**inputs, past_key_values=cache_for(model, "w8+kv:kivi(bits=4)", tokens=1000), compile_config=compile_config("w8"))
+
+`effllm.generate` (hf/decoding.py) is the package's own loop; this is for what only transformers has, such as beam search.
 
 transformers compiles the decode steps only; the prompt is read by the eager model, so by its dense weights unless it went through
 `effllm.compress`. Where its conditions are not met it compiles nothing and logs one line that names no cause: nothing reaches the
@@ -56,20 +58,6 @@ def cache_for(model: Any, recipe: Any, tokens: int, attention_mask: Tensor | Non
         raise RecipeError("E-RCP-KV", f"recipe {parsed.name!r} has no kv part", "add one, for example +kv:kivi(bits=4)")
     cache = CompressedCache(model, parsed.kv, tokens)
     return cache if attention_mask is None else cache.prepare(model, attention_mask=attention_mask.repeat_interleave(rows, 0))
-
-
-def generate(model: Any, input_ids: Tensor, recipe: Any = "w8", attention_mask: Tensor | None = None, *, max_new_tokens: int, **kwargs: Any) -> Any:
-    """`model.generate` with the recipe's cache and compiled decode steps; `kwargs` are those of transformers.
-
-    A recipe without a kv part gets transformers' static cache. Beam search runs in eager mode, as transformers has it.
-    """
-    parsed = Recipe.parse(recipe)
-    rows = (kwargs.get("num_beams") or 1) if (kwargs.get("num_beams") or 1) > 1 else (kwargs.get("num_return_sequences") or 1)
-    given: dict[str, Any] = {"cache_implementation": "static"}
-    if parsed.kv is not None:
-        given = {"past_key_values": cache_for(model, parsed, input_ids.shape[1] + max_new_tokens, attention_mask, rows)}
-    config = {"compile_config": compile_config(parsed), "max_new_tokens": max_new_tokens}
-    return model.generate(input_ids, **{**config, **given, **kwargs, "attention_mask": attention_mask})
 
 
 def why_not_compiled(model: Any, generation_config: Any = None, **kwargs: Any) -> list[str]:

@@ -1,5 +1,8 @@
 """Ops of compressed key-value caches: append, read, and attention that never makes dense keys and values.
 
+`kv_attend_turned` is attention over a cache whose text was edited: the key in slot s stands, and is turned, by table row row[s] away from
+where it was packed. Kernels turn the query instead, once per table row, q . R(a) k = R(-a) q . k, and pages stay as they are.
+
 The state is that of runtime/caches/paging.py (pages, ring, lens, start), `spec` the format as text, `tables` the format's constant
 tensors. `kernel` names a provider, "auto" takes the best one. Append and attention go to a provider's own op; the reference runs the
 plain-torch functions behind an opaque op, because what it does depends on the lengths, which are data.
@@ -18,6 +21,7 @@ from effllm.lowering.bipolar_linear import provider
 from effllm.lowering.op import LIBRARY, YES, Op, Problem, Provider, define
 from effllm.runtime.caches import paging
 from effllm.runtime.caches.base import parse
+from effllm.runtime.rotary import rotate
 
 
 def append_reference(pages: Tensor, ring: Tensor, lens: Tensor, start: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], spec: str) -> None:
@@ -33,13 +37,26 @@ def read_reference(pages: Tensor, ring: Tensor, lens: Tensor, tables: list[Tenso
 def attend_reference(q: Tensor, pages: Tensor, ring: Tensor, lens: Tensor, tables: list[Tensor], mask: Tensor | None, scale: float, spec: str) -> Tensor:
     """softmax(scale * q K^T + mask) V over the tokens that are there, q (B, H, Q, D), mask (1|B, 1|H, 1|Q, capacity) bool or additive."""
     k, v = paging.read(parse(spec), pages, ring, lens, tables)
+    return _dense(q, k, v, lens, mask, scale)
+
+
+def attend_turned_reference(
+    q: Tensor, pages: Tensor, ring: Tensor, lens: Tensor, tables: list[Tensor], mask: Tensor | None, row: Tensor, cos: Tensor, sin: Tensor, layout: str,
+    scale: float, spec: str,
+) -> Tensor:  # fmt: skip
+    """As `attend_reference` with key s turned by the angles of cos, sin (A, R / 2) at row[s] (capacity,), which are not rounded to the cache's dtype."""
+    k, v = paging.read(parse(spec), pages, ring, lens, tables)
+    return _dense(q.to(cos.dtype), rotate(k, cos[row], sin[row], layout), v, lens, mask, scale).to(q.dtype)
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, lens: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     there = (torch.arange(k.shape[2], device=k.device) < lens[0]).expand(1, 1, 1, -1)
     if mask is None:
         mask = there
     elif mask.dtype == torch.bool:
         mask = mask & there
     else:
-        mask = mask.masked_fill(~there, float("-inf"))
+        mask = mask.to(q.dtype).masked_fill(~there, float("-inf"))
     return torch.nn.functional.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
 
 
@@ -80,15 +97,25 @@ def _attend(q, pages, ring, lens, tables, mask, scale, spec, kernel):  # type: i
     return provider("kv_attend", name).call(q, pages, ring, lens, tables, mask, scale, spec)
 
 
+def _attend_turned(q, pages, ring, lens, tables, mask, row, cos, sin, layout, scale, spec, kernel):  # type: ignore[no-untyped-def]
+    count = q.shape[2] if isinstance(q.shape[2], int) else None
+    name = choose("kv_attend_turned", kernel, spec, q.shape[1], ring, count)
+    return provider("kv_attend_turned", name).call(q, pages, ring, lens, tables, mask, row, cos, sin, layout, scale, spec)
+
+
 _STATE = "Tensor(a!) pages, Tensor(b!) ring, Tensor(c!) lens, Tensor start, Tensor k, Tensor v, Tensor[] tables, str spec"
 _READ = "Tensor pages, Tensor ring, Tensor lens, Tensor[] tables, str spec"
 _ATTEND = "Tensor q, Tensor pages, Tensor ring, Tensor lens, Tensor[] tables, Tensor? mask, float scale, str spec"
+_TURNED = (
+    "Tensor q, Tensor pages, Tensor ring, Tensor lens, Tensor[] tables, Tensor? mask, Tensor row, Tensor cos, Tensor sin, str layout, float scale, str spec"
+)
 _FLOOR = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 for _name, _schema, _call in (
     ("kv_append_reference", f"({_STATE}) -> ()", append_reference),
     ("kv_read_reference", f"({_READ}) -> (Tensor, Tensor)", read_reference),
     ("kv_attend_reference", f"({_ATTEND}) -> Tensor", attend_reference),
+    ("kv_attend_turned_reference", f"({_TURNED}) -> Tensor", attend_turned_reference),
 ):
     LIBRARY.define(f"{_name}{_schema}", tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(_name, _call, "CompositeExplicitAutograd")
@@ -111,6 +138,11 @@ def _attend_fake(q, pages, ring, lens, tables, mask, scale, spec):  # type: igno
     return q.new_empty(q.shape)
 
 
+@torch.library.register_fake("effllm::kv_attend_turned_reference")
+def _attend_turned_fake(q, pages, ring, lens, tables, mask, row, cos, sin, layout, scale, spec):  # type: ignore[no-untyped-def]
+    return q.new_empty(q.shape)
+
+
 def _opaque(name: str):  # type: ignore[no-untyped-def]
     return lambda *args: getattr(torch.ops.effllm, name)(*args)
 
@@ -118,5 +150,7 @@ def _opaque(name: str):  # type: ignore[no-untyped-def]
 APPEND: Op = define(f"kv_append({_STATE}, str kernel) -> ()", append_reference, _append)
 READ: Op = define(f"kv_read({_READ}) -> (Tensor, Tensor)", read_reference, _read)
 ATTEND: Op = define(f"kv_attend({_ATTEND}, str kernel) -> Tensor", attend_reference, _attend, tolerance=_FLOOR)
+ATTEND_TURNED: Op = define(f"kv_attend_turned({_TURNED}, str kernel) -> Tensor", attend_turned_reference, _attend_turned, tolerance=_FLOOR)
 APPEND.register(Provider("reference", "kv_append", "any", "pages", lambda p: YES, _opaque("kv_append_reference"), rank=-1))
 ATTEND.register(Provider("reference", "kv_attend", "any", "pages", lambda p: YES, _opaque("kv_attend_reference"), rank=-1))
+ATTEND_TURNED.register(Provider("reference", "kv_attend_turned", "any", "pages", lambda p: YES, _opaque("kv_attend_turned_reference"), rank=-1))

@@ -1,7 +1,8 @@
 """Append, read, (repeat) and attention over a compressed cache become append and one fused op that makes no dense keys and values.
 
 Looks at every `effllm::kv_read`. Where its keys and values go to one scaled dot product attention of a few queries and nowhere else, the
-attention is replaced by `effllm::kv_attend` on the packed state, and the read goes away. Appends get the best kernel by name.
+attention is replaced by `effllm::kv_attend` on the packed state, and the read goes away; where an edit session turns the keys on their way,
+by `effllm::kv_attend_turned`. Appends get the best kernel by name.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ def _read(graph: fx.Graph, read: fx.Node, context: Context) -> Decision:
     found = _attention(read)
     if isinstance(found, str):
         return kept("pattern", found)
-    node, given = found
+    node, given, turn = found
     q = compat.example_value(given["query"])
     if q.dim() != 4 or not isinstance(q.shape[2], int) or q.shape[2] > MAX_QUERIES:
         return kept("many-queries", f"{q.shape[-2]} queries")
@@ -75,13 +76,15 @@ def _read(graph: fx.Graph, read: fx.Node, context: Context) -> Decision:
     if late:
         return kept("order", f"{late} writes to the cache between the read and the attention")
     state, fmt = compat.example_value(ring), parse(str(spec))
-    provider, why = providers.select(kv_cache.problem("kv_attend", str(spec), q.shape[1], state, q.shape[2]))
+    op = "kv_attend_turned" if turn else "kv_attend"
+    provider, why = providers.select(kv_cache.problem(op, str(spec), q.shape[1], state, q.shape[2]))
     if provider.name == "reference":
         return kept("no-kernel", why)
     scale = given.get("scale")
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     with graph.inserting_before(node):
-        new = call(graph, torch.ops.effllm.kv_attend.default, (given["query"], pages, ring, lens, tables, mask, scale, spec, provider.name), node)
+        target = getattr(torch.ops.effllm, op).default
+        new = call(graph, target, (given["query"], pages, ring, lens, tables, mask, *turn, scale, spec, provider.name), node)
     expected = compat.example_value(node)
     if tuple(compat.example_value(new).stride()) == tuple(expected.stride()):
         replace(context, node, new)
@@ -93,10 +96,18 @@ def _read(graph: fx.Graph, read: fx.Node, context: Context) -> Decision:
     heads, dim = state.shape[2], state.shape[4]
     before, after = 2 * heads * dim * state.element_size(), fmt.bytes_per_token(heads, dim, state.dtype)
     about: dict[str, Any] = {"cache": fmt.spec, "queries": q.shape[2], "heads_per_key_head": q.shape[1] // heads, "bytes_per_token": round(after, 1)}
+    if turn:
+        why += "; queries are turned to where keys were packed"
+        about["table"] = compat.example_value(turn[1]).shape[0]
     reason = f"{why}; {after / before:.1%} of the bytes of dense keys and values a token"
     held = compat.example_value(pages).shape[1] * fmt.page + state.shape[3]
-    kind = "mustafar-coded" if fmt.name == "mustafar" and getattr(fmt, "bits", 16) < 16 else fmt.name
-    cost = kv_cost.predict(kind, held, state.shape[3], q.shape[1], dim, before, after, q.shape[2]) if state.device.type == "cpu" else None
+    cost = None
+    if state.device.type == "cpu":
+        kind = "mustafar-coded" if fmt.name == "mustafar" and getattr(fmt, "bits", 16) < 16 else fmt.name
+        cost = kv_cost.predict(kind, held, state.shape[3], q.shape[1], dim, before, after, q.shape[2])
+    elif state.device.type in kv_cost.PREDICTORS:
+        site = kv_cost.Site(fmt.spec, held, state.shape[0], heads, q.shape[1], dim, q.shape[2], state.dtype)
+        cost = kv_cost.PREDICTORS[state.device.type](site)
     if cost is not None:
         about["crossover_tokens"] = cost.crossover
         reason += f"; predicted to pay from {cost.crossover} tokens of context" if cost.crossover else "; predicted to save memory, but no time"
@@ -107,8 +118,9 @@ def _read(graph: fx.Graph, read: fx.Node, context: Context) -> Decision:
     )  # fmt: skip
 
 
-def _attention(read: fx.Node) -> tuple[fx.Node, dict[str, Any]] | str:
-    """The one attention that keys and values go to, with its arguments by name; or what is there instead."""
+def _attention(read: fx.Node) -> tuple[fx.Node, dict[str, Any], tuple[Any, ...]] | str:
+    """The one attention that keys and values go to, its arguments by name, and how keys turn on the way (row, cos, sin, layout) if they do;
+    or what is there instead."""
     parts = {u.args[1]: u for u in read.users if u.target is operator.getitem}
     if len(parts) != len(read.users) or set(parts) != {0, 1}:
         return "the pair of keys and values is used as a whole"
@@ -126,9 +138,13 @@ def _attention(read: fx.Node) -> tuple[fx.Node, dict[str, Any]] | str:
     if ends[0] is not ends[1]:
         return "keys and values go to different attentions"
     given: dict[str, Any] = dict(zip(NAMES, ends[0].args, strict=False)) | dict(ends[0].kwargs)
-    if grouped(given["key"]) is not parts[0] or grouped(given["value"]) is not parts[1]:
+    keys: Any = grouped(given["key"])
+    turn: tuple[Any, ...] = ()
+    if is_op(keys, "pie_apply") and keys.args[1] is None:  # an edited text: see effllm/hf/edit_packed.py
+        keys, turn = keys.args[0], tuple(keys.args[2:6])
+    if keys is not parts[0] or grouped(given["value"]) is not parts[1]:
         return "something other than the repetition of key heads lies between the cache and the attention"
-    return ends[0], given
+    return ends[0], given, turn
 
 
 def _appends_between(read: fx.Node, node: fx.Node, pages: Any) -> str:

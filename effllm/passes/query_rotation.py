@@ -24,7 +24,7 @@ class QueryRotation:
 
     name = "query_rotation"
     requires: tuple[str, ...] = ()
-    after: tuple[str, ...] = ()
+    after: tuple[str, ...] = ("compressed_attention",)  # which takes the keys of packed caches itself
 
     def run(self, graph: fx.Graph, context: Context) -> PassReport:
         """Replace where the number of queries is static and small."""

@@ -236,7 +236,7 @@ def test_the_kernels_of_this_package():
 
     compiled = {p.name for p in (source.KERNELS / "triton").glob("*.py") if "@triton.jit" in p.read_text()}
     providers.load("cpu")
-    chosen_by = [f"effllm.kernels.triton.{m}" for m in ("choose", "cost", "kv_cost", "space", "lowrank_cost", "monarch_choose")]
+    chosen_by = [f"effllm.kernels.triton.{m}" for m in ("choose", "cost", "kv_cost", "rotated_cost", "space", "lowrank_cost", "monarch_choose")]
     reached = {op: names(f"triton/{source.launcher(op)}", without=chosen_by) for op in OPS}
     triton, monarch = reached["bipolar_linear"], reached["monarch_linear"]
     assert compiled <= set().union(*reached.values()), "a Triton kernel that no op's hash covers"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_tuning
+from benchmarks import gpu, gpu_caches, gpu_tuning
 from effllm.autotune.store import Store
 from effllm.lowering import providers
 from effllm.lowering.op import Problem
@@ -39,12 +40,35 @@ def test_predictions_need_no_gpu_and_call_themselves_so() -> None:
     pytest.importorskip("triton")
     done = subprocess.run([sys.executable, "-m", "benchmarks.gpu", "--predict"], capture_output=True, text=True, check=True, cwd=ROOT)
     head, *rows = done.stdout.splitlines()
+    rows, caches = rows[:3], rows[3:]
     assert head.startswith("predicted, not measured: H200") and [row.split()[0] for row in rows] == ["w4", "w2", "w1"]
     for row, line in zip(gpu_tuning.predict("cuda:90"), rows, strict=True):
         nbytes = 8192 * 8192 * (row["bits"] / 8 + 2 / 128)
         assert f"{nbytes / (row['us'] * 1e-6) / 4.8e12:.0%} of bandwidth" in line
         assert 0.1 < row["of_bandwidth"] <= row["of_bound"] * (1 + 1e-9) + 1e-3 < 1
         assert row["crossovers"][0] == (1, "gemv") and "gemv from 1" in line
+
+
+    assert caches[0].startswith("caches") and len(caches) == 1 + 2 * len(gpu_caches.SPECS)
+    for row, line in zip(gpu_caches.predict("cuda:90"), caches[1:], strict=True):
+        assert line.startswith(f"{row['spec']} {row['tokens']} tokens: {row['us']:.1f} us") and 0 < row["of_bound"] < 1
+        assert row["times"] == pytest.approx(row["dense_us"] / row["us"])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in full where there is a GPU")
+def test_caches_are_verified_and_a_wrong_result_ends_it() -> None:
+    pytest.importorskip("triton")
+    program = (
+        "import torch; from benchmarks import gpu_caches as g\n"
+        "rows = g.verify('cpu', 90, (torch.float32,), ('kivi(bits=4,page=32,group=32,window=8)',), ('kivi(bits=4,page=32,group=32,window=8)',))\n"
+        "print(sorted({r['op'] for r in rows}), len(rows))\n"
+        "g.exact = lambda layer, q, mask: torch.ones(q.shape, dtype=torch.float64)\n"
+        "g.verify('cpu', 90, (torch.float32,), ('kivi(bits=4,page=32,group=32,window=8)',), ())\n"
+    )
+    env = dict(os.environ, TRITON_INTERPRET="1", OMP_NUM_THREADS="1")
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=False, cwd=ROOT, env=env)
+    assert done.stdout.strip() == "['kv_append', 'kv_attend', 'rotated_attention'] 9", done.stderr[-2000:]
+    assert done.returncode == 1 and "wrong result" in done.stderr
 
 
 def problem(m: int = 1) -> Problem:

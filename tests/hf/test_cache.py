@@ -12,7 +12,7 @@ from transformers import Gemma2Config
 
 from effllm.errors import CacheError, RecipeError
 from effllm.hf.cache import CompressedCache
-from effllm.hf.generation import cache_for, generate
+from effllm.hf.generation import cache_for, compile_config
 from tests.hf.tiny import tiny_llama
 
 NEUTRAL = "dense(page=8,window=4)"
@@ -71,8 +71,10 @@ def test_effllm_generate_compiles_decoding(model: Any) -> None:
 
     backend.reports.clear()
     torch._dynamo.reset()
-    out = generate(model, prompt(), "dense+kv:dense(page=8,window=4)", max_new_tokens=30, do_sample=False)
-    assert torch.equal(out, model.generate(prompt(), **KW))
+    ids, recipe = prompt(), "dense+kv:dense(page=8,window=4)"
+    cache = cache_for(model, recipe, ids.shape[1] + 30)
+    out = model.generate(ids, past_key_values=cache, compile_config=compile_config(recipe), **KW)
+    assert torch.equal(out, model.generate(ids, **KW))
     assert any(d.code == "append" for d in backend.last_report().decisions)
     with pytest.raises(RecipeError, match="E-RCP-KV"):
         cache_for(model, "w4", 10)

@@ -179,6 +179,35 @@ def test_a_cache_per_sequence_is_filled_once_its_prompt_is_complete() -> None:
     assert len(made) == 4 and sorted(c.get_seq_length() for c in made) == sorted(len(o) - 1 for o in out)
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_a_padded_batch_is_its_rows(side: str) -> None:
+    """A left-padded batch gives what transformers gives for it; padding on the right, which transformers gets wrong, the same."""
+    model, prompts = tiny_llama(torch.float32), prompts_of((3, 25, 9))
+    ids, mask = torch.zeros(3, 25, dtype=torch.int64), torch.zeros(3, 25, dtype=torch.int64)
+    for i, p in enumerate(prompts):
+        at = slice(25 - len(p), 25) if side == "left" else slice(0, len(p))
+        ids[i, at], mask[i, at] = p, 1
+    out = effllm.generate(model, ids, attention_mask=mask, max_new_tokens=NEW, eos_token_id=[])
+    assert [o.tolist() for o in out] == [theirs(model, p, eos_token_id=None) for p in prompts]
+    if side == "left":
+        padded = model.generate(ids, attention_mask=mask, max_new_tokens=NEW, do_sample=False, eos_token_id=None, pad_token_id=0)
+        assert [o.tolist()[len(p) :] for o, p in zip(out, prompts, strict=True)] == padded[:, 25:].tolist()
+    mask[1, 12] = 0
+    with pytest.raises(OptionError, match="E-OPT-MASK"):
+        effllm.generate(model, ids, attention_mask=mask)
+    with pytest.raises(OptionError, match="E-OPT-MASK"):
+        effllm.generate(model, prompts, attention_mask=mask)
+
+
+def test_a_cache_by_its_format() -> None:
+    model, prompts = tiny_llama(torch.float32), prompts_of((40, 5))
+    spec = "kivi(bits=2,page=16,window=0,group=16)"
+    by_name = effllm.generate(model, prompts, max_new_tokens=NEW, cache=spec)
+    assert [o.tolist() for o in by_name] == [theirs(model, p, past_key_values=CompressedCache(model, spec)) for p in prompts]
+    with pytest.raises(effllm.EffllmError, match="E-KVC-NAME"):
+        effllm.generate(model, prompts, cache="kivy")
+
+
 @pytest.mark.parametrize("spec", ["kivi(bits=8,page=16,window=16,group=16)", "kivi(bits=2,page=16,window=0,group=16)"])
 def test_compressed_caches_are_those_of_transformers_generate_with_the_same_cache(spec: str) -> None:
     model, prompts = tiny_llama(torch.float32), prompts_of((40, 70, 5, 33))

@@ -13,11 +13,14 @@
 //           round(p)                                       a probability as `values` takes it
 //           values(record, p, rows, acc)                   acc (R, width) += p (R, page) V^
 //           finish(acc, sums, rows, out)                   out (R, D) from the accumulators and the sums of probabilities in them
+// Shift    keys that stand elsewhere than they were packed for (edited texts): the query is turned back once per table row, and a page with one
+//          turn, which is the rule, costs one product as without. A codec that keeps queries from `begin` on is there once per row.
 // Numerics fp32; a NaN anywhere in what is attended gives NaN.
 #pragma once
+#include <memory>
 #include <type_traits>
 
-#include "attention.h"
+#include "turns.h"
 
 namespace effllm::kv {
 
@@ -103,7 +106,7 @@ struct Run {
 };
 
 // The scale, and the mask of one row of the batch and its key head for a run of tokens at a time.
-struct Rows {
+struct Shown {
   const Mask& mask;
   int64_t b, h0, queries;
   float scale;
@@ -136,13 +139,14 @@ struct Rows {
 };
 
 template <Type T>
-void ring_part(const State& z, int64_t b, int64_t g, const float* q, const Rows& mask, const Run& run, std::vector<float>& s) {
+void ring_part(const State& z, int64_t b, int64_t g, Turned& turned, const Shown& mask, const Run& run, std::vector<float>& s) {
   const int64_t n = z.total - z.flushed, d = z.dim, head = z.width * d;
   const int64_t keys = (b * 2 * z.heads + g) * head, values = keys + z.heads * head;
   std::vector<float> line(static_cast<size_t>(d));
   s.resize(static_cast<size_t>(run.rows * std::max(n, z.page)));
   for (int64_t t = 0; t < n; ++t) {
     widen<T>(z.ring, keys + (z.flushed + t) % z.width * d, d, line.data());
+    const float* q = turned.of(z.flushed + t);
     for (int64_t r = 0; r < run.rows; ++r) s[static_cast<size_t>(r * n + t)] = dot(q + r * d, line.data(), d);
   }
   mask.add(s.data(), run.rows, z.flushed, n);
@@ -162,30 +166,43 @@ struct Work {
   Type type;
   int64_t heads, queries, runs;
   float scale;
+  Shift shift;
   int64_t repeat() const { return heads / z.heads; }
   int64_t rows() const { return repeat() * queries; }
   int64_t slot() const { return rows() * (z.dim + 2); }  // floats of a run's result: weighted values, largest scores, sums
 };
 
 // Task i: pages of one run of one key head, and the ring in the last run, into `base`.
-template <class Codec> void task(const Work& w, int64_t i, Codec& own, float* base, std::vector<float>& qs, std::vector<float>& s, std::vector<float>& acc) {
+template <class Codec> void task(const Work& w, int64_t i, const Codec& codec, Codec& own, float* base, std::vector<float>& qs, std::vector<float>& s, std::vector<float>& acc) {
   const State& z = w.z;
   const int64_t d = z.dim, rows = w.rows(), b = i / w.runs / z.heads, g = i / w.runs % z.heads, part = i % w.runs, filled = z.flushed / z.page;
   for (int64_t r = 0; r < rows; ++r)
     for (int64_t c = 0, at = w.q.at(b, g * w.repeat() + r / w.queries, r % w.queries); c < d; ++c) qs[static_cast<size_t>(r * d + c)] = load_as_float(w.q.data, at + c, w.type);
   own.begin(b, g, qs.data(), rows);
+  Turned turned(w.shift, qs.data(), rows, d);
+  std::vector<std::unique_ptr<Codec>> others(static_cast<size_t>(w.shift.turns.count));
+  std::vector<float> spare;
+  auto score = [&](const uint8_t* record, int64_t a, float* to) {
+    if constexpr (std::is_base_of_v<Plain, Codec>) own.scores(record, turned.at(a), rows, to);
+    else {
+      auto& other = others[static_cast<size_t>(a)];
+      if (!other) other = std::make_unique<Codec>(codec), other->begin(b, g, turned.at(a), rows);
+      other->scores(record, turned.at(a), rows, to);
+    }
+  };
   const int64_t width = own.width ? own.width : d;
   float *top = base + rows * d, *sum = top + rows;
   acc.assign(static_cast<size_t>(rows * width), 0.f);
   std::fill(top, sum, -INFINITY);
   std::fill(sum, sum + rows, 0.f);
   const Run run{rows, width, acc.data(), top, sum};
-  const Rows shown{w.mask, b, g * w.repeat(), w.queries, w.scale};
+  const Shown shown{w.mask, b, g * w.repeat(), w.queries, w.scale};
   s.resize(static_cast<size_t>(rows * z.page));
   for (int64_t n = filled * part / w.runs; n < filled * (part + 1) / w.runs; ++n) {
     if (!shown.any(rows, n * z.page, z.page)) continue;
     const uint8_t* record = z.pages + (b * z.count + n) * z.page_bytes + g * z.record;
-    own.scores(record, qs.data(), rows, s.data());
+    if (!w.shift.on) own.scores(record, qs.data(), rows, s.data());
+    else score_turns(w.shift.row, n * z.page, z.page, rows, z.page, s.data(), spare, [&](int64_t a, float* to) { score(record, a, to); });
     shown.add(s.data(), rows, n * z.page, z.page);
     if (run.take(s.data(), z.page, [&own](float p) { return own.round(p); })) own.values(record, s.data(), rows, acc.data());
   }
@@ -193,7 +210,7 @@ template <class Codec> void task(const Work& w, int64_t i, Codec& own, float* ba
   else own.finish(acc.data(), sum, rows, base);
   if (part < w.runs - 1) return;
   const auto near = z.type == Type::f32 ? ring_part<Type::f32> : z.type == Type::bf16 ? ring_part<Type::bf16> : ring_part<Type::f16>;
-  near(z, b, g, qs.data(), shown, Run{rows, d, base, top, sum}, s);
+  near(z, b, g, turned, shown, Run{rows, d, base, top, sum}, s);
 }
 
 // The runs of every key head, merged and divided.
@@ -219,9 +236,9 @@ inline void merge(const Work& w, const std::vector<float>& part, void* out) {
 }
 
 template <class Codec>
-Tensor attend(const Tensor& q, const State& z, const std::optional<Tensor>& mask, double scale, const Codec& codec) {
+Tensor attend(const Tensor& q, const State& z, const std::optional<Tensor>& mask, double scale, const Codec& codec, const Shift& shift = {}) {
   STD_TORCH_CHECK(q.dim() == 4 && q.size(0) == z.batch && q.size(3) == z.dim && q.size(1) % z.heads == 0, "effllm: the queries do not fit the cache");
-  Work w{z, view_of(q), mask_of(mask, z.batch, q.size(1), q.size(2), z.keys()), type_of(q.scalar_type()), q.size(1), q.size(2), 1, static_cast<float>(scale)};
+  Work w{z, view_of(q), mask_of(mask, z.batch, q.size(1), q.size(2), z.keys()), type_of(q.scalar_type()), q.size(1), q.size(2), 1, static_cast<float>(scale), shift};
   Tensor out = torch::stable::new_empty(q, {z.batch, w.heads, w.queries, z.dim}, q.scalar_type());
   const int64_t lanes = z.batch * z.heads, wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
   // a run costs a merge and its own start: at least 256 tokens each
@@ -230,7 +247,7 @@ Tensor attend(const Tensor& q, const State& z, const std::optional<Tensor>& mask
   torch::stable::parallel_for(0, lanes * w.runs, std::max<int64_t>(1, 24000 / std::max<int64_t>(1, w.rows() * z.dim * 2 * z.total / w.runs)), [&](int64_t from, int64_t to) {
     Codec own = codec;
     std::vector<float> qs(static_cast<size_t>(w.rows() * z.dim)), s, acc;
-    for (int64_t i = from; i < to; ++i) task(w, i, own, part.data() + i * w.slot(), qs, s, acc);
+    for (int64_t i = from; i < to; ++i) task(w, i, codec, own, part.data() + i * w.slot(), qs, s, acc);
   });
   merge(w, part, out.mutable_data_ptr());
   return out;

@@ -21,11 +21,12 @@ def kv_append(pages, ring, lens, start, k, v, tables, spec, page) -> None:  # ty
     return None
 
 
-def kv_kivi(q, pages, ring, lens, mask, scale, page, bits, group, rank, kout, vout, factors):  # type: ignore[no-untyped-def]
+def kv_kivi(q, pages, ring, lens, mask, scale, page, bits, group, rank, kout, vout, factors, row, cos, sin, half):  # type: ignore[no-untyped-def]
     """The op's fake."""
     return q.new_empty(q.shape)
 
 
+PLAIN = (None, None, None, False)  # keys are read at the positions that they were stored for
 FAKES: dict[str, Callable[..., Any]] = {f.__name__: f for f in (kv_append, kv_kivi)}
 
 
@@ -51,9 +52,20 @@ def register(isa: Isa, rank: int, ensure: Callable[[Isa], None]) -> None:
 
     def attend(q: Tensor, pages: Tensor, ring: Tensor, lens: Tensor, tables: list[Tensor], mask: Tensor | None, scale: float, spec: str) -> Tensor:
         ensure(isa)
-        out: Tensor = getattr(torch.ops, isa.namespace).kv_kivi(q, pages, ring, lens, mask, scale, *settings(parse(spec), ring.shape[4]))
+        out: Tensor = getattr(torch.ops, isa.namespace).kv_kivi(q, pages, ring, lens, mask, scale, *settings(parse(spec), ring.shape[4]), *PLAIN)
+        return out
+
+    def turned(
+        q: Tensor, pages: Tensor, ring: Tensor, lens: Tensor, tables: list[Tensor], mask: Tensor | None, row: Tensor, cos: Tensor, sin: Tensor, layout: str,
+        scale: float, spec: str,
+    ) -> Tensor:  # fmt: skip
+        ensure(isa)
+        turn = (row, cos, sin, layout == "half")
+        out: Tensor = getattr(torch.ops, isa.namespace).kv_kivi(q, pages, ring, lens, mask, scale, *settings(parse(spec), ring.shape[4]), *turn)
         return out
 
     name = f"cpu-{isa.name}"
     OPS["kv_append"].register(Provider(name, "kv_append", "cpu", "pages", lambda p: supports(p, isa), append, None, lambda: ensure(isa), rank=rank))
     OPS["kv_attend"].register(Provider(name, "kv_attend", "cpu", "pages", attend_verdict, attend, None, lambda: ensure(isa), rank=rank))
+    turned_provider = Provider(name, "kv_attend_turned", "cpu", "pages", attend_verdict, turned, None, lambda: ensure(isa), rank=rank)
+    OPS["kv_attend_turned"].register(turned_provider)

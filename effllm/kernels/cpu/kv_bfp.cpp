@@ -90,18 +90,18 @@ struct Bfp {
 };
 
 Tensor kv_attend_bfp(const Tensor q, const Tensor pages, const Tensor ring, const Tensor lens, const Tensor korder, const Tensor vorder, std::optional<Tensor> mask, double scale,
-                     int64_t page, int64_t block, int64_t bits, int64_t vbits, int64_t kcodes, int64_t kexp, int64_t vcodes, int64_t vexp) {
+                     int64_t page, int64_t block, int64_t bits, int64_t vbits, int64_t kcodes, int64_t kexp, int64_t vcodes, int64_t vexp, std::optional<Tensor> row, std::optional<Tensor> cos, std::optional<Tensor> sin, bool half) {
   const kv::State c = kv::state_of(pages, ring, lens, page, ring.size(2));
   STD_TORCH_CHECK(block > 0 && c.dim % block == 0 && c.dim % 2 == 0, "effllm: blocks do not divide the head");
   for (const Tensor* order : {&korder, &vorder})
     STD_TORCH_CHECK(order->is_contiguous() && order->scalar_type() == torch::headeronly::ScalarType::Long && order->numel() == c.heads * c.dim, "effllm: an order of channels is int64 (heads, channels)");
   const Format f{block, {kcodes, kexp, bits, static_cast<const int64_t*>(korder.const_data_ptr())}, {vcodes, vexp, vbits, static_cast<const int64_t*>(vorder.const_data_ptr())}};
-  return kv::attend(q, c, mask, scale, Bfp(c, f));
+  return kv::attend(q, c, mask, scale, Bfp(c, f), shift_of(row, cos, sin, half, c.dim, c.keys()));
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
-  m.def("kv_attend_bfp(Tensor q, Tensor pages, Tensor ring, Tensor lens, Tensor korder, Tensor vorder, Tensor? mask, float scale, int page, int block, int bits, int vbits, int kcodes, int kexp, int vcodes, int vexp) -> Tensor");
+  m.def("kv_attend_bfp(Tensor q, Tensor pages, Tensor ring, Tensor lens, Tensor korder, Tensor vorder, Tensor? mask, float scale, int page, int block, int bits, int vbits, int kcodes, int kexp, int vcodes, int vexp, Tensor? row, Tensor? cos, Tensor? sin, bool half) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { m.impl("kv_attend_bfp", TORCH_BOX(&kv_attend_bfp)); }

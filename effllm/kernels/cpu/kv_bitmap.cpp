@@ -267,18 +267,19 @@ template <Type T> struct Bitmap {
 };
 
 Tensor kv_attend_bitmap(const Tensor q, const Tensor pages, const Tensor ring, const Tensor lens, std::optional<Tensor> mask, double scale, int64_t page, int64_t keep, int64_t bits,
-                        int64_t kval, int64_t kmap, int64_t vval, int64_t vmap, int64_t kscale, int64_t vscale) {
+                        int64_t kval, int64_t kmap, int64_t vval, int64_t vmap, int64_t kscale, int64_t vscale, std::optional<Tensor> row, std::optional<Tensor> cos, std::optional<Tensor> sin, bool half) {
   const kv::State c = kv::state_of(pages, ring, lens, page, ring.size(2));
   STD_TORCH_CHECK(q.scalar_type() == ring.scalar_type() && page % 64 == 0 && keep > 0 && keep <= c.dim && (bits == 4 || bits == 8 || bits == 16), "effllm: not a bitmap page");
   const Places at{keep, bits, kval, kmap, vval, vmap, kscale, vscale};
-  if (c.type == Type::f32) return kv::attend(q, c, mask, scale, Bitmap<Type::f32>(c, at));
-  if (c.type == Type::bf16) return kv::attend(q, c, mask, scale, Bitmap<Type::bf16>(c, at));
-  return kv::attend(q, c, mask, scale, Bitmap<Type::f16>(c, at));
+  const Shift shift = shift_of(row, cos, sin, half, c.dim, c.keys());
+  if (c.type == Type::f32) return kv::attend(q, c, mask, scale, Bitmap<Type::f32>(c, at), shift);
+  if (c.type == Type::bf16) return kv::attend(q, c, mask, scale, Bitmap<Type::bf16>(c, at), shift);
+  return kv::attend(q, c, mask, scale, Bitmap<Type::f16>(c, at), shift);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
-  m.def("kv_attend_bitmap(Tensor q, Tensor pages, Tensor ring, Tensor lens, Tensor? mask, float scale, int page, int keep, int bits, int kval, int kmap, int vval, int vmap, int kscale, int vscale) -> Tensor");
+  m.def("kv_attend_bitmap(Tensor q, Tensor pages, Tensor ring, Tensor lens, Tensor? mask, float scale, int page, int keep, int bits, int kval, int kmap, int vval, int vmap, int kscale, int vscale, Tensor? row, Tensor? cos, Tensor? sin, bool half) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { m.impl("kv_attend_bitmap", TORCH_BOX(&kv_attend_bitmap)); }

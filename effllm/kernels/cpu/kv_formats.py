@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from effllm.kernels.cpu.build import Isa, missing
+from effllm.kernels.cpu.kv import PLAIN
 from effllm.lowering.op import OPS, Problem, Provider, Verdict
 from effllm.runtime.caches.base import parse
 from effllm.runtime.caches.bfp import Bfp
@@ -20,21 +21,22 @@ from effllm.runtime.caches.matryoshka import Matryoshka
 from effllm.runtime.caches.mustafar import Mustafar
 from effllm.runtime.formats.kv import bitmap
 
+Turn = tuple[Tensor | None, Tensor | None, Tensor | None, bool]  # row, cos, sin, half
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_QUERIES = 8  # beyond, dense products on decoded keys and values win
 
 
-def kv_attend_bitmap(q, pages, ring, lens, mask, scale, page, keep, bits, kval, kmap, vval, vmap, kscale, vscale):  # type: ignore[no-untyped-def]
+def kv_attend_bitmap(q, pages, ring, lens, mask, scale, page, keep, bits, kval, kmap, vval, vmap, kscale, vscale, row, cos, sin, half):  # type: ignore[no-untyped-def]
     """The op's fake."""
     return q.new_empty(q.shape)
 
 
-def kv_attend_bfp(q, pages, ring, lens, korder, vorder, mask, scale, page, block, bits, vbits, kcodes, kexp, vcodes, vexp):  # type: ignore[no-untyped-def]
+def kv_attend_bfp(q, pages, ring, lens, korder, vorder, mask, scale, page, block, bits, vbits, kcodes, kexp, vcodes, vexp, row, cos, sin, half):  # type: ignore[no-untyped-def]
     """The op's fake."""
     return q.new_empty(q.shape)
 
 
-def kv_attend_matryoshka(q, pages, ring, lens, uk, mk, uv, mv, mask, scale, page, kranks, vranks, kat, vat):  # type: ignore[no-untyped-def]
+def kv_attend_matryoshka(q, pages, ring, lens, uk, mk, uv, mv, mask, scale, page, kranks, vranks, kat, vat, row, cos, sin, half):  # type: ignore[no-untyped-def]
     """The op's fake."""
     return q.new_empty(q.shape)
 
@@ -68,22 +70,24 @@ def _matryoshka(spec: str, heads: int, dim: int, dtype: torch.dtype) -> tuple[in
 
 
 def _call_mustafar(
-    ops: Any, q: Tensor, pages: Tensor, ring: Tensor, lens: Tensor, tables: list[Tensor], mask: Tensor | None, scale: float, spec: str
+    ops: Any, q: Tensor, pages: Tensor, ring: Tensor, lens: Tensor, tables: list[Tensor], mask: Tensor | None, scale: float, spec: str, turn: Turn
 ) -> Tensor:  # fmt: skip
-    y: Tensor = ops.kv_attend_bitmap(q, pages, ring, lens, mask, scale, *_mustafar(spec, ring.shape[2], ring.shape[4], ring.dtype))
+    y: Tensor = ops.kv_attend_bitmap(q, pages, ring, lens, mask, scale, *_mustafar(spec, ring.shape[2], ring.shape[4], ring.dtype), *turn)
     return y
 
 
-def _call_bfp(ops: Any, q: Tensor, pages: Tensor, ring: Tensor, lens: Tensor, tables: list[Tensor], mask: Tensor | None, scale: float, spec: str) -> Tensor:
-    y: Tensor = ops.kv_attend_bfp(q, pages, ring, lens, tables[0], tables[1], mask, scale, *_bfp(spec, ring.shape[2], ring.shape[4], ring.dtype))
+def _call_bfp(
+    ops: Any, q: Tensor, pages: Tensor, ring: Tensor, lens: Tensor, tables: list[Tensor], mask: Tensor | None, scale: float, spec: str, turn: Turn
+) -> Tensor:  # fmt: skip
+    y: Tensor = ops.kv_attend_bfp(q, pages, ring, lens, tables[0], tables[1], mask, scale, *_bfp(spec, ring.shape[2], ring.shape[4], ring.dtype), *turn)
     return y
 
 
 def _call_matryoshka(
-    ops: Any, q: Tensor, pages: Tensor, ring: Tensor, lens: Tensor, tables: list[Tensor], mask: Tensor | None, scale: float, spec: str
+    ops: Any, q: Tensor, pages: Tensor, ring: Tensor, lens: Tensor, tables: list[Tensor], mask: Tensor | None, scale: float, spec: str, turn: Turn
 ) -> Tensor:  # fmt: skip
     page, k, v, kat, vat = _matryoshka(spec, ring.shape[2], ring.shape[4], ring.dtype)
-    y: Tensor = ops.kv_attend_matryoshka(q, pages, ring, lens, *tables, mask, scale, page, k, v, kat, vat)
+    y: Tensor = ops.kv_attend_matryoshka(q, pages, ring, lens, *tables, mask, scale, page, k, v, kat, vat, *turn)
     return y
 
 
@@ -110,10 +114,16 @@ def register(isa: Isa, rank: int, ensure: Callable[[Isa], None]) -> None:
 
         def run(*args: Any, call: Callable[..., Tensor] = call) -> Tensor:
             ensure(isa)
-            return call(getattr(torch.ops, isa.namespace), *args)
+            return call(getattr(torch.ops, isa.namespace), *args, PLAIN)
+
+        def turned(*args: Any, call: Callable[..., Tensor] = call) -> Tensor:
+            ensure(isa)
+            *first, row, cos, sin, layout, scale, spec = args
+            return call(getattr(torch.ops, isa.namespace), *first, scale, spec, (row, cos, sin, layout == "half"))
 
         def supports(problem: Problem, name: str = name) -> Verdict:
             why = _refusal(problem, name, isa)
             return Verdict(not why, why)
 
-        OPS["kv_attend"].register(Provider(f"cpu-{isa.name}-{name}", "kv_attend", "cpu", "pages", supports, run, None, lambda: ensure(isa), rank=rank))
+        for op, go in (("kv_attend", run), ("kv_attend_turned", turned)):
+            OPS[op].register(Provider(f"cpu-{isa.name}-{name}", op, "cpu", "pages", supports, go, None, lambda: ensure(isa), rank=rank))

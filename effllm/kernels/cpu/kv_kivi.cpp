@@ -232,12 +232,14 @@ template <class A, int BITS, int DIGITS> struct Codec : effllm::kv::Plain {
 };
 
 Tensor kv_kivi(const Tensor q, const Tensor pages, const Tensor ring, const Tensor lens, std::optional<Tensor> mask, double scale, int64_t page, int64_t bits, int64_t group,
-               int64_t rank, int64_t kout, int64_t vout, int64_t factors) {
+               int64_t rank, int64_t kout, int64_t vout, int64_t factors, std::optional<Tensor> row, std::optional<Tensor> cos, std::optional<Tensor> sin, bool half) {
   const Shape z(page, ring.size(4), bits, group, rank, kout, vout, factors);
   STD_TORCH_CHECK((factors == 8 || factors == 16) && (bits == 2 || bits == 4 || bits == 8) && page % group == 0 && group % 16 == 0 && z.dim % z.vgroup == 0 && z.dim % 16 == 0 && z.vgroup % 16 == 0 &&
                       pages.size(2) == z.record * ring.size(2), "effllm: the pages do not fit these settings");
   auto go = [&](auto bits_of, auto digits_of) {
-    return effllm::kv::attend(q, effllm::kv::state_of(pages, ring, lens, page, ring.size(2)), mask, scale, Codec<effllm::EFFLLM_ISA, decltype(bits_of)::value, decltype(digits_of)::value>(z));
+    const auto c = effllm::kv::state_of(pages, ring, lens, page, ring.size(2));
+    const auto shift = effllm::shift_of(row, cos, sin, half, c.dim, c.keys());
+    return effllm::kv::attend(q, c, mask, scale, Codec<effllm::EFFLLM_ISA, decltype(bits_of)::value, decltype(digits_of)::value>(z), shift);
   };
   auto by_digits = [&](auto bits_of) {
     if (effllm::type_of(q.scalar_type()) == Type::f32) return go(bits_of, std::integral_constant<int, 3>());
@@ -251,6 +253,6 @@ Tensor kv_kivi(const Tensor q, const Tensor pages, const Tensor ring, const Tens
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
-  m.def("kv_kivi(Tensor q, Tensor pages, Tensor ring, Tensor lens, Tensor? mask, float scale, int page, int bits, int group, int rank, int kout, int vout, int factors) -> Tensor");
+  m.def("kv_kivi(Tensor q, Tensor pages, Tensor ring, Tensor lens, Tensor? mask, float scale, int page, int bits, int group, int rank, int kout, int vout, int factors, Tensor? row, Tensor? cos, Tensor? sin, bool half) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { m.impl("kv_kivi", TORCH_BOX(&kv_kivi)); }

@@ -70,7 +70,7 @@ template <Type T> struct Projected {
 };
 
 Tensor kv_attend_matryoshka(const Tensor q, const Tensor pages, const Tensor ring, const Tensor lens, const Tensor uk, const Tensor mk, const Tensor uv, const Tensor mv, std::optional<Tensor> mask,
-                            double scale, int64_t page, std::vector<int64_t> kranks, std::vector<int64_t> vranks, int64_t kat, int64_t vat) {
+                            double scale, int64_t page, std::vector<int64_t> kranks, std::vector<int64_t> vranks, int64_t kat, int64_t vat, std::optional<Tensor> row, std::optional<Tensor> cos, std::optional<Tensor> sin, bool half) {
   const kv::State c = kv::state_of(pages, ring, lens, page, 1);
   STD_TORCH_CHECK(q.scalar_type() == ring.scalar_type(), "effllm: queries and cache differ in dtype");
   auto basis = [&](const Tensor& u, const Tensor& mean, const std::vector<int64_t>& ranks, int64_t at) {
@@ -80,14 +80,15 @@ Tensor kv_attend_matryoshka(const Tensor q, const Tensor pages, const Tensor rin
     return Basis{static_cast<const float*>(u.const_data_ptr()), static_cast<const float*>(mean.const_data_ptr()), ranks.data(), at};
   };
   const Format f{basis(uk, mk, kranks, kat), basis(uv, mv, vranks, vat)};
-  if (c.type == Type::f32) return kv::attend(q, c, mask, scale, Projected<Type::f32>(c, f));
-  if (c.type == Type::bf16) return kv::attend(q, c, mask, scale, Projected<Type::bf16>(c, f));
-  return kv::attend(q, c, mask, scale, Projected<Type::f16>(c, f));
+  const Shift shift = shift_of(row, cos, sin, half, c.dim, c.keys());
+  if (c.type == Type::f32) return kv::attend(q, c, mask, scale, Projected<Type::f32>(c, f), shift);
+  if (c.type == Type::bf16) return kv::attend(q, c, mask, scale, Projected<Type::bf16>(c, f), shift);
+  return kv::attend(q, c, mask, scale, Projected<Type::f16>(c, f), shift);
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
-  m.def("kv_attend_matryoshka(Tensor q, Tensor pages, Tensor ring, Tensor lens, Tensor uk, Tensor mk, Tensor uv, Tensor mv, Tensor? mask, float scale, int page, int[] kranks, int[] vranks, int kat, int vat) -> Tensor");
+  m.def("kv_attend_matryoshka(Tensor q, Tensor pages, Tensor ring, Tensor lens, Tensor uk, Tensor mk, Tensor uv, Tensor mv, Tensor? mask, float scale, int page, int[] kranks, int[] vranks, int kat, int vat, Tensor? row, Tensor? cos, Tensor? sin, bool half) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { m.impl("kv_attend_matryoshka", TORCH_BOX(&kv_attend_matryoshka)); }

@@ -9,58 +9,14 @@
 // Bytes     pie_apply: 2 * B * G * T * D * element size. rotated_attention: those of k and v, as without segments.
 // Numerics  fp32, one rounding to the output's dtype; cos 1 and sin 0 give the input back exactly. A query is rotated once per table row
 //           that its keys use, in fp32 and never rounded.
-#include "attention.h"
+#include "turns.h"
 
 namespace {
 
 using namespace effllm::attention;
-using effllm::Type;
+using effllm::check_rows, effllm::rows_of, effllm::turns_of, effllm::Rows, effllm::Turns, effllm::Type;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-
-struct Rows {  // table rows of tokens
-  const void* data;
-  bool wide;
-  int64_t step;
-  int64_t operator[](int64_t i) const { return wide ? static_cast<const int64_t*>(data)[i * step] : static_cast<const int32_t*>(data)[i * step]; }
-};
-Rows rows_of(const Tensor& t) {
-  const ScalarType type = t.scalar_type();
-  STD_TORCH_CHECK(t.dim() == 1 && (type == ScalarType::Int || type == ScalarType::Long), "effllm: row must be a vector of int32 or int64");
-  return {t.const_data_ptr(), type == ScalarType::Long, t.stride(0)};
-}
-
-struct Turns {
-  const float *cos, *sin;
-  int64_t count, pairs;
-  bool half;
-  // out = R(+-row) x, fp32; the two may not overlap
-  void turn(const float* x, int64_t row, float sign, int64_t d, float* out) const {
-    const float *c = cos + row * pairs, *s = sin + row * pairs;
-    if (half) {
-#pragma omp simd
-      for (int64_t i = 0; i < pairs; ++i) {
-        out[i] = x[i] * c[i] - x[i + pairs] * (sign * s[i]);
-        out[i + pairs] = x[i + pairs] * c[i] + x[i] * (sign * s[i]);
-      }
-    } else {
-      for (int64_t i = 0; i < pairs; ++i) {
-        out[2 * i] = x[2 * i] * c[i] - x[2 * i + 1] * (sign * s[i]);
-        out[2 * i + 1] = x[2 * i + 1] * c[i] + x[2 * i] * (sign * s[i]);
-      }
-    }
-    for (int64_t i = 2 * pairs; i < d; ++i) out[i] = x[i];
-  }
-};
-Turns turns_of(const Tensor& cos, const Tensor& sin, bool half, int64_t d) {
-  STD_TORCH_CHECK(cos.dim() == 2 && cos.scalar_type() == ScalarType::Float && sin.scalar_type() == ScalarType::Float, "effllm: cos and sin must be float32 tables");
-  STD_TORCH_CHECK(cos.is_contiguous() && sin.is_contiguous() && sin.dim() == 2 && sin.size(0) == cos.size(0) && sin.size(1) == cos.size(1), "effllm: cos and sin must be contiguous and of one shape");
-  STD_TORCH_CHECK(2 * cos.size(1) <= d, "effllm: the tables turn more channels than there are");
-  return {static_cast<const float*>(cos.const_data_ptr()), static_cast<const float*>(sin.const_data_ptr()), cos.size(0), cos.size(1), half};
-}
-void check_rows(const Rows& rows, int64_t n, const Turns& turns) {
-  for (int64_t i = 0; i < n; ++i) STD_TORCH_CHECK(rows[i] >= 0 && rows[i] < turns.count, "effllm: row leaves the table");
-}
 
 template <Type T> void gather(const View& k, const int64_t* source, const Rows& row, const Turns& turns, int64_t heads, int64_t from, int64_t to, int64_t tokens, int64_t d, void* out) {
   std::vector<float> x(static_cast<size_t>(d)), y(static_cast<size_t>(d));

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from effllm.kernels.triton import kv_ops, launch, lowrank_ops, monarch_launch, nm_ops, ops, pie, segments_launch, skip_ops
+from effllm.kernels.triton import kv_ops, launch, lowrank_ops, monarch_launch, nm_ops, ops, pie, rotated_launch, segments_launch, skip_ops
 from effllm.kernels.triton.choose import TritonTuning
 from effllm.kernels.triton.monarch_choose import MonarchTritonTuning
 from effllm.kernels.triton.ops import supports
@@ -69,6 +69,7 @@ def register() -> None:
     kv_ops.register()
     nm_ops.register()
     pie.register()
+    rotated_launch.register()
     segments_launch.register()
     skip_ops.register()
     lowrank_ops.register()

@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from effllm.errors import CacheError
 from effllm.kernels.triton.kv_flush import kv_flush_kivi_kernel
 from effllm.kernels.triton.kv_flush_bitmap import kv_flush_bitmap_kernel
 from effllm.kernels.triton.kv_ring import kv_lens_kernel, kv_ring_kernel
@@ -25,23 +26,28 @@ from effllm.runtime.formats.kv import bitmap
 
 ONE_PROGRAM = 32768  # channels of ring rows that one program still writes
 
-_faults: dict[torch.device, Tensor] = {}
+_faults: dict[torch.device, tuple[Tensor, Any]] = {}  # and the same memory for the host: an item of it costs a tenth of a tensor's
 
 
 def fault_of(device: torch.device) -> Tensor:
     """int64 (4,): whether an append did not fit, tokens held, tokens more, capacity. Pinned host memory for a GPU."""
     if device not in _faults:
-        _faults[device] = torch.zeros(4, dtype=torch.int64, pin_memory=device.type == "cuda")
-    return _faults[device]
+        made = torch.zeros(4, dtype=torch.int64, pin_memory=device.type == "cuda")
+        _faults[device] = made, made.numpy()
+    return _faults[device][0]
 
 
 def check(device: torch.device) -> None:
     """Raise CacheError (E-KVC-FULL) for an append that did not fit and has run by now, once."""
-    fault = _faults.get(device)
-    if fault is not None and fault[0]:
-        total, more, limit = (int(i) for i in fault[1:].tolist())
-        fault.zero_()
-        paging.check_room(total, more, limit)
+    found = _faults.get(device)
+    if found is None or not found[1][0]:
+        return
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)  # the other numbers, and the same of other layers
+    total, more, limit = (int(i) for i in found[1][1:])
+    found[0].zero_()
+    paging.check_room(total, more, limit)
+    raise CacheError("E-KVC-FULL", f"{more} tokens did not fit behind {total} of {limit}", "make the cache larger; it is unchanged")
 
 
 @lru_cache(maxsize=256)
@@ -50,7 +56,7 @@ def _kivi(spec: str, heads: int, dim: int, dtype: torch.dtype) -> dict[str, int]
     assert isinstance(fmt, Kivi)
     at, vgroup = fmt.layout(heads, dim, dtype).offsets(), fmt.vgroup(dim)
     wide = [triton.next_power_of_2(n) for n in (fmt.group, vgroup)]
-    tile = max(16, 8192 // max(wide))
+    tile = max(16, 4096 // max(wide))
     sizes = {"PAGE": fmt.page, "GROUP": fmt.group, "VG": vgroup, "GP": wide[0], "VGP": wide[1], "BN": min(64, tile), "BITS": fmt.bits}
     return sizes | {"KS": at["kscale"], "KM": at["kmin"], "VC": at["vcodes"], "VS": at["vscale"], "VM": at["vmin"]}
 

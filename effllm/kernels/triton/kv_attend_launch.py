@@ -33,17 +33,22 @@ def padded(n: int) -> int:
     return max(16, triton.next_power_of_2(n))
 
 
+def tile_of(tokens: int, dim: int) -> int:
+    """Tokens of a tile: the largest power of two that divides `tokens`, at most what registers hold of heads of `dim` channels."""
+    return min(64 if dim <= 128 else 32, tokens & -tokens)
+
+
 @lru_cache(maxsize=256)
 def kivi_constants(spec: str, heads: int, dim: int, dtype: torch.dtype) -> dict[str, Any]:
     """A KIVI or GEAR record: sizes and byte offsets, by the names of the kernel's constants."""
     fmt = parse(spec)
     assert isinstance(fmt, Kivi)
-    rank, (nk, nv) = (fmt.rank, fmt.counts(dim)) if isinstance(fmt, Gear) else (0, (0, 0))
+    rank, factor, (nk, nv) = (fmt.rank, fmt.factors, fmt.counts(dim)) if isinstance(fmt, Gear) else (0, 16, (0, 0))
     at = fmt.layout(heads, dim, dtype).offsets()
     fields = {"KS": "kscale", "KM": "kmin", "VC": "vcodes", "VS": "vscale", "VM": "vmin", "KA": "ka", "KB": "kb", "VA": "va", "VB": "vb"}
     fields |= {"KI": "kidx", "KV": "kval", "VI": "vidx", "VV": "vval"}
-    sizes = {"PAGE": fmt.page, "GROUP": fmt.group, "VG": fmt.vgroup(dim), "BITS": fmt.bits, "RANK": rank, "NK": nk, "NV": nv}
-    return sizes | {"BT": min(64, fmt.group & -fmt.group)} | {name: at.get(field, 0) for name, field in fields.items()}
+    sizes = {"PAGE": fmt.page, "GROUP": fmt.group, "VG": fmt.vgroup(dim), "BITS": fmt.bits, "RANK": rank, "FACTOR": factor, "NK": nk, "NV": nv}
+    return sizes | {"BT": tile_of(fmt.group, dim)} | {name: at.get(field, 0) for name, field in fields.items()}
 
 
 @lru_cache(maxsize=256)
@@ -57,18 +62,13 @@ def mustafar_constants(spec: str, heads: int, dim: int, dtype: torch.dtype) -> d
     return sizes | {name: at.get(field, 0) for name, field in places.items()}
 
 
-def tile_of(page: int) -> int:
-    """Tokens of a tile: a power of two that divides the page, 64 at most."""
-    return min(64, page & -page)
-
-
 @lru_cache(maxsize=256)
 def bfp_constants(spec: str, heads: int, dim: int, dtype: torch.dtype) -> dict[str, Any]:
     """A block-floating-point record."""
     fmt = parse(spec)
     assert isinstance(fmt, Bfp)
     at = fmt.layout(heads, dim, dtype).offsets()
-    sizes = {"PAGE": fmt.page, "BLOCK": fmt.block, "KBITS": fmt.bits, "VBITS": fmt.vbits, "BT": tile_of(fmt.page)}
+    sizes = {"PAGE": fmt.page, "BLOCK": fmt.block, "KBITS": fmt.bits, "VBITS": fmt.vbits, "BT": tile_of(fmt.page, dim)}
     return sizes | {"KE": at["kexp"], "VC": at["vcodes"], "VE": at["vexp"]}
 
 
@@ -78,7 +78,7 @@ def matryoshka_constants(spec: str, heads: int, dim: int, dtype: torch.dtype) ->
     fmt = parse(spec)
     assert isinstance(fmt, Matryoshka)
     at, ranks = fmt.layout(heads, dim, dtype).offsets(), fmt.ranks(heads, dim)
-    return {"PAGE": fmt.page, "RP": padded(max(map(max, ranks))), "BD": 32 if dim > 16 else 16, "VAT": at["v"], "BT": tile_of(fmt.page)}
+    return {"PAGE": fmt.page, "RP": padded(max(map(max, ranks))), "BD": 32 if dim > 16 else 16, "VAT": at["v"], "BT": tile_of(fmt.page, dim)}
 
 
 @lru_cache(maxsize=256)

@@ -47,10 +47,13 @@ def element(values, octets, place, inside, least, step, at, VAL: tl.constexpr, B
         if BITS == 8:
             code = tl.load(octets + at + VAL + place, mask=inside, other=0).to(tl.int32)
         else:
-            code = tl.load(octets + at + VAL + (place >> 1), mask=inside, other=0).to(tl.int32) >> ((place & 1) * 4) & 15
-        HALF: tl.constexpr = 2 ** (BITS - 1)
-        x = least + (code & (HALF - 1)).to(tl.float32) * step
-        return tl.where(inside, tl.where(code >= HALF, -x, x), 0.0)
+            code = tl.load(octets + at + VAL + (place >> 1), mask=inside, other=0).to(tl.int32)
+            code = tl.where(place & 1 != 0, code >> 4, code)
+        # 1 + level / 2^(BITS - 1), the level in the top bits of the mantissa, spares a conversion
+        level = ((code << (24 - BITS)) & 0x007FFFFF | 0x3F800000).to(tl.float32, bitcast=True)
+        x = (level - 1.0) * (step * 2.0 ** (BITS - 1)) + least
+        signed = x.to(tl.int32, bitcast=True) ^ (code << (32 - BITS) & -0x80000000)
+        return tl.where(inside, signed.to(tl.float32, bitcast=True), 0.0)
 
 
 @triton.jit

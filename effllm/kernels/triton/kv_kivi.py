@@ -4,7 +4,7 @@ Maths      k[t, c] = s u + z with s, z of a token group and channel, so q . k = 
            the codes themselves are an operand. Values with one group a token alike, by scaling the weights; with several they are dequantized.
 Layout     runtime/caches/kivi.py and gear.py. Words of 32 bits hold 32 / bits columns of a row (caches/codes.py); byte pairs 16 bits apart are
            unpacked together, so the columns of an unpacked tile lie in the order of `order`: queries, scales and weights follow it.
-Tiles      BT tokens, within one group of keys. BT = 64 for groups of 64 and more.
+Tiles      BT tokens, within one group of keys: 64 for groups of 64 and more and heads of up to 128 channels.
 Bytes      a page once; instructions an element: kv_cost.py.
 Limits     BT a power of two from 16 that divides the group; outliers are looked for in every element, NK + NV compares each.
 Numerics   u - m is exact in 16 bits; q s, a dequantized key or a scaled weight is rounded to the queries' dtype once, a dequantized value to fp16, whose
@@ -83,10 +83,39 @@ def dequantized(words, scales, lows, c, t, D: tl.constexpr, VG: tl.constexpr, PA
 
 
 @triton.jit
+def factor(halves, octets, at, i, inside, FACTOR: tl.constexpr):  # type: ignore[no-untyped-def]
+    """fp32 elements i of a factor that starts at byte `at`: fp16, or its upper bytes."""
+    if FACTOR == 16:
+        return tl.load(halves + at // 2 + i, mask=inside, other=0.0).to(tl.float32)
+    else:
+        return (tl.load(octets + at + i, mask=inside, other=0).to(tl.int16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def exactly(x, index, value, at, inside, e):  # type: ignore[no-untyped-def]
+    """Entry e of every column of x (rows `at`, columns) added at its row."""
+    place = tl.load(index + e, mask=inside, other=0).to(tl.int32)
+    return x + tl.where(at[:, None] == place[None, :], tl.load(value + e, mask=inside, other=0.0).to(tl.float32)[None, :], 0.0)
+
+
+@triton.jit
+def corrected(x, index, value, at, inside, COUNT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """All COUNT entries of every column; index and value point at each column's first."""
+    if COUNT <= 4:
+        for e in tl.static_range(COUNT):
+            x = exactly(x, index, value, at, inside, e)
+    else:  # unrolled, so many would not fit the registers
+        for e in range(COUNT):
+            x = exactly(x, index, value, at, inside, e)
+    return x
+
+
+@triton.jit
 def kv_kivi_kernel(  # type: ignore[no-untyped-def]
     q, words, halves, octets, ring, lens, mask, part, stats, P, page_bytes, record, G, W, qb, qh, qq, mb, mh, mq, mk, scale,
     R: tl.constexpr, Q: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, BM: tl.constexpr, BT: tl.constexpr, MASK: tl.constexpr, SPLITS: tl.constexpr,
-    PAGE: tl.constexpr, GROUP: tl.constexpr, VG: tl.constexpr, BITS: tl.constexpr, RANK: tl.constexpr, NK: tl.constexpr, NV: tl.constexpr,
+    PAGE: tl.constexpr, GROUP: tl.constexpr, VG: tl.constexpr, BITS: tl.constexpr, RANK: tl.constexpr, FACTOR: tl.constexpr,
+    NK: tl.constexpr, NV: tl.constexpr,
     KS: tl.constexpr, KM: tl.constexpr, VC: tl.constexpr, VS: tl.constexpr, VM: tl.constexpr, KA: tl.constexpr, KB: tl.constexpr, VA: tl.constexpr,
     VB: tl.constexpr, KI: tl.constexpr, KV: tl.constexpr, VI: tl.constexpr, VV: tl.constexpr,
 ):  # fmt: skip
@@ -125,16 +154,14 @@ def kv_kivi_kernel(  # type: ignore[no-untyped-def]
             low = tl.load(group + KM // 2, mask=kc < D, other=0.0).to(tl.float32) + MIDDLE * ks
             if NK > 0:
                 k = tl.fma(unpack(kw, BITS, tl.float32), tl.broadcast_to(ks[None, :], (BT, DP)), tl.broadcast_to(low[None, :], (BT, DP)))
-                for e in range(NK):
-                    place = tl.load(octets + at + KI + kc * NK + e, mask=kc < D, other=0).to(tl.int32)
-                    exact = tl.load(w16 + KV // 2 + kc * NK + e, mask=kc < D, other=0.0).to(tl.float32)
-                    k += tl.where(row[:, None] == place[None, :], exact[None, :], 0.0)
+                k = corrected(k, octets + at + KI + kc * NK, w16 + KV // 2 + kc * NK, row, kc < D, NK)
                 s = tl.dot(k.to(DTYPE), turned, input_precision="ieee")
             else:
                 s = tl.dot(unpack(kw, BITS, DTYPE), (wide * ks[:, None]).to(DTYPE), input_precision="ieee") + tl.sum(wide * low[:, None], 0)[None, :]
             for e in tl.static_range(RANK):
-                kb = tl.load(w16 + KB // 2 + e * D + kc, mask=kc < D, other=0.0).to(tl.float32)
-                s += tl.load(w16 + KA // 2 + e * PAGE + row).to(tl.float32)[:, None] * tl.sum(wide * kb[:, None], 0)[None, :]
+                kb = factor(halves, octets, at + KB, e * D + kc, kc < D, FACTOR)
+                ka = factor(halves, octets, at + KA, e * PAGE + row, n < BT, FACTOR)
+                s += ka[:, None] * tl.sum(wide * kb[:, None], 0)[None, :]
             s = masked(s, mask, lane, i * BT + n, n < BT, G, mb, mh, mq, mk, scale, R, Q, MASK)
             p, shrink, top, total = weigh(s, top, total)
             acc = acc * shrink[None, :]
@@ -150,12 +177,10 @@ def kv_kivi_kernel(  # type: ignore[no-untyped-def]
                 token = own + nc
                 v = dequantized(vw, w16 + VS // 2, w16 + VM // 2, c, token, D, VG, PAGE, BITS, tl.float32 if NV > 0 else VTYPE)
                 if NV > 0:
-                    for e in range(NV):
-                        place = tl.load(octets + at + VI + token * NV + e).to(tl.int32)
-                        exact = tl.load(w16 + VV // 2 + token * NV + e).to(tl.float32)
-                        v += tl.where(c[:, None] == place[None, :], exact[None, :], 0.0)
+                    v = corrected(v, octets + at + VI + token * NV, w16 + VV // 2 + token * NV, c, token >= 0, NV)
                 acc = tl.dot(v.to(VTYPE), ordered(p, BITS).to(VTYPE), acc, input_precision="ieee")
             for e in tl.static_range(RANK):
-                vb = tl.load(w16 + VB // 2 + e * D + c, mask=c < D, other=0.0).to(tl.float32)
-                acc += vb[:, None] * tl.sum(p * tl.load(w16 + VA // 2 + e * PAGE + row).to(tl.float32)[:, None], 0)[None, :]
+                vb = factor(halves, octets, at + VB, e * D + c, c < D, FACTOR)
+                va = factor(halves, octets, at + VA, e * PAGE + row, n < BT, FACTOR)
+                acc += vb[:, None] * tl.sum(p * va[:, None], 0)[None, :]
     leave(part, stats, acc, top, total, lane, split, c, D, SPLITS)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from effllm.kernels.triton import kv_append_launch, kv_attend_launch
+from effllm.autotune.kv_cost import PREDICTORS
+from effllm.kernels.triton import kv_append_launch, kv_attend_launch, kv_cost
 from effllm.lowering.kv_cache import APPEND, ATTEND
 from effllm.lowering.op import YES, Problem, Provider, Verdict
 from effllm.runtime.caches.base import CacheFormat, parse
@@ -67,8 +68,8 @@ def supports_append(problem: Problem) -> Verdict:
         return Verdict(False, f"keys are {problem.dtype}, the kernels take fp16, bf16 and fp32")
     if problem.k > CHANNELS:
         return Verdict(False, f"heads of {problem.k} channels, the kernels' registers hold {CHANNELS}")
-    if isinstance(fmt, Kivi) and max(fmt.group, fmt.vgroup(problem.k)) > 512:
-        return Verdict(False, f"groups of {fmt.group}, the kernel's registers hold 512")
+    if isinstance(fmt, Kivi) and max(fmt.group, fmt.vgroup(problem.k)) > 256:
+        return Verdict(False, f"groups of {fmt.group}, the kernel's registers hold 256")
     return YES
 
 
@@ -94,7 +95,7 @@ def supports_attend(problem: Problem) -> Verdict:
 
 def _tiles(fmt: CacheFormat, dim: int) -> Verdict:
     """Whether pages and blocks cut into tiles."""
-    if not isinstance(fmt, Kivi | Mustafar) and kv_attend_launch.tile_of(fmt.page) < 16:
+    if not isinstance(fmt, Kivi | Mustafar) and kv_attend_launch.tile_of(fmt.page, dim) < 16:
         return Verdict(False, f"pages of {fmt.page} tokens, the kernel takes multiples of 16")
     if isinstance(fmt, Bfp):
         if fmt.block & (fmt.block - 1) and fmt.block != dim:
@@ -107,5 +108,6 @@ def _tiles(fmt: CacheFormat, dim: int) -> Verdict:
 def register() -> None:
     """Add the provider "triton" to the cache ops; calling it again changes nothing."""
     ops = torch.ops.effllm_triton_kv
+    PREDICTORS["cuda"] = kv_cost.decision
     APPEND.register(Provider("triton", "kv_append", "cuda", "pages", supports_append, ops.kv_append, rank=10))
     ATTEND.register(Provider("triton", "kv_attend", "cuda", "pages", supports_attend, ops.kv_attend, rank=10))

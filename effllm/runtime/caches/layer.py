@@ -41,7 +41,7 @@ class Layer:
 
     def __init__(self, fmt: CacheFormat | str, capacity: int | None = None, tables: Sequence[Tensor] | None = None) -> None:
         self.format = parse(fmt) if isinstance(fmt, str) else fmt
-        self._spec = self.format.spec  # compiled code reads this alone: numbers of objects become dynamic once two caches differ in them
+        self.spec = self.format.spec  # compiled code reads this alone: numbers of objects become dynamic once two caches differ in them
         self.capacity = capacity
         self.tables = None if tables is None else list(tables)
         self.ready = False
@@ -79,7 +79,7 @@ class Layer:
     @property
     def limit(self) -> int:
         """Tokens that fit without growing."""
-        page, window = _sizes(self._spec)
+        page, window = _sizes(self.spec)
         return self.pages.shape[1] * page + window + page
 
     @property
@@ -119,7 +119,7 @@ class Layer:
         more = k.shape[2]
         if not torch.compiler.is_compiling():
             self.reserve(more)
-        if more <= _sizes(self._spec)[1] + 1:  # so many are always dense
+        if more <= _sizes(self.spec)[1] + 1:  # so many are always dense
             self.append(k, v)
             keys, values = self.read()
         else:
@@ -139,17 +139,17 @@ class Layer:
 
     def append(self, k: Tensor, v: Tensor) -> None:
         """Write k and v (B, G, n, D) behind what is there."""
-        torch.ops.effllm.kv_append(self.pages, self.ring, self.lens, self.start, k, v, self._tables, self._spec, "auto")
+        torch.ops.effllm.kv_append(self.pages, self.ring, self.lens, self.start, k, v, self._tables, self.spec, "auto")
 
     def read(self) -> tuple[Tensor, Tensor]:
         """Dense keys and values (B, G, limit, D)."""
-        out: tuple[Tensor, Tensor] = torch.ops.effllm.kv_read(self.pages, self.ring, self.lens, self._tables, self._spec)
+        out: tuple[Tensor, Tensor] = torch.ops.effllm.kv_read(self.pages, self.ring, self.lens, self._tables, self.spec)
         return out
 
     def attend(self, q: Tensor, mask: Tensor | None = None, scale: float | None = None, kernel: str = "auto") -> Tensor:
         """Attention of q (B, H, Q, D) over all tokens, dense keys and values never made; mask (1|B, 1|H, 1|Q, limit) bool or additive."""
         scale = q.shape[-1] ** -0.5 if scale is None else scale
-        out: Tensor = torch.ops.effllm.kv_attend(q, self.pages, self.ring, self.lens, self._tables, mask, scale, self._spec, kernel)
+        out: Tensor = torch.ops.effllm.kv_attend(q, self.pages, self.ring, self.lens, self._tables, mask, scale, self.spec, kernel)
         return out
 
     @property

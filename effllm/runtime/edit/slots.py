@@ -7,7 +7,8 @@ every slot remembers the position that its key was rotated for. The shift of a s
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class Slots:
         self.stored += [0] * (self.size - len(self.stored))
 
     @classmethod
-    def fresh(cls, length: int, size: int) -> Slots:
+    def fresh(cls, length: int, size: int) -> Self:
         """A text as a prefill leaves it: token p in slot p."""
         return cls(size, list(range(length)), list(range(length)))
 
@@ -53,11 +54,11 @@ class Slots:
             at += 1
         return free
 
-    def grown(self, size: int) -> Slots:
+    def grown(self, size: int) -> Self:
         """The same text in a longer cache."""
-        return Slots(size, list(self.order), list(self.stored))
+        return replace(self, size=size, order=list(self.order), stored=list(self.stored))
 
-    def after(self, plan: Plan, again: Sequence[int] = ()) -> tuple[Slots, list[int]]:
+    def after(self, plan: Plan, again: Sequence[int] = ()) -> tuple[Self, list[int]]:
         """The slots after an edit, and the positions that have to be encoded: new tokens, and those in `again`.
 
         Encoded tokens get slots that the present text does not use, so that this object stays valid if encoding them fails.
@@ -68,14 +69,14 @@ class Slots:
         stored = list(self.stored)
         for p, slot in slots.items():
             stored[slot] = p
-        return Slots(self.size, order, stored), encode
+        return replace(self, order=order, stored=stored), encode
 
-    def extended(self, slots: Sequence[int]) -> Slots:
+    def extended(self, slots: Sequence[int]) -> Self:
         """The text with more tokens at its end, in slots that they were encoded into."""
         stored = list(self.stored)
         for p, slot in enumerate(slots, start=len(self.order)):
             stored[slot] = p
-        return Slots(self.size, [*self.order, *slots], stored)
+        return replace(self, order=[*self.order, *slots], stored=stored)
 
     def shifts(self) -> list[int]:
         """Distinct shifts, 0 first, in order of appearance: one table row each."""
@@ -100,3 +101,61 @@ class Slots:
         """Runs of tokens with one shift."""
         shifts = [p - self.stored[s] for p, s in enumerate(self.order)]
         return sum(1 for i, d in enumerate(shifts) if i == 0 or d != shifts[i - 1])
+
+
+@dataclass
+class Log(Slots):
+    """Slots of a cache that only appends: `used` of them are written, those of deleted tokens included, and the next ones follow."""
+
+    used: int = 0
+
+    @classmethod
+    def fresh(cls, length: int, size: int) -> Self:
+        """A text as a prefill leaves it."""
+        return cls(size, list(range(length)), list(range(length)), length)
+
+    def room(self) -> int:
+        """Slots that were never written."""
+        return self.size - self.used
+
+    def take(self, count: int) -> list[int]:
+        """The next slots."""
+        if count > self.room():
+            raise IndexError("no free slot")  # callers make room first
+        return list(range(self.used, self.used + count))
+
+    def after(self, plan: Plan, again: Sequence[int] = ()) -> tuple[Self, list[int]]:
+        """As for any slots; what is encoded counts as written."""
+        slots, encode = super().after(plan, again)
+        slots.used += len(encode)
+        return slots, encode
+
+    def extended(self, slots: Sequence[int]) -> Self:
+        """The text with more tokens at its end."""
+        longer = super().extended(slots)
+        longer.used += len(slots)
+        return longer
+
+    def rows(self, shifts: Sequence[int]) -> Tensor:
+        """As for any slots; one that is used no more has the row before it, so that a page keeps one turn where it can."""
+        found = super().rows(shifts)
+        live, row = set(self.order), 0
+        for s in range(self.used):
+            if s in live:
+                row = int(found[s])
+            else:
+                found[s] = row
+        return found
+
+    def moved(self, to: Sequence[int], used: int) -> Self:
+        """The same text where slot s has become slot to[s], or -1 where it holds nothing any more; `used` slots are written then."""
+        stored = [0] * self.size
+        for old, new in enumerate(to):
+            if new >= 0:
+                stored[new] = self.stored[old]
+        return replace(self, order=[to[s] for s in self.order], stored=stored, used=used)
+
+    def dead(self, page: int, pages: int) -> list[int]:
+        """Which of the first `pages` pages of `page` slots hold no token of the text."""
+        live = {s // page for s in self.order}
+        return [p for p in range(pages) if p not in live]

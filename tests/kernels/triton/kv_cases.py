@@ -1,4 +1,4 @@
-"""Cases of compressed caches in Triton's interpreter: prints one JSON object per case. No bf16 sums: the interpreter cuts them off where GPUs round."""
+"""Cases of compressed caches in Triton's interpreter: prints one JSON object per case."""
 
 from __future__ import annotations
 
@@ -27,11 +27,18 @@ ATTEND: tuple[tuple[str, int, int, int, int, int, str, str, int], ...] = (
     ("bfp(page=32,window=0,bits=4,vbits=4,block=64)", 1, 4, 64, 100, 1, "float32", "none", 1),
     ("matryoshka(page=64,window=8,k=24,v=0.75)", 2, 3, 64, 200, 1, "float32", "padded", 2),
     ("matryoshka(page=48,window=5,k=8/16,v=31/1)", 2, 2, 40, 150, 2, "float16", "none", 2),
+    ("kivi(bits=4)", 2, 4, 64, 200, 1, "bfloat16", "padded", 2),
+    ("kivi(bits=2,page=32,group=32,window=8)", 1, 4, 64, 120, 1, "bfloat16", "none", 2),
+    ("kivi(bits=8,page=32,group=32,window=8)", 1, 2, 32, 90, 2, "bfloat16", "none", 1),
+    ("gear(bits=4,page=32,group=32,window=8,factors=8)", 1, 4, 64, 120, 1, "bfloat16", "added", 2),
+    ("mustafar(page=64,window=8,sparsity=0.5)", 1, 3, 64, 150, 1, "bfloat16", "none", 2),
+    ("bfp(page=32,window=0,bits=4,vbits=8,block=16)", 1, 3, 64, 100, 1, "bfloat16", "none", 2),
+    ("matryoshka(page=32,window=5,k=20,v=31)", 1, 2, 40, 90, 1, "bfloat16", "none", 2),
 )
 # format, head size, dtype: keys and values of 2 rows by 2 heads, one row padded
 APPEND: tuple[tuple[str, int, str], ...] = (
-    ("kivi(bits=4,page=32,group=16,window=8)", 32, "float32"), ("kivi(bits=2,page=48,group=48,window=3)", 48, "float16"),
-    ("kivi(bits=8,page=64,group=64,window=0)", 64, "bfloat16"), ("kivi(bits=4,page=32,group=16,window=2)", 80, "float16"),
+    ("kivi(bits=4,page=32,group=16,window=8)", 80, "float32"), ("kivi(bits=2,page=48,group=48,window=3)", 48, "float16"),
+    ("kivi(bits=8,page=64,group=64,window=0)", 64, "bfloat16"),
     ("mustafar(page=64,window=8,sparsity=0.7)", 48, "float32"), ("mustafar(page=128,window=0,sparsity=0.5,bits=4)", 64, "float16"),
     ("mustafar(page=64,window=3,sparsity=0.6,bits=8)", 80, "bfloat16"),
 )  # fmt: skip
@@ -201,15 +208,37 @@ def nan_append(spec: str) -> dict[str, Any]:
     return {"equal": equal, "bad": bool(reads[0][0].isnan().any() and reads[0][1].isnan().any())}
 
 
+def ops(spec: str) -> dict[str, Any]:
+    """torch's own checks of both graph ops, with the launchers standing in for the CUDA kernels."""
+    import torch
+
+    from effllm.kernels.triton import kv_append_launch, kv_ops
+
+    for name, call in (("kv_append", kv_append_launch.append), ("kv_attend", kv_ops.attend)):
+        torch.library.impl(f"effllm_triton_kv::{name}", "CPU", call)
+    layer, own = layer_of(spec, 1, 32, 60, "float32", batch=1), torch.ops.effllm_triton_kv
+    layer.ring.nan_to_num_(0.0)  # the checks compare inputs, and NaN is unlike itself
+    k, q = torch.randn(1, 1, 2, 32), torch.randn(1, 2, 1, 32)
+    which = ("test_schema", "test_faketensor")
+    found = torch.library.opcheck(own.kv_append.default, (layer.pages, layer.ring, layer.lens, layer.start, k, k, [], spec), test_utils=which)
+    state = (layer.pages, layer.ring, layer.lens, [], None, 0.2, spec)
+    more = torch.library.opcheck(own.kv_attend.default, (q, *state), test_utils=(*which, "test_aot_dispatch_dynamic"))
+    return found | {f"attend {n}": r for n, r in more.items()}
+
+
 def main() -> None:
     """All cases, in order."""
     os.environ["TRITON_INTERPRET"] = "1"
     import torch
+    from interpreter_bf16 import patch
 
+    patch()
     torch.set_num_threads(1)
-    for what, items in ((attend, ATTEND), (nothing, NOTHING), (append, APPEND), (nan_append, (APPEND[0][0], "mustafar(page=64,window=0,sparsity=0.5,bits=8)"))):
+    odd = (APPEND[0][0], "mustafar(page=64,window=0,sparsity=0.5,bits=8)")
+    runs: tuple[Any, ...] = ((attend, ATTEND), (nothing, NOTHING), (append, APPEND), (nan_append, odd), (ops, NOTHING[:1]))
+    for what, items in runs:
         for item in items:
-            print(json.dumps({"name": f"{what.__name__} {item}", **what(item)}), flush=True)  # type: ignore[operator]
+            print(json.dumps({"name": f"{what.__name__} {item}", **what(item)}), flush=True)
 
 
 if __name__ == "__main__":
