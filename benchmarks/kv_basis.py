@@ -1,4 +1,5 @@
-"""Bases of a Matryoshka cache for the demo model: principal axes, those weighted by what attention makes of them, and one of the two trained by distillation (--start).
+"""Bases of a Matryoshka cache for the demo model: principal axes, those weighted by what attention makes of them,
+and one of the two trained by distillation (--start).
 
     python -m benchmarks.kv_basis --out TABLES.safetensors [--texts WHEEL] [--steps 150] [--kl 1.0]
 

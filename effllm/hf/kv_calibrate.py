@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -113,7 +113,7 @@ def sort_tables(states: list[States], way: str = "post", *, values: bool = False
     `values` sorts value channels too, by their energy and the output projection's; they have no pairs. `rotary` channels of a head are rotated, default
     all. Raises CacheError (E-KVC-VALUE).
     """
-    ways = {"none": _unsorted, "post": ksort.channel_order, "layout": ksort.layout_order}
+    ways: dict[str, Callable[..., Tensor]] = {"none": _unsorted, "post": ksort.channel_order, "layout": ksort.layout_order}
     if way not in ways:
         raise CacheError("E-KVC-VALUE", f"way={way!r}", f"valid: {', '.join(ways)}; for 'pair' see effllm.hf.kv_sort")
     out = {}
