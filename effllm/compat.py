@@ -6,6 +6,8 @@ underscore names of these two.
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import importlib.metadata
 import os
 import re
@@ -14,6 +16,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -173,11 +176,22 @@ def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str |
     if mode not in (None, "default"):
         patches.update(torch._inductor.list_mode_options(mode))
     patches.update(options or {})
-    with warnings.catch_warnings():
+    # torch's caches know an op by its name: what our ops are lowered to is in the tag, or an older release's code would call this one's kernels
+    tag = f"{torch.compiler.config.cache_key_tag} effllm {lowering_hash()}".lstrip()
+    with warnings.catch_warnings(), torch.compiler.config.patch(cache_key_tag=tag):
         # fp16 scales beside bf16 activations are meant: the gather widens both to fp32
         warnings.filterwarnings("ignore", "bf16 and fp16 are mixed")
         compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches or None)
     return cast(Callable[..., Any], compiled)
+
+
+@functools.cache
+def lowering_hash() -> str:
+    """Sixteen hex digits over the Python sources of ops and kernels, which decide what compiled graphs call."""
+    root, digest = Path(__file__).parent, hashlib.sha256()
+    for path in sorted(p for folder in ("lowering", "kernels") for p in (root / folder).rglob("*.py")):
+        digest.update(f"{path.relative_to(root)}\0{path.read_text()}\0".encode())
+    return digest.hexdigest()[:16]
 
 
 def can_outline() -> bool:

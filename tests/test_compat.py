@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -154,6 +155,20 @@ def test_stop_is_seen_through_dynamo() -> None:
     with pytest.raises(Exception) as caught:
         torch.compile(nn.Linear(2, 2), backend=stop)(torch.zeros(1, 2))
     assert compat.is_stop(caught.value) and not compat.is_stop(ValueError())
+
+
+def test_compiled_code_of_other_lowerings_is_not_taken_from_a_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr("torch._inductor.compile_fx.compile_fx", lambda gm, inputs, **_: seen.append(torch.compiler.config.cache_key_tag))
+    gm = torch.fx.symbolic_trace(torch.nn.Identity())
+    with torch.compiler.config.patch(cache_key_tag="mine"):
+        compat.compile_inner(gm, [], None, None)
+        assert torch.compiler.config.cache_key_tag == "mine"
+    assert seen == [f"mine effllm {compat.lowering_hash()}"]
+    compat.lowering_hash.cache_clear()
+    monkeypatch.setattr(Path, "read_text", lambda self: "another release")
+    assert compat.lowering_hash() not in seen[0]
+    compat.lowering_hash.cache_clear()
 
 
 def test_compile_inner_passes_modes_and_options() -> None:

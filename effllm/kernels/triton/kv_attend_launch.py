@@ -174,6 +174,6 @@ def record_of(fmt: CacheFormat, heads: int, dim: int, dtype: torch.dtype) -> int
     return _record(fmt.spec, heads, dim, dtype)
 
 
-def how(dim: int) -> dict[str, int]:
-    """Warps and stages of a program: accumulators, a tile and its unpacked form must fit the registers."""
-    return {"num_warps": 4 if dim <= 128 else 8, "num_stages": 2}
+def how(dim: int, hip: bool = torch.version.hip is not None) -> dict[str, int]:
+    """Warps and stages of a program: accumulators, a tile and its unpacked form must fit the registers, and a workgroup of AMD's 64 KiB."""
+    return {"num_warps": 4 if dim <= 128 else 8, "num_stages": 1 if hip and dim > 128 else 2}

@@ -142,7 +142,8 @@ def test_threads_and_splits_agree(kernel: Provider, spec: str) -> None:
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(4)
-        torch.testing.assert_close(run(kernel, layer, q), alone, rtol=1e-5, atol=1e-6)
+        # other splits add the 3000 tokens in another order: a few roundings of the largest output
+        assert (run(kernel, layer, q) - alone).abs().max() < 8 * torch.finfo(torch.float32).eps * alone.abs().max().clamp_min(1)
     finally:
         torch.set_num_threads(before)
 
