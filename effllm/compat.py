@@ -177,8 +177,8 @@ def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str |
         patches.update(torch._inductor.list_mode_options(mode))
     patches.update(options or {})
     # torch's caches know an op by its name: what our ops are lowered to is in the tag, or an older release's code would call this one's kernels
-    tag = f"{torch.compiler.config.cache_key_tag} effllm {lowering_hash()}".lstrip()
-    with warnings.catch_warnings(), torch.compiler.config.patch(cache_key_tag=tag):
+    config: Any = torch.compiler.config
+    with warnings.catch_warnings(), config.patch(cache_key_tag=f"{config.cache_key_tag} effllm {lowering_hash()}".lstrip()):
         # fp16 scales beside bf16 activations are meant: the gather widens both to fp32
         warnings.filterwarnings("ignore", "bf16 and fp16 are mixed")
         compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches or None)

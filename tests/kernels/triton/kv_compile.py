@@ -51,7 +51,8 @@ def attend(
     aligned = ("q", *names, "ring", "lens", "part", "stats", "page_bytes", "record", "qb", "qh", "qq")
     absent = {} if mask else {"mask": None}
     kinds = {name: kind for name, kind in kinds.items() if name not in ones}
-    return aot.compile_for(kernel, kinds, constants | shape | absent | dict.fromkeys(ones, 1), target, aligned=aligned, **kv_attend_launch.how(dim, target.startswith("hip")))
+    how = kv_attend_launch.how(dim, target.startswith("hip"))
+    return aot.compile_for(kernel, kinds, constants | shape | absent | dict.fromkeys(ones, 1), target, aligned=aligned, **how)
 
 
 def instructions(spec: str, dim: int, repeat: int, queries: int, mask: int) -> float:

@@ -41,7 +41,8 @@ def compiled(dim: int, repeat: int, mask: int, target: str, ones: tuple[str, ...
     kinds |= {"mask": "*u8"} if mask else {"mk": "i32"}
     aligned = ("q", "k", "v", "cos", "sin", "row", "part", "stats", "qh", "kg", "ks", "vg", "vs", "kb", "vb")
     kinds = {name: kind for name, kind in kinds.items() if name not in ones}
-    return aot.compile_for(rotated_attention_kernel, kinds, constants | dict.fromkeys(ones, 1), target, aligned=aligned, **rotated_launch.how(dim, target.startswith("hip")))
+    how = rotated_launch.how(dim, target.startswith("hip"))
+    return aot.compile_for(rotated_attention_kernel, kinds, constants | dict.fromkeys(ones, 1), target, aligned=aligned, **how)
 
 
 @pytest.mark.slow
