@@ -48,9 +48,8 @@ def _root(node: fx.Node) -> tuple[fx.Node, float] | None:
     square = arguments(mean)[0]
     if dim not in (-1, (-1,), [-1]) or not keep or not isinstance(square, fx.Node):
         return None
-    if (is_call(square, "pow") and arguments(square)[1] == 2) or is_call(square, "square") or (is_call(square, "mul") and arguments(square)[0] is arguments(square)[1]):
-        x = arguments(square)[0]
-    else:
+    x, *other = arguments(square)
+    if not (is_call(square, "square") or (is_call(square, "pow") and other == [2]) or (is_call(square, "mul") and other == [x])):
         return None
     return (x, float(eps)) if isinstance(x, fx.Node) else None
 

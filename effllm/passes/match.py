@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from effllm import compat
 
-_SAME = {"iadd": "add", "imul": "mul", "add_": "add", "mul_": "mul", "concat": "cat", "multiply": "mul", "true_divide": "div", "truediv": "div", "negative": "neg"}
+_SAME = {"iadd": "add", "imul": "mul", "concat": "cat", "multiply": "mul", "true_divide": "div", "truediv": "div", "negative": "neg"}
 _CASTS = ("to", "float", "type_as", "bfloat16", "half", "type")
 
 

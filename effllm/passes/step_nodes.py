@@ -17,7 +17,8 @@ from effllm.lowering.step_code import BINARY, DIMS, KINDS, UNARY, Builder, Code,
 from effllm.passes.match import arguments, cast, name
 
 PACKED = ("bipolar_linear", "bipolar_linear_many", "bipolar_linear_a8", "bipolar_linear_a8_many")
-_VIEWS = ("view", "transpose", "permute", "expand", "unsqueeze", "squeeze", "narrow", "select", "t", "chunk", "split", "unbind", "getitem", "expand_as", "view_as")
+_VIEWS = ("view", "transpose", "permute", "expand", "unsqueeze", "squeeze", "narrow", "select", "t", "chunk", "split", "unbind", "getitem",
+          "expand_as", "view_as")  # fmt: skip
 _MAYBE = ("reshape", "contiguous", "flatten", "unflatten")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -223,8 +224,10 @@ def _fits(node: fx.Node) -> bool:
     if what in BINARY or what in ("add_", "mul_"):
         dtypes = {t.dtype for t in flat}
         numbers = [a for a in arguments(node) if isinstance(a, float | int)]
-        same = dtypes == {torch.int64} and not any(isinstance(a, float) for a in numbers)
-        return (same or all(d in _FLOATS for d in dtypes)) and not node.kwargs and len(arguments(node)) == 2 and not isinstance(numbers[0] if numbers else 0, bool)
+        if node.kwargs or len(arguments(node)) != 2 or any(isinstance(a, bool) for a in numbers):
+            return False
+        whole = dtypes == {torch.int64} and not any(isinstance(a, float) for a in numbers)
+        return whole or all(d in _FLOATS for d in dtypes)
     if what == "pow":
         return all(t.dtype in _FLOATS for t in flat) and arguments(node)[1:] in ((2,), (3,), (2.0,), (3.0,))
     if what in ("silu", "gelu", "relu", "sigmoid", "tanh", "neg") or node.target is torch.nn.functional.layer_norm or cast(node) is not None:
