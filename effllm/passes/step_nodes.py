@@ -418,14 +418,12 @@ def _packed(e: Emitter, node: fx.Node) -> None:
 
 def _plan(op: str, node: fx.Node) -> tuple[int, int, int, int]:
     """unpack_from, rows, tiles, chunk of the configuration that the op itself would run with."""
-    from effllm.kernels.cpu.choose import arguments as plan_of
-
     read = OPS[op].problem
     assert read is not None
     problem, kernel = read(*fx.node.map_arg(arguments(node), compat.example_value))
     found = provider(op, kernel)
-    config = use.choose(found, problem).config if found.tuning is not None else None
-    given = plan_of(problem, config, kernel.removeprefix("cpu-"))
+    tuning: Any = found.tuning
+    given = tuning.arguments(problem, use.choose(found, problem).config)
     return given["unpack_from"], given.get("rows", 0), given.get("tiles", 0), given.get("chunk", 0)
 
 

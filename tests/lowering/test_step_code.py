@@ -7,6 +7,7 @@ import torch
 
 from effllm.kernels.cpu import ensure
 from effllm.kernels.cpu.build import ISAS, missing
+from effllm.lowering.glu import ACTIVATIONS, glu
 from effllm.lowering.norm import rms_norm
 from effllm.lowering.rotate import rotate
 from effllm.lowering.step_code import BINARY, UNARY, Builder
@@ -190,3 +191,18 @@ def test_operands_of_other_sizes_are_refused():
 
     with pytest.raises(KernelError, match="E-KRN-STEP"):
         run(isa, build, [x[:, :32]], [x])
+
+
+@pytest.mark.parametrize("isa", AVAILABLE, ids=lambda i: i.name)
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_gated_unit_of_two_halves(isa, act):
+    torch.manual_seed(0)
+    both = torch.randn(2, 5000)
+
+    def build(b, v):
+        out = b.produce((2, 2500), both.dtype)
+        b.emit("glu", [out, v[0].like(v[0].meta[:, :2500]), v[0].like(v[0].meta[:, 2500:])], (UNARY.index(act),))
+        return [out]
+
+    (out,), _ = run(isa, build, [both], [both])
+    assert torch.allclose(out, glu(both[:, :2500], both[:, 2500:], act), rtol=1e-5, atol=1e-6)
