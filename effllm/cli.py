@@ -129,6 +129,7 @@ def bench(
     device: Device = "cpu",
     json: Json = None,
     png: Png = None,
+    profile: Annotated[bool, typer.Option("--profile", help="instead: where the time of a decoding step goes")] = False,
     kernels: cli_kernels.Kernels = False,
     model_shapes: cli_kernels.Shapes = None,
     rows: cli_kernels.Rows = None,
@@ -145,7 +146,7 @@ def bench(
     """Decode and prefill speed of several recipes and baselines, interleaved in one run. A checkpoint runs as it is.
 
     With --kernels: kernels on layer shapes of real models, verified, then timed in turns with those of peers. With --serve-trace: the time
-    between tokens of running sequences while prompts arrive, read in chunks and whole.
+    between tokens of running sequences while prompts arrive, read in chunks and whole. With --profile: the parts of a decoding step.
     """
     console.writable(json, png)
     serve = {"--serve-trace": serve_trace, "--budget": budget, "--sequences": sequences, "--slowdown": slowdown}
@@ -169,6 +170,15 @@ def bench(
     if model is None:
         raise OptionError("E-OPT-VALUE", "Missing argument 'MODEL'", "name a model, or add --kernels; see `effllm bench --help`")
     counts = (rounds or 3, tokens or 64, prefill or 512)
+    if profile:
+        for flag, value in other.items():
+            if value and flag != "--tokens":
+                raise OptionError("E-OPT-PROFILE", f"{flag} does not apply to --profile", f"leave {flag} out, or --profile")
+        found = commands.profile(model, recipe, tokens or 32, threads, context, width)
+        for one in found["profiles"]:
+            console.out().print(console.profile_table(one))
+        console.write_json(found, json)
+        return
     result = commands.bench(model, recipe, baseline, *counts, not eager_prefill, text, windows, calibrate, threads, device, width, reference, context)
     console.out().print(console.bench_table(result))
     if "comparison" in result["settings"]:

@@ -166,6 +166,34 @@ def bench(
     return result
 
 
+def profile(model: str, recipes: Sequence[str] | None, tokens: int, threads: int | None, context: int | None, bits: int | None = None) -> dict[str, Any]:
+    """Where the time of a decoding step goes, per recipe: {"machine", "profiles"}; a checkpoint runs as it is, or at `bits`."""
+    import torch
+
+    from effllm.autotune.machine import describe
+    from effllm.hf import models, profile, subject, variants
+
+    shape = variants.Shape(prompt=context or variants.Shape.prompt, tokens=tokens)
+    wanted = list(recipes or ("w8", "w4", "w4a8"))
+    use_threads(threads)
+    found = []
+    with console.progress("profile") as show:
+        show("loading", 0.0)
+        if models.is_packed(model):
+            loaded = subject.load(model, bits, None)
+            made, tokenizer = [lambda: variants.packed(loaded.recipe, loaded.model, shape, compile_prefill=False)], loaded.tokenizer
+        else:
+            dense, tokenizer = models.resolve(model, bits=bits)
+            made = [lambda what=what: variants.recipe(what, dense, shape, compile_prefill=False) for what in wanted]  # type: ignore[misc]
+        del tokenizer
+        for i, make in enumerate(made):
+            show(wanted[i], i / len(made))
+            variant = make()
+            ids = torch.randint(3, variant.model.config.get_text_config().vocab_size, (1, shape.prompt), generator=torch.Generator().manual_seed(0))
+            found.append(profile.profile(variant, ids, tokens))
+    return {"machine": describe(), "profiles": found}
+
+
 def explain(model: str, recipe: str | None, bits: int | None = None) -> dict[str, Any]:
     """The backend's report on one decode step's graph, its printed form under "text", and the recipe's preview.
 

@@ -59,6 +59,15 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> Table:
     return made
 
 
+def profile_table(result: dict[str, Any]) -> Table:
+    """The parts of a decoding step."""
+    cells = [[p["part"], str(p["calls"]), f"{p['us']:.0f}", f"{p['share']:.1%}", "-" if p["gb_s"] is None else f"{p['gb_s']:.1f}"] for p in result["parts"]]
+    whole = sum(p["us"] for p in result["parts"])
+    cells.append(["all of it", "1", f"{whole:.0f}", "100.0%", "-"])
+    title = f"{result['variant']}: a step takes {result['step_us']:.0f} us on {result['threads']} threads; the parts come to {result['explained']:.1%} of it"
+    return table(title, ["part", "calls", "us", "share", "GB/s"], cells)
+
+
 def bench_table(result: dict[str, Any]) -> Table:
     """The rows of a bench result, fastest torch baseline as the unit of speed."""
     rows = result["rows"]

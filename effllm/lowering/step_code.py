@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from effllm.lowering import step_fuse
-from effllm.lowering.step_parts import ANY, DIMS, FIRST, KINDS, NUMBERS, WORKSPACE, Buffer, Instruction, Value
+from effllm.lowering.step_parts import ANY, DIMS, FIRST, KINDS, NUMBERS, WORKSPACE, Buffer, Instruction, Step, Value
 from effllm.lowering.step_parts import CODE as CONSTANTS
 
 CODES = ("copy", "binary", "unary", "norm", "glu", "rotate", "write", "packed", "packed_a8", "quantize", "attend", "dense")
@@ -37,7 +37,7 @@ class Code:
     workspace: int  # bytes
     outputs: list[tuple[tuple[int, ...], torch.dtype]]
     written: list[int]  # positions of external tensors that change
-    steps: list[tuple[str, int]]  # of each instruction its operation and level
+    steps: list[Step]
 
 
 @dataclass
@@ -48,6 +48,7 @@ class Builder:
     buffers: list[Buffer] = field(default_factory=list)  # of the call
     numbers: list[float] = field(default_factory=list)
     integers: list[int] = field(default_factory=list)
+    label: str = ""  # of the instructions to come
 
     def external(self, meta: Tensor, numel: int | None = None) -> Value:
         """A tensor of the call."""
@@ -76,7 +77,7 @@ class Builder:
 
     def emit(self, code: str, operands: Sequence[Value | None], args: Iterable[int] = (), outputs: int = 1) -> None:
         """Append an instruction."""
-        self.instructions.append(Instruction(code, list(operands), [int(a) for a in args], outputs))
+        self.instructions.append(Instruction(code, list(operands), [int(a) for a in args], outputs, self.label))
 
     def finish(self, outputs: Sequence[Value]) -> Code:
         """Order, place and encode; every output is a whole buffer that some instruction wrote."""
@@ -98,8 +99,12 @@ class Builder:
         written = sorted({v.buffer.tensor for i in order for v in i.operands[: i.outputs] if v is not None and 0 <= v.buffer.tensor < len(self.buffers)})
         return Code(
             torch.tensor([*words, *self.integers], dtype=torch.int64), numbers, [b.numel for b in self.buffers], size,
-            [(tuple(v.meta.shape), v.meta.dtype) for v in outputs], written, [(i.code, i.level) for i in order],
+            [(tuple(v.meta.shape), v.meta.dtype) for v in outputs], written, [Step(i.code, i.level, i.label, _read(i)) for i in order],
         )  # fmt: skip
+
+
+def _read(i: Instruction) -> int:
+    return sum(v.meta.numel() * v.meta.element_size() for v in i.operands[i.outputs :] if v is not None and v.buffer.tensor >= 0)
 
 
 def _view(value: Value | None, constants: int) -> list[int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,4 +45,14 @@ class Instruction:
     operands: list[Value | None]
     args: list[int]
     outputs: int = 1
+    label: str = ""  # where it comes from, for profiles
     level: int = 0
+
+
+class Step(NamedTuple):
+    """What a profile says of an instruction: its operation, level and origin, and the bytes of the call's tensors that it reads."""
+
+    code: str
+    level: int
+    label: str
+    read: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx
@@ -10,6 +11,7 @@ from torch import fx
 from effllm import compat
 from effllm.passes.step_nodes import views
 from effllm.passes.step_program import is_program
+from effllm.runtime.step import StepProgram
 
 Compile = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
 
@@ -33,15 +35,58 @@ def in_parts(gm: fx.GraphModule, compile: Compile) -> Callable[..., Any]:
     position = {n: i for i, n in enumerate([*inputs, *made])}
     needed = tuple(position[n] for n in call.args)  # type: ignore[index]
     program = gm.get_submodule(str(call.target))
-    first = _ready(front, inputs, before, compile)
-    last = _ready(back, known, behind, compile)
-    step = program.forward
+    assert isinstance(program, StepProgram)
+    return Parts(_ready(front, inputs, before, compile), program, needed, _ready(back, known, behind, compile), len(inputs))
 
-    def run(*args: Any) -> Any:
-        have = [*args, *first(*args)]
-        return last(*have, *step(*[have[i] for i in needed]))
 
-    return run
+@dataclass(frozen=True)
+class Ready:
+    """A part as it runs, and which of the values before it, by position, it reads."""
+
+    run: Callable[..., Any]
+    keep: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The graph as a callable: front, program, back. Values are numbered: the graph's inputs, what the front makes, what the program makes."""
+
+    front: Ready
+    program: StepProgram
+    needed: tuple[int, ...]  # by the program
+    back: Ready
+    inputs: int
+
+    def __call__(self, *args: Any) -> Any:
+        """The graph's outputs."""
+        have = [*args, *self.front.run(*[args[i] for i in self.front.keep])]
+        have += self.program(*[have[i] for i in self.needed])
+        return self.back.run(*[have[i] for i in self.back.keep])
+
+    def bind(self, args: Sequence[Any], changing: Sequence[int]) -> Callable[..., Any]:
+        """The graph on these inputs for good, but those at `changing`, which come with each call: no other is touched again."""
+        made = self.front.run(*[args[i] for i in self.front.keep])
+        have = [*args, *made]
+        fresh = [p for i, p in enumerate(self.needed) if i in self.program.fresh]
+        if any(p in changing for i, p in enumerate(self.needed) if i not in self.program.fresh):
+            return lambda *values: self(*_exchanged(args, changing, values))
+        bound = self.program.bind([have[i] for i in self.needed])
+        few = {p: have[p] for p in {*self.front.keep, *self.back.keep, *fresh} if p < self.inputs}  # what is read of the inputs
+
+        def run(*values: Any) -> Any:
+            now = few | dict(zip(changing, values, strict=True))
+            now.update(enumerate(self.front.run(*[now[i] for i in self.front.keep]), start=self.inputs))
+            now.update(enumerate(bound([now[p] for p in fresh]), start=self.inputs + len(made)))
+            return self.back.run(*[now[i] for i in self.back.keep])
+
+        return run
+
+
+def _exchanged(args: Sequence[Any], changing: Sequence[int], values: Sequence[Any]) -> list[Any]:
+    found = list(args)
+    for i, value in zip(changing, values, strict=True):
+        found[i] = value
+    return found
 
 
 def _part(gm: fx.GraphModule, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Any) -> fx.GraphModule:
@@ -60,14 +105,13 @@ def _part(gm: fx.GraphModule, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node
     return fx.GraphModule(gm, graph)
 
 
-def _ready(part: fx.GraphModule, inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], compile: Compile) -> Callable[..., Any]:
-    """The part as it runs, for the inputs that it reads: as it is where it only takes views or items, else compiled."""
+def _ready(part: fx.GraphModule, inputs: Sequence[fx.Node], nodes: Sequence[fx.Node], compile: Compile) -> Ready:
+    """The part as it runs: as it is where it only takes views or items, else compiled."""
     held = [n for n in part.graph.nodes if n.op == "placeholder"]
-    keep = [i for i, n in enumerate(held) if n.users]
+    keep = tuple(i for i, n in enumerate(held) if n.users)
     for n in held:
         if not n.users:
             part.graph.erase_node(n)
     part.recompile()
     given = [compat.example_value(inputs[i]) for i in keep]
-    run = part.forward if all(views(n) for n in nodes) else compile(part, given)
-    return lambda *args: run(*[args[i] for i in keep])
+    return Ready(part.forward if all(views(n) for n in nodes) else compile(part, given), keep)

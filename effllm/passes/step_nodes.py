@@ -113,6 +113,7 @@ class Emitter:
         handler = _handler(node)
         if handler is None:
             raise Unsupported(node, f"{node.target} has no instruction")
+        self.builder.label = compat.module_of(node)[0]
         try:
             handler(self, node)
         except (EffllmError, RuntimeError) as error:

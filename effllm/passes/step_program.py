@@ -62,7 +62,7 @@ class StepPrograms:
         except Unsupported as error:
             return kept("unsupported", f"{error.node.name}: {error.reason}")
         code, call = _insert(graph, plan, emitter)
-        found = {"instructions": len(code.steps), "levels": code.steps[-1][1] + 1, "workspace_bytes": code.workspace}
+        found = {"instructions": len(code.steps), "levels": code.steps[-1].level + 1, "workspace_bytes": code.workspace}
         what = f"{len(heavy)} linears and attentions in one call"
         report.decisions.append(Decision(call.name, "", "applied", "one-call", what, kernel=emitter.kernel, config=found))
         return report
@@ -195,7 +195,9 @@ def _insert(graph: fx.Graph, plan: Plan, emitter: Emitter) -> tuple[step_code.Co
     code = emitter.finish(wanted)
     owner: Any = graph.owning_module
     label = "step_program"
-    owner.add_submodule(label, StepProgram(code, emitter.run))
+    # what comes straight from a caller that is no parameter, buffer or cache may be another tensor each time, too
+    fresh = [i for i, n in enumerate(emitter.inputs) if n.op != "placeholder"]
+    owner.add_submodule(label, StepProgram(code, emitter.run, fresh))
     output = next(n for n in graph.nodes if n.op == "output")
     later = [n for n in graph.nodes if n in behind or (views(n) and _root(n) in inside | behind)]
     with graph.inserting_before(output):

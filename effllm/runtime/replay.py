@@ -55,6 +55,8 @@ class Replay:
     def __init__(self, call: Call, positions: Sequence[int]) -> None:
         self._call, self._positions = call, tuple(positions)
         self._like = [(call.args[i].shape, call.args[i].dtype) for i in positions]
+        bind = getattr(call.function, "bind", None)
+        self._bound: Callable[..., Any] | None = None if bind is None else bind(call.args, self._positions)
 
     @staticmethod
     def of(calls: Sequence[Call], output: Tensor, changing: Sequence[Tensor]) -> Replay | None:
@@ -76,6 +78,9 @@ class Replay:
         """The first result for other values; None where their shapes or dtypes differ from the recorded ones."""
         if [(v.shape, v.dtype) for v in values] != self._like:
             return None
+        if self._bound is not None:
+            first: Tensor = self._bound(*values)[0]
+            return first
         args = list(self._call.args)
         for i, value in zip(self._positions, values, strict=True):
             args[i] = value

@@ -82,7 +82,7 @@ def test_norm_with_its_sum(isa, dtype, late):
         return [total, out]
 
     (total, out), code = run(isa, build, [x, r, w], [x, r, w])
-    assert [step for step, _ in code.steps] == ["norm"]  # the sum went into it
+    assert [step.code for step in code.steps] == ["norm"]  # the sum went into it
     assert torch.equal(total, x + r)
     assert near(out, rms_norm(x + r, w, 1e-5, offset, late), dtype)
 
@@ -116,7 +116,7 @@ def test_rotation_into_a_cache(isa, interleaved):
         return []
 
     _, code = run(isa, build, [x, cos, sin, cache, at], [x, cos, sin, cache, at])
-    assert [step for step, _ in code.steps] == ["rotate"] and code.written == [3]
+    assert [step.code for step in code.steps] == ["rotate"] and code.written == [3]
     want = torch.zeros_like(cache).index_copy_(2, at, rotate(x, cos, sin, interleaved))
     assert torch.allclose(cache, want, atol=1e-6)
 
@@ -175,7 +175,7 @@ def test_memory_is_used_again_and_never_too_soon():
 
     (out,), code = run(isa, build, [x], [x])
     assert torch.equal(out, -x - x)
-    assert code.workspace == 3 * 256 and [level for _, level in code.steps] == list(range(11))
+    assert code.workspace == 3 * 256 and [step.level for step in code.steps] == list(range(11))
 
 
 def test_operands_of_other_sizes_are_refused():
