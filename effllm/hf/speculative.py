@@ -144,6 +144,7 @@ class Round:
         most = self.settings.nodes(self.settings.levels)
         return min(most, 1 + (1 << max(0, nodes - 2).bit_length())) if self.settings.stop is not None and nodes > 1 else most
 
+    @torch.no_grad()
     def _expand(self, nodes: list[int]) -> Tensor:
         """Distributions (len(nodes), V) of the draft after each node; it reads them now."""
         self.counts.draft_forwards += 1

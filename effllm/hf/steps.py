@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from effllm import compat
 from effllm.errors import OptionError
@@ -104,7 +105,7 @@ class Steps:
         """Logits (B, k, V) after ids (B, n) at positions (B, n), and the last hidden states (B, n, H) if wanted; the cache grows by n.
 
         mask: None for causal, (B, capacity) for padding, (1, 1, n, capacity) or a dict of those for a tree. keep: how many of the last rows of logits,
-        0 for all, or the rows (k,). eager: without compiling, for shapes that come once.
+        0 for all, or the rows (k,). hidden: all rows, of a draft. eager: without compiling, for shapes that come once.
         """
         step: Callable[..., Any] = _step
         if self.compiled is not None and not eager:
@@ -114,7 +115,7 @@ class Steps:
                 if key not in self.graphs:
                     self.graphs[key] = self.compiled.function(compat.fresh(_step))
                 step = self.graphs[key]
-        ids, positions = (t.clone() if t.is_inference() else t for t in (ids, positions))  # Dynamo would see another kind of tensor
+        ids, positions, mask, keep = tree_map_only(Tensor, _normal, (ids, positions, mask, keep))
         if step is _step:
             logits, last = step(model, ids, positions, mask, cache, keep, hidden)
         else:
@@ -170,9 +171,18 @@ def forget(model: Any) -> None:
 
 
 def _step(model: Any, ids: Tensor, positions: Tensor, mask: Any, cache: Any, keep: Any, hidden: bool) -> tuple[Tensor, Tensor | None]:
-    more = {"output_hidden_states": True} if hidden else {}
-    out = model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=keep, **more)
-    return out.logits, out.hidden_states[-1] if hidden else None
+    if hidden:
+        # not output_hidden_states, which Dynamo cannot follow. What some models do behind the head (soft caps, scales) is left out: a draft's
+        # distribution may be any, as long as it is the one that is drawn from
+        last: Tensor = model.base_model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True).last_hidden_state
+        return model.get_output_embeddings()(last), last
+    out = model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=keep)
+    return out.logits, None
+
+
+def _normal(t: Tensor) -> Tensor:
+    """A caller under inference_mode makes tensors of a kind of their own, which Dynamo would compile for anew."""
+    return t.clone() if t.is_inference() else t
 
 
 def _guarded(step: Callable[..., Any], model: Any, *args: Any) -> Any:
