@@ -23,8 +23,8 @@ def test_bounds_and_thresholds() -> None:
     sure = [0.9] * 30
     assert drafted(0.0, sure, least=3) == 3 and drafted(1.0, sure) == 8
     assert [drafted(h, sure) for h in (0.1, 0.2, 0.3, 0.5)] == [2, 3, 4, 7]  # 1 - 0.9^n first above h
-    assert drafted(0.3, [0.99, 0.99, 0.2, 0.99] + sure) == 3
-    assert drafted(0.3, [2.0, -1.0] + sure) == 2  # estimates are clamped
+    assert drafted(0.3, [0.99, 0.99, 0.2, 0.99, *sure]) == 3
+    assert drafted(0.3, [2.0, -1.0, *sure]) == 2  # estimates are clamped
 
 
 def test_an_oracle_beats_every_fixed_length() -> None:
