@@ -30,8 +30,12 @@ class Reader:
         self._mask = TreeMask(model) if trees else None
 
     @contextlib.contextmanager
-    def on(self, capacity: int) -> Iterator[Reader]:
-        """With a cache of that many tokens."""
+    def on(self, capacity: int, beside: Reader | None = None) -> Iterator[Reader]:
+        """With a cache of that many tokens, or with that of another reader."""
+        if beside is not None:
+            self.cache = beside.cache
+            yield self
+            return
         with self.steps.borrow(self.model, 1, capacity) as self.cache:
             yield self
 

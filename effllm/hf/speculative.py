@@ -5,7 +5,9 @@ says why). Temperature, top-k, top-p and penalty are applied to both models' log
 tokens are drawn from the sequence's own random stream, so a seed gives the same text again, but not the text of a run without a draft.
 
 Invariant between two rounds, for n tokens of prompt and continuation: the model's cache holds the first n - 1, the draft's n - 1 or n - 2 of
-them (a last token that was drafted and kept was never read by the draft).
+them (a last token that was drafted and kept was never read by the draft). A draft that was made out of the model (hf/draft.py) has no cache of
+its own: it writes behind the model's keys and values, which the model then overwrites. It reads no prompt, and sees keys and values at
+full precision, as in arXiv:2410.11305.
 """
 
 from __future__ import annotations
@@ -59,6 +61,7 @@ class SpeculativeLoop:
         self.statistics = Statistics() if statistics is None else statistics
         refuse(request.inner)
         smaller = draft_of(request.inner, draft)
+        self.shared = isinstance(draft, (int, str))
         refuse(smaller)
         trees = settings.shape != "chain"
         self.target, self.draft = Reader(request.inner, compiled, trees), Reader(smaller, compiled, trees)
@@ -73,14 +76,14 @@ class SpeculativeLoop:
             if not s.most:
                 continue
             with contextlib.ExitStack() as stack:
-                for reader in (self.target, self.draft):
-                    stack.enter_context(reader.on(self.capacity))
+                stack.enter_context(self.target.on(self.capacity))
+                stack.enter_context(self.draft.on(self.capacity, self.target if self.shared else None))
                 yield from self._sequence(i, s)
 
     def _sequence(self, i: int, s: Pending) -> Iterator[Event]:
         logits = self.target.prompt(s.prompt)
         tokens = [self.request.sampling.choose(logits, s.prompt, s.generator)]
-        ready = False
+        ready = self.shared
         while True:
             for token in tokens:
                 event = self.request.take(i, token)
@@ -102,6 +105,7 @@ class Round:
 
     def __init__(self, loop: SpeculativeLoop, s: Pending) -> None:
         self.settings, self.target, self.draft, self.counts = loop.settings, loop.target, loop.draft, loop.statistics
+        self.shared = loop.shared
         self.sampling: Sampling = loop.request.sampling
         self.stream = s.generator
         self.whole = s.whole()
@@ -116,12 +120,14 @@ class Round:
     def run(self) -> list[int]:
         """Tokens that follow."""
         self._grow()
+        if self.shared:
+            self.target.cache.seek(self.last)
         tree, slots = self.tree, [self.last + d for d in self.tree.depths]
         sight = None if self.settings.shape == "chain" else tree.sight()
         logits, _ = self.target.read(tree.tokens, slots, self._width(len(tree)), sight, slots)
         path, token = self._judge(logits)
         self.target.keep(self.last, [self.last, *(self.last + n for n in path)])
-        if self.read:
+        if self.read and not self.shared:
             self.draft.keep(self.last, [self.last, *(self.last + n for n in path if n < self.read)])
         self.counts.rounds += 1
         self.counts.drafted += len(tree) - 1
@@ -151,11 +157,11 @@ class Round:
         wanted = self.settings.head is not None
         if nodes == [0]:
             start = self.draft.length
-            if self.draft.static and start > self.last - 1 >= 0:  # two tokens always, so that there is one graph
+            if self.draft.static and not self.shared and start > self.last - 1 >= 0:  # two tokens always, so that there is one graph
                 start = self.last - 1
                 self.draft.cache.seek(start)
             ids = self.whole[start:].tolist()
-            logits, hidden = self.draft.read(ids, range(start, self.last + 1), 2, hidden=wanted)
+            logits, hidden = self.draft.read(ids, range(start, self.last + 1), 1 if self.shared else 2, hidden=wanted)
             logits = logits[-1:]
         else:
             depths = [self.tree.depths[n] for n in nodes]

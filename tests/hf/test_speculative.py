@@ -111,17 +111,20 @@ def joint(model: Any, prompt: Tensor, settings: dict[str, Any]) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("shape", "settings"),
+    ("shape", "settings", "own"),
     [
-        ("chain(tokens=2)", {"temperature": 1.0}),
-        ("chain(tokens=3, stop=0.6)", {"temperature": 1.3, "top_k": 4, "repetition_penalty": 1.3}),
-        ("constant(branching=2x2)", {"temperature": 0.8, "top_p": 0.9}),
-        ("beam(width=3, depth=2)", {"temperature": 1.0, "top_k": 4}),
+        ("chain(tokens=2)", {"temperature": 1.0}, True),
+        ("chain(tokens=3, stop=0.6)", {"temperature": 1.3, "top_k": 4, "repetition_penalty": 1.3}, True),
+        ("constant(branching=2x2)", {"temperature": 0.8, "top_p": 0.9}, True),
+        ("beam(width=3, depth=2)", {"temperature": 1.0, "top_k": 4}, True),
+        ("beam(width=3, depth=2)", {"temperature": 1.0}, False),
     ],
 )
-def test_draws_are_distributed_as_those_of_the_model(shape: str, settings: dict[str, Any]) -> None:
-    model, draft = cramped()
+def test_draws_are_distributed_as_those_of_the_model(shape: str, settings: dict[str, Any], own: bool) -> None:
+    """A draft with a cache of its own, and one made of the model, which shares the model's."""
+    model, other = cramped()
     prompt, n = torch.tensor([1, 4, 2]), 700
+    draft: Any = other if own else "bipolar(bits=2, group=16)"
     counts, statistics = torch.zeros(6, 6), Statistics()
     for out in effllm.generate(model, [prompt] * n, draft=draft, speculative=shape, max_new_tokens=4, seed=11, statistics=statistics, **settings):
         counts[out[4], out[5]] += 1
@@ -129,7 +132,7 @@ def test_draws_are_distributed_as_those_of_the_model(shape: str, settings: dict[
     assert float(want.sum()) == pytest.approx(1, abs=1e-5)
     assert deviation(counts, want) < LIMIT
     assert 0.15 < statistics.acceptance < 0.9
-    assert deviation(counts, joint(draft, prompt, settings)) > LIMIT  # the test tells model and draft apart
+    assert deviation(counts, joint(draft_of(model, draft), prompt, settings)) > LIMIT  # the test tells model and draft apart
 
 
 def test_a_seed_gives_the_same_draws_again() -> None:
@@ -195,9 +198,13 @@ def test_a_model_drafts_for_itself_at_fewer_bits() -> None:
         whole = packed_weights(model)[name].packed()
         assert torch.equal(w.packed().tensors["planes"], whole.tensors["planes"][: w.bits])
     assert draft_of(model, 4) is draft_of(model, 4) is not draft_of(model, 3)
-    statistics = Statistics()
-    assert ids_of(model, prompts, draft=4, statistics=statistics, **FREE) == ids_of(model, prompts, **FREE)
+    statistics, plain, count = Statistics(), ids_of(model, prompts, **FREE), Counting()
+    assert ids_of(model, prompts, draft=4, statistics=statistics, **FREE) == plain
     assert statistics.acceptance > 0.2
+    for shape in SHAPES:  # it writes behind the model's keys and values, and the model over them
+        assert ids_of(model, prompts, draft=4, speculative=shape, **FREE) == plain
+    assert ids_of(model, prompts, draft=4, compile=count, **FREE) == plain
+    assert count.graphs == 2  # one token of the draft, five of the model: no prompt, no catching up
     with pytest.raises(OptionError, match="E-OPT-DRAFT"):
         lowered(model, 8)
 

@@ -63,5 +63,6 @@ def beam(tree: Tree, width: int, depth: int, expand: Expand, noise: Noise | None
 
 def _ordered(p: Tensor, count: int, noise: Noise | None) -> list[int]:
     """Tokens of p (V,): drawn without replacement, or the likeliest."""
-    phi = p.double().log()
-    return gumbel.top(phi if noise is None else phi + noise(len(p)), count)
+    if noise is None:
+        return [t for t in p.topk(min(count, len(p))).indices.tolist() if p[t] > 0]
+    return gumbel.top(p.double().log() + noise(len(p)), count)
