@@ -1,12 +1,12 @@
 """Speculative decoding beside plain decoding on the demo model: the same greedy tokens, tokens a second, and why.
 
-    python -m benchmarks.speculative [--threads 2] [--target w8] [--draft 4] [--new 96] [--rounds 3] [--shapes "chain(tokens=2)" ...]
+    python -m benchmarks.speculative [--threads 2] [--model demo] [--target w8] [--draft 4] [--new 96] [--rounds 3] [--shapes "chain(tokens=2)" ...]
 
 Every variant continues the same prompts through `effllm.generate(..., compile=True)`; variants take turns, prompt by prompt. `tok_s` is tokens a
 second after the first one, whatever happens meanwhile (the draft reads the prompt, too). `same` is the share of tokens before the first one
 that differs from plain decoding: bf16 sums of one row and of several round differently, and ties fall either way. `predicted` is what the
-parts say: tokens a round over (target forward of that many rows + draft forwards), in plain steps. `--target dense` leaves the model in bf16;
-`--draft` is then a recipe.
+parts say: tokens a round over (target forward of that many rows + draft forwards), in plain steps. `--target dense` leaves a dense
+model as it is; `--draft` is then a recipe. `--model` is what the command line takes; a checkpoint is packed already.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import effllm
 from benchmarks.timing import save
 from effllm.compression import compress
 from effllm.hf import texts
-from effllm.hf.demo import load_demo
 from effllm.hf.draft import draft_of, extra_bytes
+from effllm.hf.models import is_packed, resolve
 from effllm.hf.reader import Reader
 from effllm.hf.speculative import Statistics
 from effllm.hf.static_decoding import room
@@ -33,7 +33,7 @@ from effllm.hf.steps import Compiled
 from effllm.runtime.packed import packed_weights
 from effllm.runtime.speculation.settings import Speculation
 
-SHAPES = ["chain(tokens=2)", "chain(tokens=4)", "chain(tokens=6, stop=0.5)", "constant(branching=2x1x1)", "beam(width=2, depth=3)"]
+SHAPES = ["chain(tokens=1)", "chain(tokens=2)", "chain(tokens=3)", "chain(tokens=6, stop=0.5)", "constant(branching=2x1)", "beam(width=2, depth=2)"]
 
 
 def decode(model: Any, prompt: Tensor, new: int, **more: Any) -> tuple[list[int], float]:
@@ -73,6 +73,7 @@ def same(a: list[int], b: list[int]) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--model", default="demo")
     parser.add_argument("--target", default="w8")
     parser.add_argument("--draft", default="4")
     parser.add_argument("--new", type=int, default=96)
@@ -83,8 +84,8 @@ def main() -> None:
     parser.add_argument("--name", default="speculative")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    model, tokenizer = load_demo()
-    if args.target != "dense":
+    model, tokenizer = resolve(args.model)
+    if args.target != "dense" and not is_packed(args.model):
         compress(model, args.target)
     draft: int | str = int(args.draft) if args.draft.isdigit() else args.draft
     prompts = list(texts.windows(tokenizer, texts.evaluation_text().text, args.prompts * args.prompt, 1)[0].split(args.prompt))
