@@ -114,7 +114,8 @@ def test_a_long_generation_neither_grows_nor_recompiles() -> None:
             gc.collect()
             marks.append((sum(isinstance(o, Tensor) for o in gc.get_objects()), resident()))
     assert count.graphs == 1 and len(tokens) == 2000
-    assert marks[1][0] <= marks[0][0] and marks[1][1] - marks[0][1] < 4 << 20  # tokens alone are 64 KB
+    assert marks[1][0] < marks[0][0] + 20  # tensors that are alive, over 1,700 steps
+    assert marks[1][1] - marks[0][1] < 16 << 20  # one copy of the cache a step would be 3 GB
     with torch.no_grad():
         logits = model(input_ids=torch.cat([prompt, torch.tensor(tokens)])[None, :-1], use_cache=False).logits[0, len(prompt) - 1 :]
     chosen = logits.gather(1, torch.tensor(tokens)[:, None])[:, 0]
