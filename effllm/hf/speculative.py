@@ -23,7 +23,7 @@ from torch import Tensor
 from effllm.hf.draft import draft_of
 from effllm.hf.reader import Reader
 from effllm.hf.request import Event, Pending, Request
-from effllm.hf.sampling import Sampling
+from effllm.hf.sampling import Sampling, likeliest
 from effllm.hf.static_decoding import refuse, room
 from effllm.hf.steps import Compiled
 from effllm.runtime.speculation import grow, gumbel, verify
@@ -115,6 +115,7 @@ class Round:
         self.levels = max(0, min(self.settings.levels, s.most - len(s.new) - 1, positions))
         self.tree = Tree.of(int(self.whole[-1]))
         self.read = 0  # nodes that the draft has read
+        self.plainly = not self.sampling.temperature and self.sampling.repetition_penalty == 1 and self.settings.shape != "beam" and self.settings.stop is None
         self.stopping = Stopping(1.0 if self.settings.stop is None else self.settings.stop, self.settings.least, self.levels)
 
     def run(self) -> list[int]:
@@ -151,8 +152,8 @@ class Round:
         return min(most, 1 + (1 << max(0, nodes - 2).bit_length())) if self.settings.stop is not None and nodes > 1 else most
 
     @torch.no_grad()
-    def _expand(self, nodes: list[int]) -> Tensor:
-        """Distributions (len(nodes), V) of the draft after each node; it reads them now."""
+    def _expand(self, nodes: list[int]) -> list[Tensor]:
+        """The draft's distribution (V,) after each node; it reads them now. Where only their order counts, its logits."""
         self.counts.draft_forwards += 1
         wanted = self.settings.head is not None
         if nodes == [0]:
@@ -174,11 +175,13 @@ class Round:
             if hidden is not None:
                 self.stopping.saw(float(self.settings.head(hidden[-1].to(next(self.settings.head.parameters()).device))))
         self.read = nodes[-1] + 1
-        return torch.stack([self._distribution(row, node) for row, node in zip(logits.cpu(), nodes, strict=True)])
+        if self.plainly:
+            return list(logits.cpu())
+        return [self._distribution(row, node) for row, node in zip(logits.cpu(), nodes, strict=True)]
 
     def _go_on(self, tree: Tree) -> bool:
         node = len(tree) - 1
-        if self.settings.head is None:
+        if self.settings.head is None and self.settings.stop is not None:
             self.stopping.saw(float(tree.drafts[tree.parents[node]][tree.tokens[node]]))
         return self.stopping.go_on(node)
 
@@ -199,5 +202,5 @@ class Round:
         if self.sampling.temperature:
             return verify.sampled(self.tree, lambda node: self._distribution(logits[node], node), self.stream)
         if self.sampling.repetition_penalty == 1:
-            return verify.greedy(self.tree, logits.float().argmax(-1).tolist())
+            return verify.greedy(self.tree, likeliest(logits))
         return verify.greedy(self.tree, [int(self._scores(row, n).argmax()) for n, row in enumerate(logits)])

@@ -1,7 +1,7 @@
 """How a draft model's distributions become a tree: a chain that may stop early, or a tree of siblings without replacement.
 
-`expand(nodes)` gives the distributions (len(nodes), V) of what follows each node. With a `draw` of None the draft is greedy: the likeliest
-tokens in the place of random ones.
+`expand(nodes)` gives the distribution (V,) of what follows each node. With a `noise` of None the draft is greedy: the likeliest tokens in the
+place of random ones, and `chain` and `constant` look at nothing but the order, which logits have, too.
 
 * `chain`: one token after the other; `go_on(tree)` is asked after each (SpecDec++, arXiv:2405.19715).
 * `constant`: level l gives each node branching[l] children (RSD-C, arXiv:2402.14160).
@@ -18,7 +18,7 @@ from torch import Tensor
 from effllm.runtime.speculation import gumbel
 from effllm.runtime.speculation.tree import Tree
 
-Expand = Callable[[list[int]], Tensor]
+Expand = Callable[[list[int]], Sequence[Tensor]]
 Noise = Callable[[int], Tensor]  # V independent Gumbel numbers
 
 
@@ -50,7 +50,7 @@ def beam(tree: Tree, width: int, depth: int, expand: Expand, noise: Noise | None
     """At most `width` nodes a level: the largest of all children of the level above."""
     level, likely, value = [0], torch.zeros(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
     for _ in range(depth):
-        rows = expand(level)
+        rows = torch.stack(list(expand(level)))
         phi = rows.double().log() + likely[:, None]
         perturbed = phi if noise is None else torch.stack([gumbel.conditioned(float(g), f + noise(len(f))) for g, f in zip(value, phi, strict=True)])
         picked = gumbel.top(perturbed.flatten(), width)
@@ -64,5 +64,5 @@ def beam(tree: Tree, width: int, depth: int, expand: Expand, noise: Noise | None
 def _ordered(p: Tensor, count: int, noise: Noise | None) -> list[int]:
     """Tokens of p (V,): drawn without replacement, or the likeliest."""
     if noise is None:
-        return [t for t in p.topk(min(count, len(p))).indices.tolist() if p[t] > 0]
+        return [int(p.max(-1).indices)] if count == 1 else p.topk(min(count, len(p))).indices.tolist()
     return gumbel.top(p.double().log() + noise(len(p)), count)
