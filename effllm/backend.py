@@ -35,6 +35,7 @@ from effllm.passes.parts import in_parts
 from effllm.recipe import Recipe
 from effllm.report import Report
 from effllm.runtime.binding import Binding, PackStore, Want
+from effllm.runtime.replay import recorded
 from effllm.solvers import solve
 
 store = PackStore(lambda w, params: solve(w, params))
@@ -149,11 +150,11 @@ def effllm(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[s
     compiled = done.gm.forward if chosen.inner == "eager" else in_parts(done.gm, lambda gm, given: compat.compile_inner(gm, given, chosen.mode, chosen.inductor))
     done.report.measured["compile_s"] = time.perf_counter() - start
     if not done.wants:
-        return compiled
+        return recorded(compiled)
     binding, keep = Binding(store, done.wants, chosen.weights), done.keep
     if keep == list(range(len(keep))) and len(keep) == len(example_inputs):
-        return lambda *args: compiled(*args, *binding(args))
-    return lambda *args: compiled(*[args[i] for i in keep], *binding(args))
+        return recorded(lambda *args: compiled(*args, *binding(args)))
+    return recorded(lambda *args: compiled(*[args[i] for i in keep], *binding(args)))
 
 
 def _tuned(gm: fx.GraphModule, done: Rewritten, options: Options, budget_s: float) -> Rewritten:

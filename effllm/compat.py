@@ -210,6 +210,11 @@ def is_custom_mutation(target: Any) -> bool:
     return is_mutation(target) and not str(target).startswith("aten")
 
 
+def same_storage(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors, real or fake, are views of one memory."""
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+
+
 def erased(node: fx.Node) -> bool:
     """Whether a node was erased from its graph."""
     return bool(node._erased)

@@ -17,48 +17,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from effllm.lowering import step_fuse
+from effllm.lowering.step_parts import ANY, DIMS, FIRST, KINDS, NUMBERS, WORKSPACE, Buffer, Instruction, Value
+from effllm.lowering.step_parts import CODE as CONSTANTS
+
 CODES = ("copy", "binary", "unary", "norm", "glu", "rotate", "write", "packed", "packed_a8", "quantize", "attend", "dense")
 BINARY = ("add", "sub", "mul", "div")
 UNARY = ("silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh", "neg")
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int64: 3, torch.bool: 4, torch.int8: 5}
-_ANY = 5  # kind of operands that are read as bytes, such as codes
-DIMS = 5
-_CODE, _NUMBERS, _WORKSPACE, _FIRST = 0, 1, 2, 3  # slots
 _ALIGN = 64
-
-
-@dataclass(eq=False)
-class Buffer:
-    """Memory: a tensor of the call (`tensor` its position), a part of the workspace, or constants."""
-
-    numel: int
-    dtype: torch.dtype
-    tensor: int = -1  # position among the tensors of the call
-    slot: int = _WORKSPACE
-    offset: int = 0  # elements
-
-
-@dataclass(frozen=True)
-class Value:
-    """A strided view of a buffer, as a meta tensor whose storage offset counts from the buffer's first element."""
-
-    buffer: Buffer
-    meta: Tensor
-
-    def like(self, meta: Tensor) -> Value:
-        """Another view of the same buffer."""
-        return Value(self.buffer, meta)
-
-
-@dataclass
-class Instruction:
-    """One operation; the first `outputs` operands are written, `also` are read through one of them (in-place changes)."""
-
-    code: str
-    operands: list[Value | None]
-    args: list[int]
-    outputs: int = 1
-    level: int = 0
 
 
 @dataclass(frozen=True)
@@ -85,7 +51,7 @@ class Builder:
 
     def external(self, meta: Tensor, numel: int | None = None) -> Value:
         """A tensor of the call."""
-        buffer = Buffer(meta.numel() if numel is None else numel, meta.dtype, len(self.buffers), _FIRST + len(self.buffers))
+        buffer = Buffer(meta.numel() if numel is None else numel, meta.dtype, len(self.buffers), FIRST + len(self.buffers))
         self.buffers.append(buffer)
         return Value(buffer, torch.empty_strided(meta.shape, meta.stride(), dtype=meta.dtype, device="meta"))
 
@@ -99,7 +65,7 @@ class Builder:
         store: list = self.integers if dtype == torch.int64 else self.numbers  # type: ignore[type-arg]
         offset = len(store)
         store.extend(values)
-        slot = _CODE if dtype == torch.int64 else _NUMBERS
+        slot = CONSTANTS if dtype == torch.int64 else NUMBERS
         return Value(Buffer(len(values), dtype, slot=slot, offset=offset), torch.empty(tuple(shape), dtype=dtype, device="meta"))
 
     def number(self, value: float) -> int:
@@ -114,10 +80,10 @@ class Builder:
 
     def finish(self, outputs: Sequence[Value]) -> Code:
         """Order, place and encode; every output is a whole buffer that some instruction wrote."""
-        order = _levels(self.instructions)
+        order = _levels(step_fuse.fused(self.instructions, {v.buffer for v in outputs}))
         given = []
         for value in outputs:
-            value.buffer.tensor, value.buffer.slot = len(self.buffers) + len(given), _FIRST + len(self.buffers) + len(given)
+            value.buffer.tensor, value.buffer.slot = len(self.buffers) + len(given), FIRST + len(self.buffers) + len(given)
             given.append(value.buffer)
         size = _place(order)
         head = [len(order), len(self.buffers) + len(given)]
@@ -143,8 +109,8 @@ def _view(value: Value | None, constants: int) -> list[int]:
     stride = [0 if n == 1 else s for n, s in zip(meta.shape, meta.stride(), strict=True)]
     if meta.dim() and meta.shape[-1] == 1:
         stride[-1] = 1
-    offset = buffer.offset + meta.storage_offset() + (constants if buffer.slot == _CODE else 0)
-    return [buffer.slot, offset, KINDS.get(meta.dtype, _ANY), *[1] * pad, *meta.shape, *[0] * pad, *stride]
+    offset = buffer.offset + meta.storage_offset() + (constants if buffer.slot == CONSTANTS else 0)
+    return [buffer.slot, offset, KINDS.get(meta.dtype, ANY), *[1] * pad, *meta.shape, *[0] * pad, *stride]
 
 
 def _levels(instructions: list[Instruction]) -> list[Instruction]:
@@ -167,7 +133,7 @@ def _place(order: list[Instruction]) -> int:
     last: dict[Buffer, int] = {}
     for i in order:
         for v in i.operands:
-            if v is not None and v.buffer.slot == _WORKSPACE:
+            if v is not None and v.buffer.slot == WORKSPACE:
                 last[v.buffer] = i.level
     busy: list[tuple[int, int, int]] = []  # begin, end, last level
     placed: set[Buffer] = set()
@@ -175,7 +141,7 @@ def _place(order: list[Instruction]) -> int:
     for i in order:
         busy = [b for b in busy if b[2] >= i.level]
         for v in i.operands:
-            if v is None or v.buffer.slot != _WORKSPACE or v.buffer in placed:
+            if v is None or v.buffer.slot != WORKSPACE or v.buffer in placed:
                 continue
             need = -(-v.buffer.numel * v.buffer.dtype.itemsize // _ALIGN) * _ALIGN
             begin = 0

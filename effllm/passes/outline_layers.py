@@ -141,7 +141,7 @@ def _between(graph: fx.Graph, first: int, last: int, position: dict[fx.Node, int
 
 def _shares(a: fx.Node, b: fx.Node) -> bool:
     x, y = compat.example_value(a), compat.example_value(b)
-    return isinstance(x, Tensor) and isinstance(y, Tensor) and x.untyped_storage()._cdata == y.untyped_storage()._cdata
+    return isinstance(x, Tensor) and isinstance(y, Tensor) and compat.same_storage(x, y)
 
 
 def _canonical(region: Region) -> str:

@@ -54,7 +54,8 @@ def _views(node: fx.Node) -> bool:
         return True
     if what in _MAYBE:
         try:
-            return _applied(node, _meta(base))._is_view()
+            like = _meta(base)
+            return compat.same_storage(_applied(node, like), like)
         except (RuntimeError, TypeError):
             return False
     source = cast(node)
@@ -188,7 +189,7 @@ _Handler = Callable[[Emitter, fx.Node], None]
 
 
 def _handler(node: fx.Node) -> _Handler | None:
-    if node.op not in ("call_function", "call_method"):
+    if node.op not in ("call_function", "call_method") or views(node):
         return None
     op = _op(node)
     if op:
@@ -198,7 +199,7 @@ def _handler(node: fx.Node) -> _Handler | None:
     if node.target is torch.nn.functional.layer_norm:
         return _layer_norm
     what = name(node)
-    if what in _MAYBE or (cast(node) is not None and not views(node)) or what == "clone":
+    if what in _MAYBE or cast(node) is not None or what == "clone":
         return _copy
     if what == "arange" and all(isinstance(a, int) for a in node.args):
         return _arange
@@ -291,14 +292,14 @@ def _layer_norm(e: Emitter, node: fx.Node) -> None:
         raise Unsupported(node, "it normalizes several dimensions")
     x = e.value(given["input"])
     weight, bias = (e.value(given[n]) if given.get(n) is not None else None for n in ("weight", "bias"))
-    e.builder.emit("norm", [e.produce(node), x, weight, bias, None, None], (1, e.builder.number(given.get("eps", 1e-5)), e.builder.number(0.0), 0))
+    e.builder.emit("norm", [e.produce(node), None, x, weight, bias, None], (1, e.builder.number(given.get("eps", 1e-5)), e.builder.number(0.0), 0), outputs=2)
 
 
 def _rms_norm(e: Emitter, node: fx.Node) -> None:
     x, weight, eps, offset, late = node.args
     value = e.value(x)  # type: ignore[arg-type]
     args = (0, e.builder.number(eps), e.builder.number(offset), not late)  # type: ignore[arg-type]
-    e.builder.emit("norm", [e.produce(node), value, e.value(weight), None, None, None], args)  # type: ignore[arg-type]
+    e.builder.emit("norm", [e.produce(node), None, value, e.value(weight), None, None], args, outputs=2)  # type: ignore[arg-type]
 
 
 def _glu(e: Emitter, node: fx.Node) -> None:
@@ -314,7 +315,7 @@ def _rotate(e: Emitter, node: fx.Node) -> None:
     if like.shape[-1] % 2:
         raise Unsupported(node, "an odd number of channels")
     angles = [v.like(v.meta.expand(like.shape)) for v in (e.value(cos), e.value(sin))]  # type: ignore[arg-type]
-    e.builder.emit("rotate", [e.produce(node), turned, *angles], (bool(interleaved),))
+    e.builder.emit("rotate", [e.produce(node), turned, *angles, None], (bool(interleaved),))
 
 
 def _quantize(e: Emitter, node: fx.Node) -> None:
@@ -348,10 +349,11 @@ def _packed(e: Emitter, node: fx.Node) -> None:
         weights += [e.value(c), e.value(s), None if low is None else e.value(low)]
     half = compat.example_value(scale[0]).dtype == torch.float16
     plan = _plan(op, node)
-    fields = (len(codes), bits, group, e.builder.number(zero), half, *plan, *sizes)
+    prologue = (0, 0, 0, 0, 0, 0)  # see step_fuse
+    fields = (len(codes), bits, group, e.builder.number(zero), half, *plan, *prologue, *sizes)
     scales = e.value(head[1]) if a8 else None
     low_bias = None if bias is None else e.value(bias)
-    e.builder.emit("packed_a8" if a8 else "packed", [e.produce(node), x, scales, low_bias, *weights], fields)
+    e.builder.emit("packed_a8" if a8 else "packed", [e.produce(node), None, x, scales, low_bias, None, None, None, *weights], fields, outputs=2)
 
 
 def _plan(op: str, node: fx.Node) -> tuple[int, int, int, int]:

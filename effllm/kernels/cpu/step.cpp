@@ -78,7 +78,7 @@ void step_program(const Tensor code, const Tensor numbers, const Tensor addresse
               : ins.code == Code::dense ? dense_tasks(v, threads)
               : ins.code == Code::attend ? attend_tasks(v, threads)
               : ins.code == Code::quantize ? 1
-              : few_tasks(v[0], threads);
+              : few_tasks(ins.code == Code::rotate ? v[1] : ins.code == Code::write ? v[2] : v[0], threads);
     while (static_cast<int64_t>(p.start.size()) <= ins.level) p.start.push_back(tasks);
     p.first.push_back(tasks);
     tasks += ins.tasks;
@@ -107,7 +107,7 @@ void step_program(const Tensor code, const Tensor numbers, const Tensor addresse
       case Code::unary: unary(v[0], v[1], a[0], task, of); break;
       case Code::norm: norm(v, a, constants, task, of); break;
       case Code::glu: glu(v[0], v[1], v[2], a[0], task, of); break;
-      case Code::rotate: rotate(v[0], v[1], v[2], v[3], a[0], task, of); break;
+      case Code::rotate: if (!rotate(v[0], v[1], v[2], v[3], v[4], a[0], task, of)) bad.store(index); break;
       case Code::write: if (!write(v[0], v[1], v[2], task, of)) bad.store(index); break;
       case Code::packed: packed(v, a, constants, false, call, index, task, of); break;
       case Code::packed_a8: packed(v, a, constants, true, call, index, task, of); break;

@@ -19,6 +19,8 @@ struct Lines {  // room of one thread
   AttendScratch attend;
   std::vector<QueryRow> rows;
   Activations activations;
+  std::vector<char> made, codes, scales;  // rows that a product makes for itself
+  const float* x_scales = nullptr;
   int64_t call = -1, phase = -1;  // whose activations these are
 };
 inline Lines& lines() { static thread_local Lines l; return l; }
@@ -150,10 +152,10 @@ inline void glu(const Operand& to, const Operand& gate, const Operand& up, int64
   }
 }
 
-// RMS norm or layer norm of rows: v = to, x, weight, bias, and where a residual is added first: other, sum.
+// RMS norm or layer norm of rows: v = to, sum, x, weight, bias, other; where there is an `other`, x + other is normed, and kept in `sum`.
 // a = kind (0 RMS, 1 layer), index of eps, index of what is added to the weight, whether to round before the weight.
 inline void norm(const Operand* v, const int64_t* a, const float* constants, int64_t task, int64_t of) {
-  const Operand &to = v[0], &x = v[1], &weight = v[2], &bias = v[3], &other = v[4], &sum = v[5];
+  const Operand &to = v[0], &sum = v[1], &x = v[2], &weight = v[3], &bias = v[4], &other = v[5];
   const Part p(to, task, of);
   const int64_t n = to.inner(), from = p.col0, count = p.col1 - p.col0;
   const float eps = constants[a[1]], offset = constants[a[2]];
@@ -165,7 +167,7 @@ inline void norm(const Operand* v, const int64_t* a, const float* constants, int
       const float* g = widened(other, other.row(r), n, rb);
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) rc[i] = f[i] + g[i];
-      narrowed(sum, sum.row(r) + from, count, rc + from);
+      if (sum.data) narrowed(sum, sum.row(r) + from, count, rc + from);
       if (sum.kind == Kind::bf16)  // the norm is of the sum as it is kept
 #pragma omp simd
         for (int64_t i = 0; i < n; ++i) rc[i] = bf16_to_float(float_to_bf16(rc[i]));
@@ -203,16 +205,31 @@ inline void norm(const Operand* v, const int64_t* a, const float* constants, int
   }
 }
 
-// x cos + rotated(x) sin, the rotation of halves or of neighbours; heads that rotate in part come as the part.
-inline void rotate(const Operand& to, const Operand& x, const Operand& cos, const Operand& sin, int64_t interleaved, int64_t task, int64_t of) {
-  const int64_t n = to.inner(), half = n / 2;
+// Rows of a cache that are written by index along the last dimension but one.
+inline bool in_range(const Operand& cache, const Operand& index, int64_t count) {
+  for (int64_t j = 0; j < count; ++j) {
+    const int64_t at = reinterpret_cast<const int64_t*>(index.data)[j * index.step()];
+    if (at < 0 || at >= cache.size[kDims - 2]) return false;
+  }
+  return true;
+}
+inline int64_t indexed_row(const Operand& cache, const Operand& index, const Operand& from, int64_t r) {
+  const int64_t count = from.size[kDims - 2];
+  int64_t outer = r / count, base = reinterpret_cast<const int64_t*>(index.data)[r % count * index.step()] * cache.stride[kDims - 2];
+  for (int d = kDims - 3; d >= 0; --d) base += outer % from.size[d] * cache.stride[d], outer /= from.size[d];
+  return base;
+}
+
+// x cos + rotated(x) sin, the rotation of halves or of neighbours; to rows of a cache where there is an index. False where that is out of range.
+inline bool rotate(const Operand& to, const Operand& x, const Operand& cos, const Operand& sin, const Operand& index, int64_t interleaved, int64_t task, int64_t of) {
+  const int64_t n = x.inner(), half = n / 2;
+  if (index.data && !in_range(to, index, x.size[kDims - 2])) return false;
   Lines& l = lines();
-  for (int64_t r = cut(to.rows(), task, of); r < cut(to.rows(), task + 1, of); ++r) {
-    float* room_y = room(l.attend.acc, 3 * n);  // attention uses it in other instructions only
+  for (int64_t r = cut(x.rows(), task, of); r < cut(x.rows(), task + 1, of); ++r) {
+    float* y = room(l.attend.acc, 3 * n);  // attention uses it in other instructions only
     const float* f = widened(x, x.row(r), n, room(l.a, n));
     const float* c = widened(cos, cos.row(r), n, room(l.b, n));
     const float* s = widened(sin, sin.row(r), n, room(l.c, n));
-    float* y = room_y;
     if (interleaved)
       for (int64_t i = 0; i < half; ++i) {
         y[2 * i] = f[2 * i] * c[2 * i] - f[2 * i + 1] * s[2 * i];
@@ -224,22 +241,19 @@ inline void rotate(const Operand& to, const Operand& x, const Operand& cos, cons
         y[i] = f[i] * c[i] - f[half + i] * s[i];
         y[half + i] = f[half + i] * c[half + i] + f[i] * s[half + i];
       }
-    if (to.step() == 1) narrowed(to, to.row(r), n, y);
-    else for (int64_t i = 0; i < n; ++i) store_from_float(to.data, to.row(r) + i * to.step(), to.type(), y[i]);
+    const int64_t at = index.data ? indexed_row(to, index, x, r) : to.row(r);
+    if (to.step() == 1) narrowed(to, at, n, y);
+    else for (int64_t i = 0; i < n; ++i) store_from_float(to.data, at + i * to.step(), to.type(), y[i]);
   }
+  return true;
 }
 
 // cache[.., index[j], :] = from[.., j, :]: index_copy_ along the last dimension but one. False where an index is out of range.
 inline bool write(const Operand& cache, const Operand& index, const Operand& from, int64_t task, int64_t of) {
-  const auto* at = reinterpret_cast<const int64_t*>(index.data);
-  const int64_t count = from.size[kDims - 2], n = from.inner(), slots = cache.size[kDims - 2];
-  for (int64_t j = 0; j < count; ++j)
-    if (at[j * index.step()] < 0 || at[j * index.step()] >= slots) return false;
+  const int64_t n = from.inner(), size = size_of(cache.kind);
+  if (!in_range(cache, index, from.size[kDims - 2])) return false;
   for (int64_t r = cut(from.rows(), task, of); r < cut(from.rows(), task + 1, of); ++r) {
-    int64_t outer = r / count, base = 0;
-    for (int d = kDims - 3; d >= 0; --d) base += outer % from.size[d] * cache.stride[d], outer /= from.size[d];
-    base += at[r % count * index.step()] * cache.stride[kDims - 2];
-    const int64_t f = from.row(r), size = size_of(cache.kind);
+    const int64_t base = indexed_row(cache, index, from, r), f = from.row(r);
     if (from.step() == 1 && cache.step() == 1) std::memcpy(cache.at(base), from.at(f), static_cast<size_t>(n * size));
     else
       for (int64_t i = 0; i < n; ++i) std::memcpy(cache.at(base + i * cache.step()), from.at(f + i * from.step()), static_cast<size_t>(size));
@@ -263,12 +277,13 @@ inline void quantize(const Operand& codes, const Operand& scales, const Operand&
   }
 }
 
-// Packed linears. Views: to, x, scales of x or none, bias or none, then codes, scale, minimum of each weight.
-// a = weights, bits, group, index of zero, whether scales are fp16, unpack_from, rows, tiles, chunk, then n, tiles, blocks, groups of each.
-constexpr int kPackedArgs = 9;
+// Packed linears. Operands: to, sum, x, scales of x, bias, three of what comes before, then codes, scale, minimum of each weight; none but to
+// and x need be there. a = weights, bits, group, index of zero, whether scales are fp16, unpack_from, rows, tiles, chunk; then what comes
+// before: kind (0 nothing, 1 norm, 2 gated unit), its four arguments, whether the result is quantized here; then n, tiles, blocks, groups of each.
+constexpr int kPrologue = 9, kPackedArgs = 15, kPackedOperands = 8;
 inline Weight packed_weight(const Operand* v, const int64_t* a, int64_t i) {
   const int64_t* size = a + kPackedArgs + 4 * i;
-  const Operand* w = v + 4 + 3 * i;
+  const Operand* w = v + kPackedOperands + 3 * i;
   Weight out{};
   out.codes = reinterpret_cast<const uint8_t*>(w[0].data), out.scale = w[1].data, out.minimum = w[2].data, out.half = a[4] != 0;
   out.n = size[0], out.tiles = size[1], out.blocks = size[2], out.groups = size[3], out.group = a[2];
@@ -292,20 +307,56 @@ inline int64_t packed_tasks(const Operand*, const int64_t* a, int64_t threads) {
   return weight_tasks(packed_pairs(a), bytes, threads);
 }
 
-inline void packed(const Operand* v, const int64_t* a, const float* constants, bool a8, int64_t call, int64_t phase, int64_t task, int64_t of) {
-  const Operand &to = v[0], &x = v[1];
-  const int64_t k = x.inner(), m = x.rows();
+// A thread's own operand for x's rows, contiguous.
+inline Operand own(std::vector<char>& memory, const Operand& x, Kind kind) {
+  Operand o = x;
+  o.kind = kind;
+  int64_t stride = 1;
+  for (int d = kDims - 1; d >= 0; --d) o.stride[d] = stride, stride *= o.size[d];
+  if (static_cast<int64_t>(memory.size()) < stride * size_of(kind)) memory.resize(static_cast<size_t>(stride * size_of(kind)));
+  o.data = memory.data();
+  return o;
+}
+
+// What the products of this thread read: x, normed, gated or quantized as the instruction says, in digits.
+inline void prepare(const Operand* v, const int64_t* a, const float* constants, bool a8, bool first, const Plan& plan, Lines& l) {
+  Operand x = v[2], scales = v[3];
+  const int64_t* p = a + kPrologue;
+  if (p[0] == 1) {
+    const Operand to = own(l.made, x, x.kind);
+    Operand sum = v[1];
+    if (!first) sum.data = nullptr;  // one writes it
+    const Operand all[6] = {to, sum, x, v[5], v[6], v[7]};
+    norm(all, p + 1, constants, 0, 1);
+    x = to;
+  } else if (p[0] == 2) {
+    const Operand to = own(l.made, x, x.kind);
+    glu(to, x, v[5], p[1], 0, 1);
+    x = to;
+  }
+  const Weight w = packed_weight(v, a, 0);
   const double zero = constants[a[3]];
+  if (a8 && p[5]) {
+    const Operand codes = own(l.codes, x, Kind::i8);
+    scales = own(l.scales, x, Kind::f32);
+    quantize(codes, scales, x);
+    x = codes;
+  }
+  l.x_scales = reinterpret_cast<const float*>(scales.data);
+  if (a8) take_codes<V>(l.activations, reinterpret_cast<const int8_t*>(x.data), x.rows(), x.inner(), w, zero, a[1], plan);
+  else take_floats<V>(l.activations, x.data, x.rows(), x.inner(), w, zero, x.type());
+}
+
+inline void packed(const Operand* v, const int64_t* a, const float* constants, bool a8, int64_t call, int64_t phase, int64_t task, int64_t of) {
+  const Operand& to = v[0];
   const Plan plan{0, a[5], 0, a[6], a[7], a[8]};
   Lines& l = lines();
   if (l.call != call || l.phase != phase) {  // each thread by itself: less than a hand-over
-    const Weight w = packed_weight(v, a, 0);
-    if (a8) take_codes<V>(l.activations, reinterpret_cast<const int8_t*>(x.data), m, k, w, zero, a[1], plan);
-    else take_floats<V>(l.activations, x.data, m, k, w, zero, x.type());
+    prepare(v, a, constants, a8, task == 0, plan, l);
     l.call = call, l.phase = phase;
   }
   const float* bias = nullptr;
-  if (v[3].data) bias = widened(v[3], 0, to.inner(), room(l.c, to.inner()));
+  if (v[4].data) bias = widened(v[4], 0, to.inner(), room(l.c, to.inner()));
   const int64_t pairs = packed_pairs(a), from = cut(pairs, task, of), end = cut(pairs, task + 1, of);
   int64_t first = 0, col = 0;
   for (int64_t i = 0; i < a[0]; ++i) {
@@ -313,7 +364,7 @@ inline void packed(const Operand* v, const int64_t* a, const float* constants, b
     w.ldy = to.inner(), w.col = col;
     const int64_t count = (w.tiles + 1) / 2, lo = std::max(from, first), hi = std::min(end, first + count);
     if (lo < hi)
-      multiply_range<V>(w, a[1], l.activations, 2 * (lo - first), std::min(w.tiles, 2 * (hi - first)), a8 ? reinterpret_cast<const float*>(v[2].data) : nullptr,
+      multiply_range<V>(w, a[1], l.activations, 2 * (lo - first), std::min(w.tiles, 2 * (hi - first)), a8 ? l.x_scales : nullptr,
                         bias ? bias + col : nullptr, to.data, to.type(), plan);
     first += count, col += w.n;
   }
