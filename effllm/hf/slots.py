@@ -23,6 +23,7 @@ class Slots(Cache):
             self.own = [StaticLayer(capacity) for _ in range(layers)]
             super().__init__(layers=list(self.own))
         self.capacity = capacity
+        self.replays: dict[Any, Any] = {}  # compiled steps as they were recorded on this cache
         self.length = 0
 
     def allocate(self, model: Any, batch: int) -> None:

@@ -4,8 +4,9 @@ A shape is (rows, tokens, capacity, kind of mask, what comes out). Shapes are fe
 code object of its own, so that Dynamo never meets a second shape and never recompiles. Graphs are kept per model and shared by all calls,
 streams and threads; caches are not shared, a call borrows one.
 
-Dynamo's guards on the model's modules are left out of compiled steps (they cost a sixth of a step on the demo model). What they would have
-seen is looked for once a call instead: modules, parameters or buffers that are not those of the last call make new graphs.
+Dynamo looks at the model's modules, weights and caches before every step, which takes a sixth of a step of the demo model. Here that is done
+once a call of `effllm.generate`: modules, parameters or buffers that are not those of the last call make new graphs, and within a call
+compiled steps are repeated as they were recorded (runtime/replay.py).
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from torch.utils._pytree import tree_map_only
 from effllm import compat
 from effllm.errors import OptionError
 from effllm.hf.slots import Slots
+from effllm.hf.steady import steady_guards
 from effllm.recipe import Recipe
+from effllm.runtime.replay import Replay, recording
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
 
@@ -81,7 +84,7 @@ class Compiled:
             return self.wrap(step)
         import effllm.backend  # noqa: F401 - registers the backend for a checkout that is not installed
 
-        options = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe, "recipe": self.recipe, **dict(self.options)}
+        options = {"guard_filter_fn": steady_guards, "recipe": self.recipe, **dict(self.options)}
         return torch.compile(step, fullgraph=True, dynamic=False, backend="effllm", options=options)
 
 
@@ -120,8 +123,22 @@ class Steps:
             logits, last = step(model, ids, positions, mask, cache, keep, hidden)
         else:
             with self.lock:  # compiled steps may have scratch memory of their own
-                logits, last = _guarded(step, model, ids, positions, mask, cache, keep, hidden)
+                logits, last = self._compiled(step, model, ids, positions, mask, cache, keep, hidden)
         cache.length += ids.shape[1]
+        return logits, last
+
+    def _compiled(self, step: Callable[..., Any], model: Any, ids: Tensor, positions: Tensor, mask: Any, cache: Slots, keep: Any, hidden: bool) -> Any:
+        """A compiled step: through Dynamo the first time that a call of `generate` comes to it, then by itself."""
+        changing = [ids, positions] if mask is None else [ids, positions, mask]
+        known = cache.replays.get(step)
+        found = known(*changing) if known is not None else None
+        if found is not None:
+            return found, None
+        with recording() as calls:
+            logits, last = _guarded(step, model, ids, positions, mask, cache, keep, hidden)
+        if step not in cache.replays:
+            fits = last is None and isinstance(keep, int) and not isinstance(mask, dict)
+            cache.replays[step] = Replay.of(calls, logits, changing) if fits else None
         return logits, last
 
     @contextlib.contextmanager
@@ -138,6 +155,7 @@ class Steps:
         try:
             yield cache
         finally:
+            cache.replays.clear()  # they hold the model's weights
             with self.lock:
                 if not waiting and model.device.type != "cpu":
                     waiting.append(cache)

@@ -18,6 +18,7 @@ from effllm.errors import OptionError, PromptError
 from effllm.hf.slots import Slots, bucket
 from effllm.hf.static_decoding import padded
 from effllm.hf.steps import Compiled
+from effllm.runtime.replay import Replay
 from tests.hf.families import tiny
 from tests.hf.tiny import tiny_llama, tiny_tokenizer
 
@@ -81,13 +82,17 @@ def test_one_graph_a_shape(family: str) -> None:
     assert count.graphs == 4  # prompts of 1 to 16 tokens, of 17 to 32; steps are the same graph as before
 
 
-def test_the_backend_itself() -> None:
-    """Through Inductor: dense weights as they are, then packed ones by the same call."""
+def test_the_backend_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through Inductor: dense weights as they are, then packed ones by the same call. Dynamo is asked once a call."""
+    repeated, real = [], Replay.__call__
+    monkeypatch.setattr(Replay, "__call__", lambda self, *values: repeated.append(1) or real(self, *values))
     model, prompts = tiny_llama(torch.float32, layers=1), prompts_of((5, 9))
     assert [o.tolist() for o in effllm.generate(model, prompts[:1], compile=True, **FREE)] == [theirs(model, prompts[0])]
     effllm.compress(model, "w8")  # other modules: other graphs
     want = [o.tolist() for o in effllm.generate(model, prompts, **FREE)]
+    repeated.clear()
     assert [effllm.generate(model, [p], compile=True, **FREE)[0].tolist() for p in prompts] == want
+    assert len(repeated) == 2 * (NEW - 2)  # the first token comes from the prompt, the second from the step that is recorded
 
 
 def test_sampling_ends_and_texts_are_those_of_the_other_loop() -> None:
