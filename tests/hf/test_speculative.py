@@ -273,3 +273,13 @@ def test_other_limits() -> None:
     with pytest.raises(OptionError, match="E-OPT-VALUE"):
         train_acceptance(model, model, torch.zeros(3, dtype=torch.int64))
     assert effllm.generate(model, [[5]], draft=model, max_new_tokens=0)[0].tolist() == [5] and effllm.generate(model, [], draft=model) == []
+
+
+@pytest.mark.parametrize("shape", ["chain(tokens=2)", "chain(tokens=6, stop=0.5)", "constant(branching=2x1)", "beam(width=2, depth=2)"])
+def test_through_the_backend(shape: str) -> None:
+    """Its passes make one program of steps of one and of several rows; Inductor would add nothing but time."""
+    model, prompts = tiny_llama(torch.float32), prompts_of((5, 9))
+    effllm.compress(model, "w8")
+    want = ids_of(model, prompts, **FREE)
+    assert ids_of(model, prompts, compile={"inner": "eager"}, **FREE) == want  # two rows, padded on the left
+    assert ids_of(model, prompts, draft=4, speculative=shape, compile={"inner": "eager"}, **FREE) == want
