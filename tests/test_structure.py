@@ -28,6 +28,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "effllm.runtime.semi_structured": _DATA,
     "effllm.runtime.dense": ("effllm.compat",),
     "effllm.runtime.rotary": _BASE,
+    "effllm.runtime.speculation": (*_BASE, "effllm.runtime.speculation"),
     "effllm.runtime.edit": (*_BASE, "effllm.runtime.rotary", "effllm.runtime.edit"),
     "effllm.solvers": (*_DATA, "effllm.solvers", "effllm.runtime.dense"),
     "effllm.sparse_training": (*_BASE, "effllm.solvers.nm", "effllm.sparse_training"),

@@ -65,7 +65,7 @@ class Sampling:
     def choose_all(self, logits: Tensor, seen: Callable[[int], Tensor], streams: Sequence[torch.Generator | None]) -> list[int]:
         """The next token of each row of logits (N, V); `seen(i)` gives the ids so far of row i, asked for only where they matter."""
         if not self.temperature and self.repetition_penalty == 1:
-            return [int(t) for t in logits.float().argmax(-1).tolist()]
+            return likeliest(logits)
         nothing = torch.empty(0, dtype=torch.int64)
         return [self.choose(row, nothing if self.repetition_penalty == 1 else seen(i), streams[i]) for i, row in enumerate(logits)]
 
@@ -75,6 +75,14 @@ class Sampling:
         if not self.temperature:
             return int(scores.argmax())
         return int(torch.multinomial(self.probabilities(scores).cpu(), 1, generator=generator))
+
+
+def likeliest(logits: Tensor) -> list[int]:
+    """The index of the largest of each row (N, V), the first of equals."""
+    if logits.device.type == "cpu" and len(logits) <= 16:
+        return [int(row.max(-1).indices) for row in logits]  # a row is too short to wake other threads for
+    found: list[int] = logits.argmax(-1).tolist()
+    return found
 
 
 def generators(sampling: Sampling, seed: int | Sequence[int], count: int) -> list[torch.Generator | None]:

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from effllm.errors import PromptError
-from effllm.hf.decoding import Event, eos_of
 from effllm.hf.engine import Engine, Piece, Row
+from effllm.hf.request import Event, eos_of
 from effllm.hf.sampling import Sampling
 from effllm.runtime.prepack import checked
 from effllm.runtime.schedule import Request, Scheduler

@@ -165,6 +165,11 @@ class Emitter:
         made = _applied(node, have.meta)
         if isinstance(made, tuple | list):
             return tuple(have.like(m) for m in made)
+        if not made._is_view() and name(node) in _MAYBE and not have.meta.is_contiguous():
+            # a view of what the graph has, a copy of what was made here: an attention of several queries may have its heads elsewhere
+            whole = self.builder.produce(have.meta.shape, have.meta.dtype)
+            self.builder.emit("copy", [whole, have])
+            return whole.like(_applied(node, whole.meta))
         return have.like(made)
 
     def produce(self, node: fx.Node) -> Value:
