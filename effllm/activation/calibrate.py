@@ -13,6 +13,7 @@ from effllm import compat
 from effllm.activation import gates, projections
 from effllm.activation.calibration import Calibration, Gate, Site, dense_weight, structure, weight_hash
 from effllm.activation.record import Moment, Seen, histogram_of, through
+from effllm.activation.settle import settle
 from effllm.errors import CalibrationError, OptionError, RecipeError
 from effllm.methods import Activation
 from effllm.passes.roles import Roles
@@ -105,6 +106,7 @@ class Recording:
             if not plan.inputs and not plan.gates:
                 why = "; ".join(f"{n}: {r}" for n, r in list(plan.kept.items())[:2]) or "no linear in a list of layers was found"
                 raise CalibrationError("E-CAL-NONE", f"{method.name} has nothing to make sparse: {why}", "try teal, or another model")
+            settle(self.model, plan, self.batches, self.gates, method.settle)
             found.plans.append(plan)
         return found
 

@@ -70,7 +70,7 @@ def solve(
     seen = weighted if method.name == "rsparse" else inputs
     modules = dict(model.named_modules(remove_duplicate=False))
     for prefix, members in blocks.lists(model, sites).items():
-        chain = blocks.chain(model, members, _first(data, method.tokens))
+        chain = blocks.chain(model, members, blocks.first(data, method.tokens))
         for i, block in enumerate(members):
             own = {n: modules[n] for n in sites if n.startswith(f"{prefix}.{i}.")}
             if not own:
@@ -91,18 +91,6 @@ def solve(
     return plan
 
 
-def _first(data: list[Batch], tokens: int) -> list[Batch]:
-    """The first windows, cut to so many tokens in all; dicts are taken whole."""
-    out: list[Batch] = []
-    for batch in data:
-        if tokens <= 0:
-            break
-        own = batch[..., :tokens] if isinstance(batch, Tensor) and batch.dim() == 2 else batch
-        out.append(own)
-        tokens -= own.numel() if isinstance(own, Tensor) else 512
-    return out
-
-
 def _advance(chain: Chain, i: int, run: _Block) -> None:
     if i + 1 < len(chain.calls):
         for call, state in zip(chain.calls[i + 1], run.dense, strict=True):
@@ -116,7 +104,7 @@ class _Block:
     def __init__(self, block: nn.Module, linears: Mapping[str, nn.Module], calls: list[Call]) -> None:
         self.block, self.linears, self.calls = block, linears, calls
         self.seen: dict[str, list[Tensor]] = {n: [] for n in linears}
-        handles = [m.register_forward_pre_hook(lambda _, a, n=n: self.seen[n].append(a[0].flatten(0, -2).float())) for n, m in linears.items()]
+        handles = [m.register_forward_pre_hook(lambda _, a, n=n: self.seen[n].append(_late(a[0]).flatten(0, -2).float())) for n, m in linears.items()]
         self.dense = [self._call(c) for c in calls]
         for h in handles:
             h.remove()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import effllm
-from effllm.activation.apply import install
+from effllm.activation.apply import every_row, install
 from effllm.activation.calibration import Calibration
 from effllm.errors import CalibrationError, OptionError, RecipeError
 from effllm.runtime.activated import ThresholdedActivation
@@ -44,19 +45,33 @@ def test_levels_are_the_targets() -> None:
 
 
 @pytest.mark.parametrize("index", [0, 1, 3])
-def test_realised_sparsity_on_other_text(index: int) -> None:
-    plan, model = found().plans[index], decoder()
+@pytest.mark.parametrize("settle", [0, 2])
+def test_realised_sparsity_on_other_text(index: int, settle: int) -> None:
+    """Thresholds as found are for the dense model's activations, settled ones for those of the model that is sparse everywhere."""
+    method = dataclasses.replace(found().plans[index].method, settle=settle)
+    own, model = effllm.calibrate(decoder(), windows(), method), decoder()
+    plan = own.plans[0]
+    assert settle == 0 or plan.table() == found().plans[index].table()
     shares: list[float] = []
-    install(model, found(), plan)
+    install(model, own, plan)
     for module in model.modules():
         if isinstance(module, ThresholdedActivation):
             module.inner.register_forward_hook(lambda m, a, y, t=module.threshold: shares.append(float((y[:, 2:].abs() <= t).float().mean())))
     for name, cut in plan.inputs.items():
         t = cut.tensors["threshold"]
         model.get_submodule(name).register_forward_pre_hook(lambda m, a, t=t: shares.append(float((a[0][:, 2:].abs() <= t).float().mean())))
-    with torch.no_grad():
-        model(windows(16, seed=5))  # prompts are dense: activations are those of the dense model
+    with torch.no_grad(), every_row(model) if settle else nullcontext():
+        model(windows(16, seed=5))
     assert len(shares) == len(plan.inputs) + len(plan.gates) and all(s == pytest.approx(0.5, abs=0.02) for s in shares)
+
+
+def test_settling_moves_thresholds_where_activations_shrink() -> None:
+    """Channels that are dropped in the first layer are missing in the second: its thresholds fall, those that see no sparse input stay."""
+    method = dataclasses.replace(found().plans[3].method, settle=0)
+    before, after = effllm.calibrate(decoder(), windows(), method).plans[0].inputs, found().plans[3].inputs
+    change = {n: float(after[n].tensors["threshold"] / before[n].tensors["threshold"]) for n in after}
+    assert change["layers.0.q"] == pytest.approx(1.0, abs=0.02)  # other windows, the same inputs
+    assert change["layers.1.down"] < 0.97
 
 
 def test_greedy_differs_from_uniform_and_is_a_table() -> None:
