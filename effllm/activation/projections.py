@@ -7,7 +7,7 @@ model's hidden states of the first `tokens` calibration tokens; projections are 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,6 +20,8 @@ from effllm.methods import Activation
 from effllm.solvers import blocks
 from effllm.solvers.activation import Histogram, rsparse, teal
 from effllm.solvers.blocks import Batch, Call, Chain
+
+Norms = Callable[[str], Tensor]
 
 
 class Sparse:
@@ -63,9 +65,13 @@ class Sparse:
 
 @torch.no_grad()
 def solve(
-    model: nn.Module, method: Activation, data: list[Batch], sites: Mapping[str, Site], inputs: Mapping[str, Histogram], weighted: Mapping[str, Histogram]
-) -> Plan:
-    """Cuts for every linear of the lists of layers; histograms of |x| and of |x| times the norm of its column by module."""
+    model: nn.Module, method: Activation, data: list[Batch], sites: Mapping[str, Site], inputs: Mapping[str, Histogram], weighted: Mapping[str, Histogram],
+    targets: Mapping[str, float],
+) -> Plan:  # fmt: skip
+    """Cuts for every linear of the lists of layers; histograms of |x| and of |x| times the norm of its column by module.
+
+    targets: the share of modules (one for all of a block) that do not get the method's sparsity.
+    """
     plan = Plan(method)
     seen = weighted if method.name == "rsparse" else inputs
     modules = dict(model.named_modules(remove_duplicate=False))
@@ -76,10 +82,11 @@ def solve(
             if not own:
                 continue
             calls = None if chain is None else chain.calls[i]
-            shares = dict.fromkeys(own, method.sparsity)
+            target = targets.get(next(iter(own)), method.sparsity)
+            shares = dict.fromkeys(own, target)
             run = None if calls is None else _Block(block, own, calls)
             if run is not None and method.allocation == "greedy" and method.sparsity > 0:
-                shares = run.greedy({n: math.prod(sites[n].shape) for n in own}, seen, sites, method)
+                shares = run.greedy({n: math.prod(sites[n].shape) for n in own}, seen, target, method)
             if method.name == "teal" or method.sparsity == 0:
                 plan.inputs |= {n: cut(seen[n], shares[n], n) for n in own}
             else:
@@ -89,6 +96,12 @@ def solve(
         if chain is None and method.allocation == "greedy":
             plan.kept[prefix] = "its blocks form no chain: shares are uniform there"
     return plan
+
+
+def uniform(method: Activation, sites: Mapping[str, Site], inputs: Mapping[str, Histogram], weighted: Mapping[str, Histogram], norms: Norms) -> Plan:
+    """One share for every linear, and no low rank."""
+    seen = weighted if method.name == "rsparse" else inputs
+    return Plan(method, {n: cut(seen[n], method.sparsity, n, norms(n) if method.name == "rsparse" else None) for n in sites})
 
 
 def _advance(chain: Chain, i: int, run: _Block) -> None:
@@ -121,14 +134,14 @@ class _Block:
             lost = sum(float((_late(self._call(c)) - _late(y)).double().square().sum()) for c, y in zip(self.calls, self.dense, strict=True))
         return lost / max(self.norm, 1e-30)
 
-    def greedy(self, sizes: dict[str, int], seen: Mapping[str, Histogram], sites: Mapping[str, Site], method: Activation) -> dict[str, float]:
+    def greedy(self, sizes: dict[str, int], seen: Mapping[str, Histogram], target: float, method: Activation) -> dict[str, float]:
         """TEAL's shares."""
         norms = {n: rsparse.norms(w) for n, m in self.linears.items() if (w := dense_weight(m)) is not None} if method.name == "rsparse" else {}
 
         def error(shares: Mapping[str, float]) -> float:
             return self.error({n: _tensors(seen[n], s, norms.get(n)) for n, s in shares.items() if s > 0})
 
-        return teal.at(teal.greedy(sizes, error, method.sparsity, method.step), method.sparsity)
+        return teal.at(teal.greedy(sizes, error, target, method.step), target)
 
 
 def _late(y: Tensor) -> Tensor:

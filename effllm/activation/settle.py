@@ -7,7 +7,8 @@ fall below a threshold. So the model runs with its thresholds on, and each of th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,22 +31,30 @@ def settle(model: nn.Module, plan: Plan, data: list[Batch], gates: Mapping[str, 
     Only sizes of thresholds change: which channels weigh how much, low ranks and shares stay. `rounds` passes over 4096 tokens, the first 1 % of each
     window left out; thresholds that drop nothing (-1), or exact zeros only (0), stay where they are.
     """
-    modules, evaluating = dict(model.named_modules(remove_duplicate=False)), model.training
     batches = blocks.first(list(reversed(data)), TOKENS)
     for _ in range(rounds if plan.method.sparsity > 0 else 0):
-        handles: Handles = []
-        sites = [_input(handles, modules[n], c) for n, c in plan.inputs.items()]
-        sites += [_gate(handles, modules[gates[n].activation], c) for n, c in plan.gates.items() if gates[n].activation]
-        try:
-            model.eval()
+        with running(model, plan, gates) as moves:
             for batch in batches:
                 blocks.run(model, batch)
-        finally:
-            model.train(evaluating)
-            for handle in handles:
-                handle.remove()
-        for move in sites:
+        for move in moves:
             move()
+
+
+@contextmanager
+def running(model: nn.Module, plan: Plan, gates: Mapping[str, Gate]) -> Iterator[list[Callable[[], None]]]:
+    """Make a model sparse as a plan says, in every call and by hooks, without its kernels. What is dropped is counted; each of the functions that this
+    yields moves a site's thresholds in the plan to where the count so far puts them."""
+    modules, evaluating = dict(model.named_modules(remove_duplicate=False)), model.training
+    handles: Handles = []
+    moves = [_input(handles, modules[n], c) for n, c in plan.inputs.items()]
+    moves += [_gate(handles, modules[gates[n].activation], c) for n, c in plan.gates.items() if gates[n].activation]
+    model.eval()
+    try:
+        yield moves
+    finally:
+        model.train(evaluating)
+        for handle in handles:
+            handle.remove()
 
 
 def _input(handles: Handles, module: nn.Module, cut: Cut) -> Callable[[], None]:

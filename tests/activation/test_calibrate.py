@@ -58,7 +58,7 @@ def test_realised_sparsity_on_other_text(index: int, settle: int) -> None:
         if isinstance(module, ThresholdedActivation):
             module.inner.register_forward_hook(lambda m, a, y, t=module.threshold: shares.append(float((y[:, 2:].abs() <= t).float().mean())))
     for name, cut in plan.inputs.items():
-        t = cut.tensors["threshold"]
+        t = cut.tensors["threshold"] / cut.tensors.get("norm", 1.0)
         model.get_submodule(name).register_forward_pre_hook(lambda m, a, t=t: shares.append(float((a[0][:, 2:].abs() <= t).float().mean())))
     with torch.no_grad(), every_row(model) if settle else nullcontext():
         model(windows(16, seed=5))
@@ -85,6 +85,39 @@ def test_chess_thresholds_are_theta_over_the_size_of_the_up_projection() -> None
     t = found().plans[0].gates["layers.0.down"].tensors["threshold"]
     assert t.shape == (INNER,) and float(t[0] / t[-1]) > 5  # channels of `up` grow along the index
     assert len(set(found().plans[1].gates["layers.0.down"].tensors["threshold"].tolist())) == 1
+
+
+def test_weighing_counts_the_columns_that_would_be_multiplied() -> None:
+    """t_i c_i is one number for all channels; by default c_i includes the norm of column i of the down projection, and inputs have theirs."""
+    model = decoder()
+    plain, weighed = effllm.calibrate(decoder(), windows(), ["chess(sparsity=0.5, weigh=false, settle=0)", "chess(sparsity=0.5, settle=0)"]).plans
+    norm = model.layers[0].down.weight.detach().norm(dim=0)
+    a, b = (p.gates["layers.0.down"].tensors["threshold"] for p in (plain, weighed))
+    ratio = b * norm / a
+    assert ratio.max() / ratio.min() == pytest.approx(1.0, abs=1e-4) and norm.max() / norm.min() > 1.05
+    for name, cut in weighed.inputs.items():
+        torch.testing.assert_close(cut.tensors["norm"], model.get_submodule(name).weight.detach().norm(dim=0))
+    assert plain.inputs and all("norm" not in c.tensors for c in plain.inputs.values())
+
+
+@pytest.mark.parametrize("word", ["chess(sparsity=0.5, layers=measured)", "teal(sparsity=0.5, allocation=uniform, layers=measured)"])
+def test_a_block_that_costs_more_drops_less(word: str) -> None:
+    """The second block's outputs are made ten times larger: what it drops moves the logits more, and it gets the smaller share."""
+    def loud() -> torch.nn.Module:
+        model = decoder()
+        with torch.no_grad():
+            model.layers[1].down.weight.mul_(10.0)
+            model.layers[1].o.weight.mul_(10.0)
+        return model
+
+    plan = effllm.calibrate(loud(), windows(), word).plans[0]
+    cuts = {**plan.inputs, **plan.gates}
+    shares = [{round(c.target, 9) for n, c in cuts.items() if n.startswith(f"layers.{i}.")} for i in (0, 1)]
+    assert [len(s) for s in shares] == [1, 1]
+    (first,), (second,) = shares
+    assert second < 0.48 and first + second == pytest.approx(1.0)
+    even = effllm.calibrate(loud(), windows(), word.replace("measured", "uniform")).plans[0]
+    assert {c.target for c in {**even.inputs, **even.gates}.values()} == {0.5}
 
 
 def test_a_low_rank_costs_what_it_takes() -> None:
