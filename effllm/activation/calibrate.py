@@ -124,7 +124,7 @@ class Recording:
         """One share everywhere, and no low rank."""
         if method.gated:
             return self.plan(method, {})
-        return projections.uniform(method, self.sites, self.inputs, self.weighted, self.norms)
+        return projections.uniform(method, self.sites, self.inputs)
 
     def first(self) -> None:
         """Histograms of inputs and activated gates, second moments of up projections."""

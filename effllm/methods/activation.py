@@ -39,7 +39,7 @@ class Activation:
     settle: int = 2
     layers: str = "uniform"
     attention: bool = True
-    weigh: bool = True
+    weigh: bool = False
     allocation: str = "greedy"
     step: float = 0.1
     tokens: int = 512

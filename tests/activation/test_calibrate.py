@@ -88,9 +88,9 @@ def test_chess_thresholds_are_theta_over_the_size_of_the_up_projection() -> None
 
 
 def test_weighing_counts_the_columns_that_would_be_multiplied() -> None:
-    """t_i c_i is one number for all channels; by default c_i includes the norm of column i of the down projection, and inputs have theirs."""
+    """t_i c_i is one number for all channels; with weigh c_i includes the norm of column i of the down projection, and inputs have theirs."""
     model = decoder()
-    plain, weighed = effllm.calibrate(decoder(), windows(), ["chess(sparsity=0.5, weigh=false, settle=0)", "chess(sparsity=0.5, settle=0)"]).plans
+    plain, weighed = effllm.calibrate(decoder(), windows(), ["chess(sparsity=0.5, settle=0)", "chess(sparsity=0.5, weigh=true, settle=0)"]).plans
     norm = model.layers[0].down.weight.detach().norm(dim=0)
     a, b = (p.gates["layers.0.down"].tensors["threshold"] for p in (plain, weighed))
     ratio = b * norm / a
