@@ -33,7 +33,7 @@ from effllm.runtime.rotary import change_angles, turns
 
 FORMS = ("lazy", "eager")
 REFRESH = 16  # tokens behind an edit: what they say leans most on what stood there
-TAIL = 64  # tokens at the end of the text, less those that are new: what comes next leans most on them
+TAIL = 64  # tokens at the end of the text, less those that are new, half of it at least: what comes next leans most on them
 ROWS = 256  # rows of the table of turns; it doubles when a text has more distinct shifts
 SPARE = 256  # slots beyond the text at the start
 _EVICTING = ("ems",)
@@ -54,8 +54,8 @@ class EditSession:
     `ids`: token ids (S,) or (1, S), or a text where `tokenizer` is given. `form` "lazy" (default) leaves keys as stored and turns them as
     they are read, so that any number of edits rounds nothing twice; "eager" rewrites keys at each edit, after which reading is plain.
     Models whose frequencies follow the length (dynamic NTK, LongRoPE) are edited in the eager form; `why_eager` says so. `refresh`: tokens behind
-    each edit that are encoded again; `tail`: so many at the end of the text, less the number of new ones (an edit near the end is exact then);
-    the last one always is. `compile`: wraps the decode step, such as lambda f: torch.compile(f, backend="effllm").
+    each edit that are encoded again; `tail`: so many at the end of the text, less the number of new ones, but at
+    least half of it (an edit near the end is exact then); the last one always is. `compile`: wraps the decode step, such as lambda f: torch.compile(f, backend="effllm").
     `cache`: "dense", or a cache format such as "kivi(bits=4)" (lazy form only): new tokens are appended to its pages and no page is packed
     again, so any number of edits rounds each key and value once; deleted tokens cost room until their page is empty, or until `recompute`.
     `tables[i]`: constant tensors of layer i for formats that have any (hf.kv_calibrate).
@@ -216,7 +216,7 @@ class EditSession:
         length = len(change.ids)
         self._need_length(length)
         first = next((p for p, old in enumerate(change.source) if old != p), length - 1)  # what stands before the first edit is as it was
-        tail = max(self.tail - len(change.new), 1)
+        tail = max(self.tail - len(change.new), self.tail // 2)
         again = set(range(min(max(first, length - tail), length - 1), length))
         for p, old in enumerate(change.source):
             follows = old == (0 if p == 0 else change.source[p - 1] + 1) and (p == 0 or change.source[p - 1] >= 0)
