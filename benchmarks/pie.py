@@ -337,8 +337,8 @@ def main() -> None:
     parser.add_argument("--each", type=int, default=10, help="edits per context")
     parser.add_argument("--longest", type=int, default=1536, help="tokens of the longest context")
     parser.add_argument("--dtype", default=None)
-    parser.add_argument("--refresh", type=int, default=REFRESH)
-    parser.add_argument("--tail", type=int, default=TAIL)
+    parser.add_argument("--refresh", type=int)
+    parser.add_argument("--tail", type=int)
     parser.add_argument("--cache", default="dense", help="format of the session's cache")
     parser.add_argument("--fresh", action="store_true", help="quality: measure all edits again")
     parser.add_argument("--lengths", default="2048,4096,8192")
@@ -347,6 +347,8 @@ def main() -> None:
     a = parser.parse_args()
     a.edits = a.edits or {"quality": 200, "drift": 100}.get(a.part, 0)
     a.dtype = a.dtype or ("float32" if a.part == "quality" else "bfloat16")
+    a.refresh = (REFRESH if a.cache == "dense" else 0) if a.refresh is None else a.refresh
+    a.tail = (TAIL if a.cache == "dense" else 0) if a.tail is None else a.tail
     key = ("part", "edits", "form", "dtype", "length", "size", "refresh", "tail", "cache")
     for row in {"quality": quality, "cost": cost, "drift": drift, "packed": packed}[a.part](a):
         print("  ".join(f"{k}={v:.5g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)

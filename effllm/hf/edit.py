@@ -55,7 +55,8 @@ class EditSession:
     they are read, so that any number of edits rounds nothing twice; "eager" rewrites keys at each edit, after which reading is plain.
     Models whose frequencies follow the length (dynamic NTK, LongRoPE) are edited in the eager form; `why_eager` says so. `refresh`: tokens behind
     each edit that are encoded again; `tail`: so many at the end of the text, less the number of new ones, but at
-    least half of it (an edit near the end is exact then); the last one always is. `compile`: wraps the decode step, such as lambda f: torch.compile(f, backend="effllm").
+    least half of it (an edit near the end is exact then); the last one always is. None: 16 and 64 for a dense cache, 0 for a packed one, in
+    which each of them takes new room. `compile`: wraps the decode step, such as lambda f: torch.compile(f, backend="effllm").
     `cache`: "dense", or a cache format such as "kivi(bits=4)" (lazy form only): new tokens are appended to its pages and no page is packed
     again, so any number of edits rounds each key and value once; deleted tokens cost room until their page is empty, or until `recompute`.
     `tables[i]`: constant tensors of layer i for formats that have any (hf.kv_calibrate).
@@ -65,12 +66,14 @@ class EditSession:
     """
 
     def __init__(
-        self, model: Any, ids: Any, *, tokenizer: Any = None, cache: str = "dense", form: str = "lazy", refresh: int = REFRESH, tail: int = TAIL,
+        self, model: Any, ids: Any, *, tokenizer: Any = None, cache: str = "dense", form: str = "lazy", refresh: int | None = None, tail: int | None = None,
         capacity: int | None = None, tables: dict[int, list[Tensor]] | None = None,
         compile: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None,
     ) -> None:  # fmt: skip
         if form not in FORMS:
             raise EditError("E-EDT-FORM", f"form={form!r}", f"form is one of {', '.join(FORMS)}")
+        refresh = (REFRESH if cache == "dense" else 0) if refresh is None else refresh
+        tail = (TAIL if cache == "dense" else 0) if tail is None else tail
         if refresh < 0 or tail < 0 or (capacity is not None and capacity < 1):
             raise EditError("E-EDT-FORM", f"refresh={refresh}, tail={tail}, capacity={capacity}", "refresh and tail are 0 or more, capacity 1 or more")
         self.model, self.tokenizer, self.refresh, self.tail = model, tokenizer, refresh, tail

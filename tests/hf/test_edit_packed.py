@@ -253,3 +253,10 @@ def test_compiled_decoding_attends_to_packed_keys_where_they_lie() -> None:
     assert len(turned) == 2 and all(d.action == "applied" and "turned" in d.reason for d in turned)
     rotated = [d for p in backend.last_report().passes if p.name == "query_rotation" for d in p.decisions]
     assert rotated == []
+
+
+def test_a_packed_cache_encodes_nothing_again_by_default() -> None:
+    """Each token that is read again takes room in pages that only grow; who asks for it gets it."""
+    for options, encoded in (({}, 4), ({"refresh": 8}, 3 + 8 + 1), ({"tail": 20}, 3 + 17)):
+        session = EditSession(deep(torch.float32), text(170), cache=KIVI.format(4), **options)
+        assert session.edit([(50, 50, [3, 4, 5])]).encoded == encoded
