@@ -7,6 +7,7 @@ applied to nothing), kernel (force a provider by name), inner ("inductor", or "e
 mode (one of Inductor's modes), inductor (dict of Inductor's options), layers ("once": compile isomorphic layers once, about
 half the compile time; "inline": every layer by itself, a few percent faster to run; "auto": once on CPU), autotune (a budget such
 as "30s": the kernels of the graph are tuned for at most that long before it is compiled; nothing is ever measured without it),
+step ("auto": a graph of at most 16 tokens runs as one native call where it can; "off"),
 max_slowdown (a rewrite that is predicted to take more than this times the dense op's time at a site is not applied there; default
 1.25).
 `mode=` may be one of Inductor's modes or a one-line recipe.
@@ -30,9 +31,11 @@ from effllm.autotune.budget import parse_budget
 from effllm.errors import EffllmError, OptionError, PassError, TuneError, nearest
 from effllm.passes import manager, pipeline
 from effllm.passes.base import Context
+from effllm.passes.parts import in_parts
 from effllm.recipe import Recipe
 from effllm.report import Report
 from effllm.runtime.binding import Binding, PackStore, Want
+from effllm.runtime.replay import recorded
 from effllm.solvers import solve
 
 store = PackStore(lambda w, params: solve(w, params))
@@ -51,6 +54,7 @@ class Options:
     mode: str | None = None
     inductor: dict[str, Any] = field(default_factory=dict)
     layers: str = "auto"
+    step: str = "auto"
     max_slowdown: float = 1.25
     autotune: float | None = None
 
@@ -76,6 +80,8 @@ class Options:
             raise OptionError("E-OPT-VALUE", f"max_slowdown={made.max_slowdown!r}", "max_slowdown is a positive number, such as 1.25")
         if made.layers not in ("auto", "once", "inline"):
             raise OptionError("E-OPT-VALUE", f"layers={made.layers!r}", 'layers is "auto", "once" or "inline"')
+        if made.step not in ("auto", "off"):
+            raise OptionError("E-OPT-VALUE", f"step={made.step!r}", 'step is "auto" or "off"')
         if made.layers == "once" and made.inductor.get("cpp_wrapper"):
             raise OptionError("E-OPT-VALUE", 'layers="once" with cpp_wrapper', "Inductor's C++ wrapper cannot call subgraphs: leave one of them out")
         if made.mode is not None and made.mode not in compat.inductor_modes():
@@ -102,7 +108,7 @@ def rewrite(gm: fx.GraphModule, options: Options) -> Rewritten:
     graph = copy.graph
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     layers = "inline" if options.inductor.get("cpp_wrapper") else options.layers
-    context = Context(options.recipe, options.strict, options.kernel, max_slowdown=options.max_slowdown, layers=layers, store=store)
+    context = Context(options.recipe, options.strict, options.kernel, max_slowdown=options.max_slowdown, layers=layers, step=options.step == "auto", store=store)
     report = Report(options.recipe.name, manager.run(pipeline.default(), graph, context), notes=context.notes)
     position = {n: i for i, n in enumerate(inputs)}
     used = {b.source for b in context.bound}
@@ -141,15 +147,14 @@ def effllm(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[s
     done.report.measured["rewrite_s"] = time.perf_counter() - start
     reports.append(done.report)
     _complain(done.report, chosen)
-    values = [compat.example_value(n) for n in done.gm.graph.nodes if n.op == "placeholder"]
-    compiled = done.gm.forward if chosen.inner == "eager" else compat.compile_inner(done.gm, values, chosen.mode, chosen.inductor)
+    compiled = done.gm.forward if chosen.inner == "eager" else in_parts(done.gm, lambda gm, given: compat.compile_inner(gm, given, chosen.mode, chosen.inductor))
     done.report.measured["compile_s"] = time.perf_counter() - start
     if not done.wants:
-        return compiled
+        return recorded(compiled)
     binding, keep = Binding(store, done.wants, chosen.weights), done.keep
     if keep == list(range(len(keep))) and len(keep) == len(example_inputs):
-        return lambda *args: compiled(*args, *binding(args))
-    return lambda *args: compiled(*[args[i] for i in keep], *binding(args))
+        return recorded(lambda *args: compiled(*args, *binding(args)))
+    return recorded(lambda *args: compiled(*[args[i] for i in keep], *binding(args)))
 
 
 def _tuned(gm: fx.GraphModule, done: Rewritten, options: Options, budget_s: float) -> Rewritten:

@@ -199,10 +199,25 @@ def can_outline() -> bool:
     return hasattr(torch.ops.higher_order, "invoke_subgraph") and tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
+def is_mutation(target: Any) -> bool:
+    """Whether a call target is an op that writes to its arguments, by its schema."""
+    op = target.default if isinstance(target, torch._ops.OpOverloadPacket) and "default" in target.overloads() else target
+    return isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable
+
+
 def is_custom_mutation(target: Any) -> bool:
     """Whether a call target is an op outside of aten that writes to its arguments."""
-    op = target.default if isinstance(target, torch._ops.OpOverloadPacket) and "default" in target.overloads() else target
-    return isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable and op.namespace != "aten"
+    return is_mutation(target) and not str(target).startswith("aten")
+
+
+def same_storage(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors, real or fake, are views of one memory."""
+    return bool(a.untyped_storage()._cdata == b.untyped_storage()._cdata)
+
+
+def erased(node: fx.Node) -> bool:
+    """Whether a node was erased from its graph."""
+    return bool(node._erased)
 
 
 def inductor_modes() -> dict[str, dict[str, Any]]:

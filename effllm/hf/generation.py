@@ -22,6 +22,7 @@ from effllm import compat
 from effllm.backend import Options
 from effllm.errors import RecipeError
 from effllm.hf.cache import CompressedCache
+from effllm.hf.steady import steady_guards
 from effllm.recipe import Recipe
 
 _DEVICES = ("cuda", "xpu", "neuron", "tpu")  # where transformers compiles without being asked twice
@@ -40,7 +41,7 @@ def compile_config(
     given: dict[str, Any] = {"recipe": Recipe.parse(recipe), **options}
     Options.parse(given, None)
     if steady:
-        given["guard_filter_fn"] = torch.compiler.skip_guard_on_all_nn_modules_unsafe
+        given["guard_filter_fn"] = steady_guards
     # mode=None: the default "reduce-overhead" cannot go along with options
     config = CompileConfig(fullgraph=fullgraph, dynamic=dynamic, backend="effllm", mode=None, options=given)  # type: ignore[arg-type]
     compat.compile_on_every_device(config)

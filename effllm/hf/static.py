@@ -18,6 +18,7 @@ from transformers.cache_utils import StaticLayer
 
 from effllm.hf.cache import CompressedCache
 from effllm.hf.cache_layer import CompressedLayer
+from effllm.runtime.replay import Replay, recording
 
 Compile = Callable[[Callable[..., Tensor]], Callable[..., Tensor]]
 
@@ -38,6 +39,9 @@ class StaticRunner:
         # one code object per graph: Dynamo keeps compiled graphs per code object, and variants must not see each other's
         self._prefill = _fresh(_step) if compile is None or not compile_prefill else compile(_fresh(_step))
         self._decode = _fresh(_step) if compile is None else compile(_fresh(_step))
+        # caches whose update is nothing but tensor operations; others count in Python, which a replay would miss
+        self._simple = all(type(layer) in (StaticLayer, CompressedLayer) for layer in self._cache.layers)
+        self._replay: Replay | None = None
 
     @torch.no_grad()
     def prefill(self, ids: Tensor) -> tuple[Tensor, Any]:
@@ -59,9 +63,8 @@ class StaticRunner:
         logits = _step(self.model, ids, positions, self._cache)
         # enough to come back: what lies behind the prompt is overwritten or hidden
         kept = ("lens", "ring") if isinstance(self._cache, CompressedCache) else ("cumulative_length",)
-        simple = all(type(layer) in (StaticLayer, CompressedLayer) for layer in self._cache.layers)
         states = [{n: getattr(layer, n).clone() for n in kept} for layer in self._cache.layers]
-        self._read = (ids.clone(), logits.clone(), states) if simple else None
+        self._read = (ids.clone(), logits.clone(), states) if self._simple else None
         return logits
 
     @property
@@ -73,8 +76,15 @@ class StaticRunner:
 
     @torch.no_grad()
     def decode_step(self, token: Tensor, position: Tensor) -> Tensor:
-        """Logits (1, V) after one more token (1, 1) at a position (1, 1)."""
-        return self._decode(self.model, token, position, self._cache)
+        """Logits (1, V) after one more token (1, 1) at a position (1, 1). The model must be the one of the first step, unchanged."""
+        found = self._replay(token, position) if self._replay is not None else None
+        if found is not None:
+            return found
+        with recording() as calls:
+            logits = self._decode(self.model, token, position, self._cache)
+        if self._simple:
+            self._replay = Replay.of(calls, logits, (token, position))
+        return logits
 
     def decode(self, logits: Tensor, at: int, count: int) -> tuple[list[int], list[Tensor]]:
         """`count` greedy tokens that follow `logits` at position `at`: token ids, and the logits each step gave."""

@@ -12,11 +12,12 @@ from torch import Tensor
 
 from effllm.errors import OptionError, nearest
 from effllm.hf.static import StaticRunner
+from effllm.hf.steady import steady_guards
 from effllm.recipe import Recipe
 
 BASELINES = ("eager-bf16", "inductor-bf16", "inductor-bf16-freezing", "inductor-fp32-autotune")
 # No variant's modules change between its steps, and Dynamo's guards on them cost each step of the demo model 1.6 ms of 9.8
-_STEADY = {"guard_filter_fn": torch.compiler.skip_guard_on_all_nn_modules_unsafe}
+_STEADY = {"guard_filter_fn": steady_guards}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "inductor-bf16": {},
     "inductor-bf16-freezing": {"freezing": True},

@@ -9,6 +9,9 @@ from effllm.lowering.op import OPS, Problem, Provider, Verdict
 
 _MODULES: dict[str, tuple[str, ...]] = {"cpu": ("effllm.kernels.cpu",), "cuda": ("effllm.kernels.triton", "effllm.kernels.semi_structured")}
 _FAMILIES = (
+    "norm",
+    "glu",
+    "rotate",
     "bipolar_linear",
     "attention",
     "lowrank_linear",

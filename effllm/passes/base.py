@@ -38,6 +38,7 @@ class Context:
     kernel: str | None = None
     max_slowdown: float = 1.25
     layers: str = "auto"  # "once", "inline" or "auto", see outline_layers
+    step: bool = True  # whether a graph of few tokens may become one call, see step_program
     store: Any = None  # runtime.binding.PackStore
     bound: list[Bound] = field(default_factory=list)
     changed: list[fx.Node] = field(default_factory=list)  # nodes that replaced others, to be verified

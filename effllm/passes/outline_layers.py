@@ -38,7 +38,7 @@ class OutlineLayers:
 
     name = "outline_layers"
     requires: tuple[str, ...] = ()
-    after: tuple[str, ...] = ("packed_linear", "share_activation", "merge_linear", "merge_lowrank", "sparse_gate", "decode_attention")
+    after: tuple[str, ...] = ("packed_linear", "share_activation", "merge_linear", "merge_lowrank", "sparse_gate", "decode_attention", "fuse_norm", "fuse_glu", "fuse_rope", "step_program")
 
     def run(self, graph: fx.Graph, context: Context) -> PassReport:
         """One Decision per module list: how many of its layers share a subgraph, or why they do not."""
@@ -141,7 +141,7 @@ def _between(graph: fx.Graph, first: int, last: int, position: dict[fx.Node, int
 
 def _shares(a: fx.Node, b: fx.Node) -> bool:
     x, y = compat.example_value(a), compat.example_value(b)
-    return isinstance(x, Tensor) and isinstance(y, Tensor) and x.untyped_storage()._cdata == y.untyped_storage()._cdata
+    return isinstance(x, Tensor) and isinstance(y, Tensor) and compat.same_storage(x, y)
 
 
 def _canonical(region: Region) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from effllm import compat
 from effllm.errors import OptionError
 from effllm.methods import Method
+from effllm.runtime import pages
 from effllm.runtime.formats.base import Packed
 from effllm.runtime.weights import kind_of
 
@@ -109,7 +110,7 @@ class PackStore:
                 if packed is None:
                     source = next(iter(have))
                     packed = kind.restore(shape, have[source], source)
-                have[layout] = kind.arrange(packed, layout)
+                have[layout] = {name: pages.place(t) for name, t in kind.arrange(packed, layout).items()}
             return have[layout]
 
     def refresh(self, model: nn.Module) -> int:

@@ -75,9 +75,58 @@ struct Activations {
     float f[32];
     for (int64_t s = 0; s < segs; ++s) {
       const int64_t from = s * seg, n = std::min(seg, k - from);
+      if (n == 32) {
+        load32(src, i * k + from, type, f);
+        take_segment<32>(i, s, f, factor);
+        continue;
+      }
       for (int64_t c = 0; c < n; ++c) f[c] = load_as_float(src, i * k + from + c, type);
       take_segment(i, s, f, n, factor);
     }
+  }
+
+  static void load32(const void* src, int64_t at, Type type, float* f) {
+    if (type == Type::f32) { std::memcpy(f, static_cast<const float*>(src) + at, 128); return; }
+    const auto* h = static_cast<const uint16_t*>(src) + at;
+    if (type == Type::bf16)
+#pragma omp simd
+      for (int c = 0; c < 32; ++c) f[c] = bf16_to_float(h[c]);
+    else
+      for (int c = 0; c < 32; ++c) f[c] = load_as_float(src, at + c, type);
+  }
+
+  // The N columns of one segment, with loops that fill vectors.
+  template <int N> void take_segment(int64_t i, int64_t s, const float* f, float factor) {
+    const float top = digits == 2 ? 127.f * 256.f : 127.f * 65536.f;
+    alignas(64) int32_t q[N];
+    float big = 0;
+    int32_t odd = 0;  // NaN or infinity, which a maximum would lose
+#pragma omp simd reduction(max : big) reduction(| : odd)
+    for (int c = 0; c < N; ++c) {
+      const float a = std::fabs(f[c]);
+      odd |= !(a <= 3.4e38f);
+      big = a > big ? a : big;
+    }
+    const size_t at = static_cast<size_t>(i * segs + s);
+    if (odd) {
+      step[at] = corr[at] = std::nanf("");
+      return;
+    }
+    const float unit = big > 0 ? big / top : 0.f, inv = unit > 0 && std::isfinite(1.f / unit) ? 1.f / unit : 0.f;
+    int32_t sum = 0;  // 32 times 127 * 2^16 fits
+#pragma omp simd reduction(+ : sum)
+    for (int c = 0; c < N; ++c) q[c] = static_cast<int32_t>(std::nearbyint(f[c] * inv)), sum += q[c];
+    for (int d = digits - 1; d >= 0; --d) {
+      int8_t* dst = x.data() + (i * digits + d) * stride() + s * seg;
+#pragma omp simd
+      for (int c = 0; c < N; ++c) {
+        const int32_t up = (q[c] + 128) >> 8;
+        dst[c] = static_cast<int8_t>(d == 0 ? q[c] : q[c] - up * 256);
+        q[c] = up;
+      }
+    }
+    step[at] = unit;
+    corr[at] = factor * unit * static_cast<float>(sum);
   }
 
   // The n columns of one segment of a token; none: the padding after the last.

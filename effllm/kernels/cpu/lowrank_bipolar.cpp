@@ -68,7 +68,7 @@ void fused(const Tensor& x, int64_t m, int64_t k, std::vector<Pair>& pairs, cons
       if (task >= tasks) { task -= tasks; continue; }
       if (phase) {
         const int64_t from = task * p.each;
-        effllm::multiply_range<V>(p.a, a.bits, p.mid, from, std::min(p.a.tiles, from + p.each), bias, y, type, how);
+        effllm::multiply_range<V>(p.a, a.bits, p.mid, from, std::min(p.a.tiles, from + p.each), nullptr, bias, y, type, how);
         return;
       }
       static thread_local std::vector<float> out;
@@ -76,7 +76,7 @@ void fused(const Tensor& x, int64_t m, int64_t k, std::vector<Pair>& pairs, cons
       Weight w = p.b;
       const int64_t tile = 2 * task;
       w.ldy = 32, w.col = -tile * 16;
-      effllm::multiply_range<V>(w, b.bits, input, tile, std::min(w.tiles, tile + 2), nullptr, out.data(), Type::f32, how);
+      effllm::multiply_range<V>(w, b.bits, input, tile, std::min(w.tiles, tile + 2), nullptr, nullptr, out.data(), Type::f32, how);
       const int64_t seg = p.mid.seg;
       for (int64_t i = 0; i < m; ++i)
         for (int64_t c = 0; c < 32; c += seg) {

@@ -76,7 +76,7 @@ inline void through_codes(const Sizes& z, const void* x, Type type, const Codes&
       const int64_t block = task / cut1.each;
       Weight w = w1.block(block);
       w.ldy = q;
-      multiply_range<V>(w, w1.bits, xs[block], cut1.from(task), cut1.to(task), nullptr, sums + block * z.m * q, Type::f32, Plan{});
+      multiply_range<V>(w, w1.bits, xs[block], cut1.from(task), cut1.to(task), nullptr, nullptr, sums + block * z.m * q, Type::f32, Plan{});
     } else if (phase == 2) {
       float* to = input + task * z.m * z.inner();
       w2.shape(zs[task], z.m, digits);
@@ -91,7 +91,7 @@ inline void through_codes(const Sizes& z, const void* x, Type type, const Codes&
       w.ldy = rows;
       w.col = -from * 16;
       float* out = scratch.take(z.m * rows);
-      multiply_range<V>(w, w2.bits, zs[block], from, to, nullptr, out, Type::f32, Plan{});
+      multiply_range<V>(w, w2.bits, zs[block], from, to, nullptr, nullptr, out, Type::f32, Plan{});
       finish(z, block, from * 16, from * 16 + rows, out, rows, bias, y, type);
     }
   });

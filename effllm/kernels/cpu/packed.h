@@ -17,8 +17,12 @@ inline void check_columns(const Weight& w, int64_t k) {
   STD_TORCH_CHECK(k <= w.blocks * 32 && k > (w.blocks - (w.group > 32 ? w.group / 32 : 1)) * 32 - 32, "effllm: the activation's last dimension does not fit the weight");
 }
 
-// Tiles from .. to of w times prepared 16-bit activations, to y[m * w.ldy + w.col + row].
-template <class V> void multiply_range(const Weight& w, int64_t bits, const Activations& x, int64_t from, int64_t to, const float* bias, void* y, Type type, const Plan& how);
+// Digits of m tokens: of int8 codes, or of floats, for weights like w.
+template <class V> void take_codes(Activations& a, const int8_t* x, int64_t m, int64_t k, const Weight& w, double zero, int64_t bits, const Plan& how);
+template <class V> void take_floats(Activations& a, const void* x, int64_t m, int64_t k, const Weight& w, double zero, Type type);
+
+// Tiles from .. to of w times prepared activations, to y[m * w.ldy + w.col + row]; out_scale are the scales of int8 activations, one a token.
+template <class V> void multiply_range(const Weight& w, int64_t bits, const Activations& x, int64_t from, int64_t to, const float* out_scale, const float* bias, void* y, Type type, const Plan& how);
 
 // A whole linear: x (..., k) times one packed weight.
 template <class V>

@@ -25,25 +25,30 @@ inline void wait_for(const std::atomic<int64_t>& done, int64_t count) {
   }
 }
 
-// run(phase, task) for every task < counts[phase], on at most `threads` threads. Tasks must not throw.
-template <int P, class Run> void in_phases(const int64_t (&counts)[P], int64_t threads, Run&& run) {
-  int64_t start[P + 1] = {0};
-  for (int p = 0; p < P; ++p) start[p + 1] = start[p] + counts[p];
+// run(phase, task) for every task with start[phase] <= its number < start[phase + 1], on at most `threads` threads. Tasks must not throw.
+template <class Run> void in_phases(const int64_t* start, int64_t phases, int64_t threads, Run&& run) {
   alignas(64) std::atomic<int64_t> next{0};
   alignas(64) std::atomic<int64_t> done{0};
   auto work = [&](int64_t, int64_t) {
-    int p = 0;
-    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < start[P];) {
-      const int before = p;
+    int64_t p = 0;
+    for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < start[phases];) {
+      const int64_t before = p;
       while (task >= start[p + 1]) ++p;
       if (p != before) wait_for(done, start[p]);
       run(p, task - start[p]);
       done.fetch_add(1, std::memory_order_release);
     }
   };
-  threads = std::min<int64_t>(threads, start[P]);
+  threads = std::min<int64_t>(threads, start[phases]);
   if (threads <= 1) work(0, 1);
   else torch::stable::parallel_for(0, threads, 1, work);
+}
+
+// The same for a fixed number of phases of counts[phase] tasks.
+template <int P, class Run> void in_phases(const int64_t (&counts)[P], int64_t threads, Run&& run) {
+  int64_t start[P + 1] = {0};
+  for (int p = 0; p < P; ++p) start[p + 1] = start[p] + counts[p];
+  in_phases(start, P, threads, [&](int64_t p, int64_t task) { run(static_cast<int>(p), task); });
 }
 
 }  // namespace effllm

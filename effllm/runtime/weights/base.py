@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from effllm.lowering import providers
 from effllm.lowering.bipolar_linear import provider as named
 from effllm.lowering.op import Problem, Provider
-from effllm.runtime import formats, functional
+from effllm.runtime import formats, functional, pages
 from effllm.runtime.formats import parts
 from effllm.runtime.formats.base import Packed
 from effllm.runtime.layouts import compose
@@ -73,7 +73,7 @@ class PackedWeight(functional.Refusing, nn.Module):
         self.shape, self.attrs, self._meta = packed.shape, dict(packed.attrs), packed.to("meta")
         self._bind(provider)
         trained = {name for name, p in self._parameters.items() if p is not None and p.requires_grad}
-        tensors = self.arrange(packed, self.layout)
+        tensors = {key: pages.place(t) for key, t in self.arrange(packed, self.layout).items()}
         for key in dict.fromkeys((*self.optional(packed), *tensors)):
             if key in self.recovery_factors and key in tensors and tensors[key].is_floating_point():
                 self.register_parameter(key, nn.Parameter(tensors[key], requires_grad=key in trained))

@@ -1,0 +1,399 @@
+"""Graph nodes as instructions of a step program: which nodes are mere views, which have an instruction, and its operands."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from effllm import compat
+from effllm.autotune import use
+from effllm.errors import EffllmError
+from effllm.lowering.bipolar_linear import plain, provider
+from effllm.lowering.op import OPS
+from effllm.lowering.step_code import BINARY, DIMS, KINDS, UNARY, Builder, Code, Value
+from effllm.passes.match import cast, name
+
+PACKED = ("bipolar_linear", "bipolar_linear_many", "bipolar_linear_a8", "bipolar_linear_a8_many")
+_VIEWS = ("view", "transpose", "permute", "expand", "unsqueeze", "squeeze", "narrow", "select", "t", "chunk", "split", "unbind", "getitem", "expand_as", "view_as")
+_MAYBE = ("reshape", "contiguous", "flatten", "unflatten")
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Unsupported(Exception):
+    """A node that the program cannot hold after all."""
+
+    def __init__(self, node: fx.Node, reason: str) -> None:
+        super().__init__(reason)
+        self.node, self.reason = node, reason
+
+
+def views(node: fx.Node) -> bool:
+    """Whether a node's value is memory of its input: a view, an item of several values, or a cast to what it is already."""
+    found = node.meta.get("effllm_view")
+    if found is None:
+        found = node.meta["effllm_view"] = _views(node)
+    return bool(found)
+
+
+def _views(node: fx.Node) -> bool:
+    what = name(node)
+    if not what or not node.args or not isinstance(node.args[0], fx.Node):
+        return False
+    base = compat.example_value(node.args[0])
+    if isinstance(base, tuple | list):
+        return what == "getitem"
+    if not isinstance(base, Tensor):
+        return False
+    if what == "getitem":
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        return all(i is None or i is Ellipsis or isinstance(i, int | slice) for i in index) and not any(_symbolic(i) for i in index)
+    if what in _VIEWS:
+        return True
+    if what in _MAYBE:
+        try:
+            like = _meta(base)
+            return compat.same_storage(_applied(node, like), like)
+        except (RuntimeError, TypeError):
+            return False
+    source = cast(node)
+    return source is not None and compat.example_value(source).dtype == compat.example_value(node).dtype and not node.kwargs.get("copy", False)
+
+
+def _symbolic(index: Any) -> bool:
+    return isinstance(index, slice) and any(isinstance(i, fx.Node | torch.SymInt) for i in (index.start, index.stop, index.step))
+
+
+def _meta(value: Tensor) -> Tensor:
+    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+
+
+def _applied(node: fx.Node, base: Tensor) -> Any:
+    """The node's operation on a meta tensor."""
+    args = fx.node.map_arg(node.args[1:], lambda n: _meta(compat.example_value(n)))
+    if isinstance(node.target, str):
+        return getattr(base, node.target)(*args, **node.kwargs)
+    return node.target(base, *args, **node.kwargs)  # type: ignore[operator]
+
+
+def kernel_of(node: fx.Node) -> str:
+    """The kernel that a node of ours names, without its stamp; empty for others."""
+    last = node.args[-1] if node.args and _op(node) else None
+    return plain(last) if isinstance(last, str) and compat.argument_names(node.target)[-1] == "kernel" else ""
+
+
+def _op(node: fx.Node) -> str:
+    text = str(node.target)
+    return text.split(".")[1] if node.op == "call_function" and text.startswith("effllm.") else ""
+
+
+class Emitter:
+    """Makes the instructions of nodes, in their order; values that no emitted node made become inputs."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.builder = Builder()
+        self.values: dict[fx.Node, Any] = {}
+        self.inputs: list[fx.Node] = []
+        self.kernel = ""
+        self._graph = graph
+
+    @staticmethod
+    def holds(node: fx.Node) -> bool:
+        """Whether there is an instruction for a node, by its operation and dtypes."""
+        handler = _handler(node)
+        return handler is not None and _fits(node)
+
+    def emit(self, node: fx.Node) -> None:
+        """Append a node's instructions. Raises Unsupported."""
+        handler = _handler(node)
+        if handler is None:
+            raise Unsupported(node, f"{node.target} has no instruction")
+        try:
+            handler(self, node)
+        except (EffllmError, RuntimeError) as error:
+            raise Unsupported(node, str(error)) from error
+
+    def finish(self, wanted: list[fx.Node]) -> Code:
+        """The program that gives these nodes' values."""
+        return self.builder.finish([self.value(n) for n in wanted])
+
+    def run(self, *args: Any) -> None:
+        """Call the kernel."""
+        isa = self.kernel.removeprefix("cpu-")
+        getattr(torch.ops, f"effllm_cpu_{isa}").step_program(*args)
+
+    def value(self, node: fx.Node) -> Value:
+        """A node's value: made here, a view of one, or an input."""
+        found = self.values.get(node)
+        if found is None:
+            if views(node):
+                base = node.args[0]
+                assert isinstance(base, fx.Node)
+                found = self._view(node, base)
+            else:
+                meta = compat.example_value(node)
+                if not isinstance(meta, Tensor):
+                    raise Unsupported(node, "it is no tensor")
+                found = self.builder.external(meta)
+                self.inputs.append(node)
+            self.values[node] = found
+        if not isinstance(found, Value):
+            raise Unsupported(node, "it holds several values")
+        return found
+
+    def _view(self, node: fx.Node, base: fx.Node) -> Any:
+        if base not in self.values and (views(base) or not isinstance(compat.example_value(base), tuple | list)):
+            if isinstance(compat.example_value(base), tuple | list):
+                source = base.args[0]
+                assert isinstance(source, fx.Node)
+                self.values[base] = self._view(base, source)
+            else:
+                self.value(base)
+        have = self.values.get(base)
+        if isinstance(have, tuple | list):
+            return have[node.args[1]]  # type: ignore[index]
+        if have is None:
+            raise Unsupported(node, f"{base.name} is no tensor")
+        if cast(node) is not None and name(node) not in _MAYBE:
+            return have
+        made = _applied(node, have.meta)
+        if isinstance(made, tuple | list):
+            return tuple(have.like(m) for m in made)
+        return have.like(made)
+
+    def produce(self, node: fx.Node) -> Value:
+        """A contiguous buffer for a node's value."""
+        like = compat.example_value(node)
+        self.values[node] = made = self.builder.produce(like.shape, like.dtype)
+        return made
+
+    def contiguous(self, node: fx.Node) -> Value:
+        """A node's value without gaps; copied where it has some."""
+        value = self.value(node)
+        if value.meta.is_contiguous():
+            return value
+        made = self.builder.produce(value.meta.shape, value.meta.dtype)
+        self.builder.emit("copy", [made, value])
+        return made
+
+    def use_kernel(self, node: fx.Node, kernel: str) -> None:
+        """All nodes must name one kernel."""
+        if self.kernel not in ("", kernel):
+            raise Unsupported(node, f"it is for {kernel}, others are for {self.kernel}")
+        self.kernel = kernel
+
+
+_Handler = Callable[[Emitter, fx.Node], None]
+
+
+def _handler(node: fx.Node) -> _Handler | None:
+    if node.op not in ("call_function", "call_method") or views(node):
+        return None
+    op = _op(node)
+    if op:
+        return _OURS.get(op) if not kernel_of(node) or kernel_of(node).startswith("cpu-") else None
+    if node.target in compat.LINEAR:
+        return _dense
+    if node.target is torch.nn.functional.layer_norm:
+        return _layer_norm
+    what = name(node)
+    if what in _MAYBE or cast(node) is not None or what == "clone":
+        return _copy
+    if what == "arange" and all(isinstance(a, int) for a in node.args):
+        return _arange
+    return _PLAIN.get(what)
+
+
+def _fits(node: fx.Node) -> bool:
+    """Whether the node's tensors are of kinds and ranks that instructions take."""
+    values = [compat.example_value(n) for n in (node, *node.all_input_nodes)]
+    flat = [t for v in values for t in (v if isinstance(v, tuple | list) else (v,))]
+    if not all(isinstance(t, Tensor) and t.dim() <= DIMS and all(isinstance(s, int) for s in t.shape) for t in flat):
+        return False
+    if _op(node) in PACKED:
+        return True
+    what = name(node)
+    if what in BINARY or what in ("add_", "mul_"):
+        dtypes = {t.dtype for t in flat}
+        numbers = [a for a in node.args if isinstance(a, float | int)]
+        same = dtypes == {torch.int64} and not any(isinstance(a, float) for a in numbers)
+        return (same or all(d in _FLOATS for d in dtypes)) and not node.kwargs and len(node.args) == 2 and not isinstance(numbers[0] if numbers else 0, bool)
+    if what in ("silu", "gelu", "relu", "sigmoid", "tanh", "neg") or node.target is torch.nn.functional.layer_norm or cast(node) is not None:
+        return all(t.dtype in _FLOATS for t in flat)
+    return all(t.dtype in KINDS for t in flat)
+
+
+def _unary(e: Emitter, node: fx.Node) -> None:
+    what = name(node)
+    if what == "gelu":
+        kind = node.kwargs.get("approximate", node.args[1] if len(node.args) > 1 else "none")
+        what = "gelu" if kind == "none" else "gelu_tanh"
+    x = e.value(node.args[0])  # type: ignore[arg-type]
+    e.builder.emit("unary", [e.produce(node), x], (UNARY.index(what),))
+
+
+def _binary(e: Emitter, node: fx.Node) -> None:
+    like = compat.example_value(node)
+    parts = []
+    for a in node.args:
+        if isinstance(a, fx.Node):
+            value = e.value(a)
+            parts.append(value.like(value.meta.expand(like.shape)))
+        else:
+            kind = torch.int64 if like.dtype == torch.int64 else torch.float32
+            number = e.builder.constant([a], kind, ())  # type: ignore[list-item]
+            parts.append(number.like(number.meta.expand(like.shape)))
+    what = name(node)
+    if what.endswith("_"):
+        target = e.value(node.args[0])  # type: ignore[arg-type]
+        e.values[node] = target
+        e.builder.emit("binary", [target, *parts], (BINARY.index(what[:-1]),))
+    else:
+        e.builder.emit("binary", [e.produce(node), *parts], (BINARY.index(what),))
+
+
+def _copy(e: Emitter, node: fx.Node) -> None:
+    source = e.value(node.args[0])  # type: ignore[arg-type]
+    made = e.produce(node)
+    e.builder.emit("copy", [made.like(made.meta.view(source.meta.shape)), source])
+
+
+def _cat(e: Emitter, node: fx.Node) -> None:
+    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+    made, at = e.produce(node), 0
+    for part in node.args[0]:  # type: ignore[union-attr]
+        value = e.value(part)  # type: ignore[arg-type]
+        size = value.meta.shape[dim]  # type: ignore[call-overload]
+        e.builder.emit("copy", [made.like(made.meta.narrow(dim, at, size)), value])  # type: ignore[call-overload]
+        at += size
+
+
+def _arange(e: Emitter, node: fx.Node) -> None:
+    like = compat.example_value(node)
+    if like.dtype != torch.int64 or like.numel() > 64:
+        raise Unsupported(node, "a long range")
+    e.values[node] = e.builder.constant(list(range(*node.args)), torch.int64, like.shape)  # type: ignore[call-overload]
+
+
+def _write(e: Emitter, node: fx.Node) -> None:
+    target, dim, index, source = node.args
+    into, at, new = (e.value(n) for n in (target, index, source))  # type: ignore[arg-type]
+    if dim not in (into.meta.dim() - 2, -2) or into.meta.dtype != new.meta.dtype:
+        raise Unsupported(node, f"it writes along dimension {dim}")
+    e.values[node] = into
+    e.builder.emit("write", [into, at, new])
+
+
+def _layer_norm(e: Emitter, node: fx.Node) -> None:
+    given = dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), node.args, strict=False)) | dict(node.kwargs)
+    if len(given["normalized_shape"]) != 1:
+        raise Unsupported(node, "it normalizes several dimensions")
+    x = e.value(given["input"])
+    weight, bias = (e.value(given[n]) if given.get(n) is not None else None for n in ("weight", "bias"))
+    e.builder.emit("norm", [e.produce(node), None, x, weight, bias, None], (1, e.builder.number(given.get("eps", 1e-5)), e.builder.number(0.0), 0), outputs=2)
+
+
+def _rms_norm(e: Emitter, node: fx.Node) -> None:
+    x, weight, eps, offset, late = node.args
+    value = e.value(x)  # type: ignore[arg-type]
+    args = (0, e.builder.number(eps), e.builder.number(offset), not late)  # type: ignore[arg-type]
+    e.builder.emit("norm", [e.produce(node), None, value, e.value(weight), None, None], args, outputs=2)  # type: ignore[arg-type]
+
+
+def _glu(e: Emitter, node: fx.Node) -> None:
+    gate, up, act = node.args
+    a, b = e.value(gate), e.value(up)  # type: ignore[arg-type]
+    e.builder.emit("glu", [e.produce(node), a, b], (UNARY.index(act),))  # type: ignore[arg-type]
+
+
+def _rotate(e: Emitter, node: fx.Node) -> None:
+    x, cos, sin, interleaved = node.args
+    like = compat.example_value(node)
+    turned = e.value(x)  # type: ignore[arg-type]
+    if like.shape[-1] % 2:
+        raise Unsupported(node, "an odd number of channels")
+    angles = [v.like(v.meta.expand(like.shape)) for v in (e.value(cos), e.value(sin))]  # type: ignore[arg-type]
+    e.builder.emit("rotate", [e.produce(node), turned, *angles, None], (bool(interleaved),))
+
+
+def _quantize(e: Emitter, node: fx.Node) -> None:
+    x = e.contiguous(node.args[0])  # type: ignore[arg-type]
+    pair = tuple(e.builder.produce(v.shape, v.dtype) for v in compat.example_value(node))
+    e.values[node] = pair
+    e.builder.emit("quantize", [*pair, x], outputs=2)
+
+
+def _packed(e: Emitter, node: fx.Node) -> None:
+    op = _op(node)
+    a8, many = "_a8" in op, op.endswith("_many")
+    e.use_kernel(node, kernel_of(node))
+    args: list[Any] = list(node.args)
+    head, args = args[: 2 if a8 else 1], args[2 if a8 else 1 :]
+    codes, scale, minimum = args[:3]
+    if many:
+        bias, bits, group, zero = None, *args[3:6]
+        minimum = list(minimum) or [None] * len(codes)
+    else:
+        bias, _, bits, group, zero = args[3:8]
+        codes, scale, minimum = [codes], [scale], [minimum]
+    x = e.contiguous(head[0])
+    weights: list[Value | None] = []
+    sizes: list[int] = []
+    total = compat.example_value(node).shape[-1]
+    for c, s, low in zip(codes, scale, minimum, strict=True):
+        shape, groups = compat.example_value(c).shape, compat.example_value(s).shape
+        n = shape[0] * 16 if many else total
+        sizes += [n, shape[0], shape[1], groups[1]]
+        weights += [e.value(c), e.value(s), None if low is None else e.value(low)]
+    half = compat.example_value(scale[0]).dtype == torch.float16
+    plan = _plan(op, node)
+    prologue = (0, 0, 0, 0, 0, 0)  # see step_fuse
+    fields = (len(codes), bits, group, e.builder.number(zero), half, *plan, *prologue, *sizes)
+    scales = e.value(head[1]) if a8 else None
+    low_bias = None if bias is None else e.value(bias)
+    e.builder.emit("packed_a8" if a8 else "packed", [e.produce(node), None, x, scales, low_bias, None, None, None, *weights], fields, outputs=2)
+
+
+def _plan(op: str, node: fx.Node) -> tuple[int, int, int, int]:
+    """unpack_from, rows, tiles, chunk of the configuration that the op itself would run with."""
+    from effllm.kernels.cpu.choose import arguments
+
+    read = OPS[op].problem
+    assert read is not None
+    problem, kernel = read(*fx.node.map_arg(node.args, compat.example_value))
+    found = provider(op, kernel)
+    config = use.choose(found, problem).config if found.tuning is not None else None
+    given = arguments(problem, config, kernel.removeprefix("cpu-"))
+    return given["unpack_from"], given.get("rows", 0), given.get("tiles", 0), given.get("chunk", 0)
+
+
+def _dense(e: Emitter, node: fx.Node) -> None:
+    given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
+    weight = e.value(given["weight"])  # type: ignore[arg-type]
+    if weight.meta.dim() != 2 or weight.meta.stride(1) != 1 or weight.meta.dtype != compat.example_value(given["input"]).dtype:
+        raise Unsupported(node, "its weight is no matrix of dense rows in the dtype of its input")
+    x = e.contiguous(given["input"])  # type: ignore[arg-type]
+    bias = e.value(given["bias"]) if given.get("bias") is not None else None  # type: ignore[arg-type]
+    e.builder.emit("dense", [e.produce(node), x, weight, bias])
+
+
+def _attend(e: Emitter, node: fx.Node) -> None:
+    q, k, v, mask, scale, kernel = node.args
+    e.use_kernel(node, plain(kernel))  # type: ignore[arg-type]
+    values = [e.value(n) for n in (q, k, v)]  # type: ignore[arg-type]
+    if any(x.meta.stride(-1) != 1 for x in values) or len({x.meta.dtype for x in values}) > 1:
+        raise Unsupported(node, "its operands have gaps or differ in dtype")
+    masked = None if mask is None else e.value(mask)  # type: ignore[arg-type]
+    e.builder.emit("attend", [e.produce(node), *values, masked], (e.builder.number(scale),))  # type: ignore[arg-type]
+
+
+_OURS: dict[str, _Handler] = {
+    "rms_norm": _rms_norm, "glu": _glu, "rotate": _rotate, "quantize_activation": _quantize, "decode_attention": _attend, **dict.fromkeys(PACKED, _packed),
+}  # fmt: skip
+_PLAIN: dict[str, _Handler] = {
+    **dict.fromkeys(("add", "sub", "mul", "div", "add_", "mul_"), _binary),
+    **dict.fromkeys(("silu", "gelu", "relu", "sigmoid", "tanh", "neg"), _unary),
+    "cat": _cat, "index_copy_": _write,
+}  # fmt: skip
