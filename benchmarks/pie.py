@@ -152,7 +152,7 @@ def quality(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
     pool = [t for t in texts if len(t) > 12000]
     filler = encode(tokenizer, texts[len(pool)][:20000])
     run = {"dtype": a.dtype, "refresh": a.refresh, "tail": a.tail, "each": a.each, "longest": a.longest, "cache": a.cache}
-    found = _measured(run) if not a.fresh else []
+    found = _measured(run) if not a.fresh and not a.only else []
     done = len(found)
     start = time.perf_counter()
     base: Any = None
@@ -160,7 +160,7 @@ def quality(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if i % a.each == 0:
             after, base = context(tokenizer, pool[i // a.each * 7 % len(pool)], 1024, a.longest, rng), None
         ids, edits, kind = made_edit(after, filler, rng)
-        if i < done:
+        if i < done or (a.only and i not in a.only):
             continue  # the random numbers are drawn all the same, so that later edits are those of an unbroken run
         if base is None:
             session = EditSession(model, after, cache=a.cache, capacity=2 * len(after) + 512)  # room for all edits: states can be put back
@@ -168,12 +168,15 @@ def quality(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
         about = {"edit": i, "kind": kind, "tokens": len(after), "from_end": len(ids) - edits[-1][0]}
         row = {**about, **compare(session, base, ids, edits, tokenizer, (a.refresh, a.tail))}
         found.append(row)
+        if a.only:
+            print(row, flush=True)
+            continue
         with EDITS.open("a") as file:
             file.write(json.dumps({**run, **row}) + "\n")
         if i % 10 == 9 or i + 1 == a.edits:
             print(f"{i + 1} edits, {time.perf_counter() - start:.0f} s, last {row}", flush=True)
             yield _summary("all", found, a)
-    for kind in sorted({f["kind"] for f in found}):
+    for kind in sorted({f["kind"] for f in found} if not a.only else ()):
         yield _summary(kind, [f for f in found if f["kind"] == kind], a)
 
 
@@ -335,6 +338,7 @@ def main() -> None:
     parser.add_argument("part", choices=("quality", "cost", "drift", "packed"))
     parser.add_argument("--edits", type=int)
     parser.add_argument("--each", type=int, default=10, help="edits per context")
+    parser.add_argument("--only", type=lambda t: [int(x) for x in t.split(",")], help="quality: only these edits, by number; printed, not kept")
     parser.add_argument("--longest", type=int, default=1536, help="tokens of the longest context")
     parser.add_argument("--dtype", default=None)
     parser.add_argument("--refresh", type=int)
