@@ -108,7 +108,8 @@ def rewrite(gm: fx.GraphModule, options: Options) -> Rewritten:
     graph = copy.graph
     inputs = [n for n in graph.nodes if n.op == "placeholder"]
     layers = "inline" if options.inductor.get("cpp_wrapper") else options.layers
-    context = Context(options.recipe, options.strict, options.kernel, max_slowdown=options.max_slowdown, layers=layers, step=options.step == "auto", store=store)
+    context = Context(options.recipe, options.strict, options.kernel, max_slowdown=options.max_slowdown, layers=layers, store=store)
+    context.step = options.step == "auto"
     report = Report(options.recipe.name, manager.run(pipeline.default(), graph, context), notes=context.notes)
     position = {n: i for i, n in enumerate(inputs)}
     used = {b.source for b in context.bound}
@@ -147,7 +148,11 @@ def effllm(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[s
     done.report.measured["rewrite_s"] = time.perf_counter() - start
     reports.append(done.report)
     _complain(done.report, chosen)
-    compiled = done.gm.forward if chosen.inner == "eager" else in_parts(done.gm, lambda gm, given: compat.compile_inner(gm, given, chosen.mode, chosen.inductor))
+
+    def inner(gm: fx.GraphModule, given: list[Any]) -> Callable[..., Any]:
+        return compat.compile_inner(gm, given, chosen.mode, chosen.inductor)
+
+    compiled = done.gm.forward if chosen.inner == "eager" else in_parts(done.gm, inner)
     done.report.measured["compile_s"] = time.perf_counter() - start
     if not done.wants:
         return recorded(compiled)

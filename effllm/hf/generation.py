@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import CompileConfig, DynamicCache, EncoderDecoderCache
 

@@ -28,4 +28,4 @@ def _wanted(entry: Any) -> bool:
     layer = _LAYER.search(entry.name)
     if layer:
         return entry.guard_type == "TENSOR_MATCH" and int(layer[1]) < _LAYERS
-    return not (entry.guard_type in _LIBRARY)
+    return entry.guard_type not in _LIBRARY

@@ -81,7 +81,7 @@ class Builder:
     def finish(self, outputs: Sequence[Value]) -> Code:
         """Order, place and encode; every output is a whole buffer that some instruction wrote."""
         order = _levels(step_fuse.fused(self.instructions, {v.buffer for v in outputs}))
-        given = []
+        given: list[Buffer] = []
         for value in outputs:
             value.buffer.tensor, value.buffer.slot = len(self.buffers) + len(given), FIRST + len(self.buffers) + len(given)
             given.append(value.buffer)
@@ -92,11 +92,12 @@ class Builder:
         words = head
         for i in order:
             words += [CODES.index(i.code), i.level, len(i.args), len(i.operands), *i.args]
-            for value in i.operands:
-                words += _view(value, first)
+            for operand in i.operands:
+                words += _view(operand, first)
+        numbers = torch.tensor(self.numbers or [0.0], dtype=torch.float32)
         written = sorted({v.buffer.tensor for i in order for v in i.operands[: i.outputs] if v is not None and 0 <= v.buffer.tensor < len(self.buffers)})
         return Code(
-            torch.tensor([*words, *self.integers], dtype=torch.int64), torch.tensor(self.numbers or [0.0], dtype=torch.float32), [b.numel for b in self.buffers], size,
+            torch.tensor([*words, *self.integers], dtype=torch.int64), numbers, [b.numel for b in self.buffers], size,
             [(tuple(v.meta.shape), v.meta.dtype) for v in outputs], written, [(i.code, i.level) for i in order],
         )  # fmt: skip
 

@@ -107,7 +107,7 @@ def _writes(alive: list[Instruction], readers: dict[Buffer, list[Instruction]], 
         if user is None or i.operands[0] is None or not _whole(user.operands[2], i.operands[0]) or user.operands[2].meta.shape != i.operands[0].meta.shape:  # type: ignore[union-attr]
             continue
         # where the write was: what it follows and what follows it stay in their order
-        user.code, user.args = "rotate", i.args
+        user.code, user.args = "rotate", [i.args[0], user.args[0]]
         user.operands = [user.operands[0], *i.operands[1:4], user.operands[1]]
         dead.append(i)
     return dead

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor, fx
 
 from effllm import compat
+from effllm.lowering.glu import GLU
 from effllm.passes.base import Context, call, replace
-from effllm.passes.match import erase_unused, is_call, name
+from effllm.passes.match import arguments, erase_unused, is_call, name
 from effllm.report import Decision, PassReport
 
 
@@ -37,7 +38,7 @@ def activation(node: fx.Node) -> str:
     if found in ("silu", "swish"):
         return "silu"
     if found == "gelu":
-        kind = node.kwargs.get("approximate", node.args[1] if len(node.args) > 1 else "none")
+        kind = node.kwargs.get("approximate", arguments(node)[1] if len(arguments(node)) > 1 else "none")
         return "gelu" if kind == "none" else "gelu_tanh"
     return found if found == "relu" else ""
 
@@ -48,15 +49,15 @@ def _site(graph: fx.Graph, gate: fx.Node, act: str, product: fx.Node, context: C
     def kept(code: str, reason: str) -> Decision:
         return Decision(product.name, module, "kept", code, reason)
 
-    other = next((a for a in product.args if a is not gate), None)
-    source = gate.args[0]
+    other = next((a for a in arguments(product) if a is not gate), None)
+    source = arguments(gate)[0]
     a, b = (compat.example_value(n) if isinstance(n, fx.Node) else None for n in (source, other))
     if not isinstance(a, Tensor) or not isinstance(b, Tensor) or a.shape != b.shape or a.dtype != b.dtype:
         return kept("unlike", "gate and factor differ in shape or dtype")
     if len(gate.users) > 1:
         return kept("shared", "something else reads the activated gate")
     with graph.inserting_before(product):
-        new = call(graph, torch.ops.effllm.glu.default, (source, other, act), product)
+        new = call(graph, getattr(torch.ops.effllm, GLU.name).default, (source, other, act), product)
     replace(context, product, new)
     erase_unused([gate])
     return Decision(new.name, module, "applied", "fused", f"{act} times the other half")

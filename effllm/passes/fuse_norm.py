@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, fx
 
 from effllm import compat
+from effllm.lowering.norm import RMS_NORM
 from effllm.passes.base import Context, call, replace
-from effllm.passes.match import cast, erase_unused, is_call, only_user, pair, uncast
+from effllm.passes.match import arguments, cast, erase_unused, is_call, only_user, pair, uncast
 from effllm.report import Decision, PassReport
 
 
@@ -37,21 +38,18 @@ def _number(x: Any) -> bool:
 
 def _root(node: fx.Node) -> tuple[fx.Node, float] | None:
     """x (in fp32) and eps of rsqrt(mean(x^2) + eps) over the last dimension."""
-    added = node.args[0]
-    parts = pair(added, _number) if is_call(added, "add") else None  # type: ignore[arg-type]
+    added = arguments(node)[0]
+    parts = pair(added, _number) if is_call(added, "add") else None
     if parts is None or not is_call(parts[1], "mean"):
         return None
     eps, mean = parts
-    dim = mean.args[1] if len(mean.args) > 1 else mean.kwargs.get("dim")
-    keep = mean.args[2] if len(mean.args) > 2 else mean.kwargs.get("keepdim", False)
-    square = mean.args[0]
+    dim = arguments(mean)[1] if len(arguments(mean)) > 1 else mean.kwargs.get("dim")
+    keep = arguments(mean)[2] if len(arguments(mean)) > 2 else mean.kwargs.get("keepdim", False)
+    square = arguments(mean)[0]
     if dim not in (-1, (-1,), [-1]) or not keep or not isinstance(square, fx.Node):
         return None
-    if is_call(square, "pow") and square.args[1] == 2:
-        x = square.args[0]
-    elif is_call(square, "square") or (is_call(square, "mul") and square.args[0] is square.args[1]):
-        x = square.args[0]
-    else:
+    x, *other = arguments(square)
+    if not (is_call(square, "square") or (is_call(square, "pow") and other == [2]) or (is_call(square, "mul") and other == [x])):
         return None
     return (x, float(eps)) if isinstance(x, fx.Node) else None
 
@@ -65,7 +63,7 @@ def _site(graph: fx.Graph, node: fx.Node, x: fx.Node, eps: float, context: Conte
     if compat.example_value(x).dtype != torch.float32:
         return kept("dtype", f"its sum is taken in {compat.example_value(x).dtype}")
     normed = only_user(node)
-    if not is_call(normed, "mul") or x not in normed.args:  # type: ignore[union-attr]
+    if not is_call(normed, "mul") or x not in arguments(normed):
         return kept("pattern", "what follows is not the product with the same values")
     assert normed is not None
     source = uncast(x)
@@ -76,7 +74,7 @@ def _site(graph: fx.Graph, node: fx.Node, x: fx.Node, eps: float, context: Conte
     if late and offset and not _fp32(weight.users):
         return kept("dtype", "the weight is not widened before something is added to it")
     with graph.inserting_before(last):
-        new = call(graph, torch.ops.effllm.rms_norm.default, (source, weight, eps, offset, late), last)
+        new = call(graph, getattr(torch.ops.effllm, RMS_NORM.name).default, (source, weight, eps, offset, late), last)
     if compat.example_value(new).dtype != compat.example_value(last).dtype:
         graph.erase_node(new)
         return kept("dtype", f"it gives {compat.example_value(last).dtype} for {dtype}")
@@ -98,7 +96,7 @@ def _weighted(normed: fx.Node, dtype: torch.dtype) -> tuple[fx.Node, fx.Node | N
         product = only_user(at) if at is not None else None
         if product is None or not is_call(product, "mul"):
             continue
-        other = [a for a in product.args if a is not at]
+        other = [a for a in arguments(product) if a is not at]
         weight, offset = _weight(other[0]) if len(other) == 1 else (None, 0.0)
         if weight is None or (offset and not late):
             continue

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, fx
 
 from effllm import compat
+from effllm.lowering.rotate import ROTATE
 from effllm.passes.base import Context, call, replace
-from effllm.passes.match import erase_unused, is_call
+from effllm.passes.match import arguments, erase_unused, is_call
 from effllm.report import Decision, PassReport
 
 
@@ -25,7 +26,7 @@ class FuseRope:
         """Rewrite sums of a product and the product of the same values, turned."""
         report = PassReport(self.name)
         for node in list(graph.nodes):
-            if not is_call(node, "add") or compat.erased(node) or len(node.args) != 2:
+            if not is_call(node, "add") or compat.erased(node) or len(arguments(node)) != 2:
                 continue
             found = _rotation(node)
             if found is None:
@@ -33,7 +34,7 @@ class FuseRope:
             x, cos, sin, interleaved = found
             module = compat.module_of(node)[0]
             with graph.inserting_before(node):
-                new = call(graph, torch.ops.effllm.rotate.default, (x, cos, sin, interleaved), node)
+                new = call(graph, getattr(torch.ops.effllm, ROTATE.name).default, (x, cos, sin, interleaved), node)
             if compat.example_value(new).dtype != compat.example_value(node).dtype or compat.example_value(new).shape != compat.example_value(node).shape:
                 graph.erase_node(new)
                 report.decisions.append(Decision(node.name, module, "kept", "dtype", "its angles widen what they turn"))
@@ -51,11 +52,11 @@ class FuseRope:
 
 def _rotation(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node, bool] | None:
     """x, cosines, sines and whether neighbours are paired."""
-    for first, second in (node.args, reversed(node.args)):  # type: ignore[misc]
+    for first, second in (arguments(node), reversed(arguments(node))):
         if not is_call(first, "mul") or not is_call(second, "mul"):
             return None
-        for x, cos in (first.args, reversed(first.args)):
-            for other, sin in (second.args, reversed(second.args)):
+        for x, cos in (arguments(first), reversed(arguments(first))):
+            for other, sin in (arguments(second), reversed(arguments(second))):
                 interleaved = _turned(other, x)
                 if interleaved is not None and isinstance(cos, fx.Node) and isinstance(sin, fx.Node):
                     return x, cos, sin, interleaved
@@ -67,14 +68,14 @@ def _turned(node: Any, x: Any) -> bool | None:
     if not isinstance(node, fx.Node) or not isinstance(x, fx.Node) or not isinstance(compat.example_value(x), Tensor):
         return None
     size = compat.example_value(x).shape[-1]
-    if is_call(node, "cat") and len(node.args) and (node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)) == -1:
+    if is_call(node, "cat") and len(arguments(node)) and (node.kwargs.get("dim", arguments(node)[1] if len(arguments(node)) > 1 else 0)) == -1:
         low, high = slice(None, size // 2, None), slice(size // 2, None, None)
-        return False if size % 2 == 0 and _quarter(node.args[0], x, high, low) else None
-    if is_call(node, "flatten") and node.args[1:2] == (-2,) and is_call(node.args[0], "stack"):
-        stack = node.args[0]
-        if stack.kwargs.get("dim", stack.args[1] if len(stack.args) > 1 else 0) != -1:  # type: ignore[union-attr]
+        return False if size % 2 == 0 and _quarter(arguments(node)[0], x, high, low) else None
+    if is_call(node, "flatten") and arguments(node)[1:2] == (-2,) and is_call(arguments(node)[0], "stack"):
+        stack = arguments(node)[0]
+        if stack.kwargs.get("dim", arguments(stack)[1] if len(arguments(stack)) > 1 else 0) != -1:
             return None
-        return True if _quarter(stack.args[0], x, slice(1, None, 2), slice(None, None, 2)) else None  # type: ignore[union-attr]
+        return True if _quarter(arguments(stack)[0], x, slice(1, None, 2), slice(None, None, 2)) else None
     return None
 
 
@@ -82,13 +83,13 @@ def _quarter(parts: Any, x: fx.Node, negative: slice, positive: slice) -> bool:
     """Whether two parts are -x[..., negative] and x[..., positive]."""
     if not isinstance(parts, tuple | list) or len(parts) != 2 or not is_call(parts[0], "neg"):
         return False
-    return _slice_of(parts[0].args[0], x, negative) and _slice_of(parts[1], x, positive)
+    return _slice_of(arguments(parts[0])[0], x, negative) and _slice_of(parts[1], x, positive)
 
 
 def _slice_of(node: Any, x: fx.Node, wanted: slice) -> bool:
-    if not isinstance(node, fx.Node) or node.target is not operator.getitem or node.args[0] is not x or not isinstance(node.args[1], tuple):
+    if not isinstance(node, fx.Node) or node.target is not operator.getitem or arguments(node)[0] is not x or not isinstance(arguments(node)[1], tuple):
         return False
-    *lead, last = node.args[1]
+    *lead, last = arguments(node)[1]
     ranks = compat.example_value(x).dim()
     whole = lead == [Ellipsis] or (len(lead) == ranks - 1 and all(i == slice(None) for i in lead))
     start = last.start or 0 if isinstance(last, slice) else None

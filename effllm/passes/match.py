@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -9,7 +10,7 @@ from torch import Tensor, fx
 
 from effllm import compat
 
-_SAME = {"iadd": "add", "imul": "mul", "add_": "add", "mul_": "mul", "concat": "cat", "multiply": "mul", "true_divide": "div", "truediv": "div", "negative": "neg"}
+_SAME = {"iadd": "add", "imul": "mul", "concat": "cat", "multiply": "mul", "true_divide": "div", "truediv": "div", "negative": "neg"}
 _CASTS = ("to", "float", "type_as", "bfloat16", "half", "type")
 
 
@@ -21,6 +22,11 @@ def name(node: Any) -> str:
     if isinstance(node.target, str) and found.endswith("_") and not found.startswith("__"):
         return found
     return _SAME.get(found, found)
+
+
+def arguments(node: Any) -> Any:
+    """A node's positional arguments, for code that has looked at what they are."""
+    return node.args
 
 
 def is_call(node: Any, *names: str) -> bool:
@@ -76,4 +82,4 @@ def writes(node: fx.Node) -> bool:
     """Whether a node changes an input in place."""
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
-    return node.op == "call_function" and compat.is_mutation(node.target)
+    return node.op == "call_function" and (node.target is operator.setitem or compat.is_mutation(node.target))

@@ -38,7 +38,8 @@ class OutlineLayers:
 
     name = "outline_layers"
     requires: tuple[str, ...] = ()
-    after: tuple[str, ...] = ("packed_linear", "share_activation", "merge_linear", "merge_lowrank", "sparse_gate", "decode_attention", "fuse_norm", "fuse_glu", "fuse_rope", "step_program")
+    after: tuple[str, ...] = ("packed_linear", "share_activation", "merge_linear", "merge_lowrank", "sparse_gate", "decode_attention",
+                              "fuse_norm", "fuse_glu", "fuse_rope", "step_program")  # fmt: skip
 
     def run(self, graph: fx.Graph, context: Context) -> PassReport:
         """One Decision per module list: how many of its layers share a subgraph, or why they do not."""

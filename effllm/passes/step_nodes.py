@@ -14,10 +14,11 @@ from effllm.errors import EffllmError
 from effllm.lowering.bipolar_linear import plain, provider
 from effllm.lowering.op import OPS
 from effllm.lowering.step_code import BINARY, DIMS, KINDS, UNARY, Builder, Code, Value
-from effllm.passes.match import cast, name
+from effllm.passes.match import arguments, cast, name
 
 PACKED = ("bipolar_linear", "bipolar_linear_many", "bipolar_linear_a8", "bipolar_linear_a8_many")
-_VIEWS = ("view", "transpose", "permute", "expand", "unsqueeze", "squeeze", "narrow", "select", "t", "chunk", "split", "unbind", "getitem", "expand_as", "view_as")
+_VIEWS = ("view", "transpose", "permute", "expand", "unsqueeze", "squeeze", "narrow", "select", "t", "chunk", "split", "unbind", "getitem",
+          "expand_as", "view_as")  # fmt: skip
 _MAYBE = ("reshape", "contiguous", "flatten", "unflatten")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -40,18 +41,20 @@ def views(node: fx.Node) -> bool:
 
 def _views(node: fx.Node) -> bool:
     what = name(node)
-    if not what or not node.args or not isinstance(node.args[0], fx.Node):
+    if not what or not arguments(node) or not isinstance(arguments(node)[0], fx.Node):
         return False
-    base = compat.example_value(node.args[0])
+    base = compat.example_value(arguments(node)[0])
     if isinstance(base, tuple | list):
         return what == "getitem"
     if not isinstance(base, Tensor):
         return False
     if what == "getitem":
-        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        index = arguments(node)[1] if isinstance(arguments(node)[1], tuple) else (arguments(node)[1],)
         return all(i is None or i is Ellipsis or isinstance(i, int | slice) for i in index) and not any(_symbolic(i) for i in index)
     if what in _VIEWS:
         return True
+    if what == "dropout":
+        return not node.kwargs.get("training", arguments(node)[2] if len(arguments(node)) > 2 else True)
     if what in _MAYBE:
         try:
             like = _meta(base)
@@ -72,15 +75,15 @@ def _meta(value: Tensor) -> Tensor:
 
 def _applied(node: fx.Node, base: Tensor) -> Any:
     """The node's operation on a meta tensor."""
-    args = fx.node.map_arg(node.args[1:], lambda n: _meta(compat.example_value(n)))
+    args = fx.node.map_arg(arguments(node)[1:], lambda n: _meta(compat.example_value(n)))
     if isinstance(node.target, str):
         return getattr(base, node.target)(*args, **node.kwargs)
-    return node.target(base, *args, **node.kwargs)  # type: ignore[operator]
+    return node.target(base, *args, **node.kwargs)
 
 
 def kernel_of(node: fx.Node) -> str:
     """The kernel that a node of ours names, without its stamp; empty for others."""
-    last = node.args[-1] if node.args and _op(node) else None
+    last = arguments(node)[-1] if arguments(node) and _op(node) else None
     return plain(last) if isinstance(last, str) and compat.argument_names(node.target)[-1] == "kernel" else ""
 
 
@@ -129,7 +132,7 @@ class Emitter:
         found = self.values.get(node)
         if found is None:
             if views(node):
-                base = node.args[0]
+                base = arguments(node)[0]
                 assert isinstance(base, fx.Node)
                 found = self._view(node, base)
             else:
@@ -153,10 +156,10 @@ class Emitter:
                 self.value(base)
         have = self.values.get(base)
         if isinstance(have, tuple | list):
-            return have[node.args[1]]  # type: ignore[index]
+            return have[arguments(node)[1]]
         if have is None:
             raise Unsupported(node, f"{base.name} is no tensor")
-        if cast(node) is not None and name(node) not in _MAYBE:
+        if name(node) == "dropout" or (cast(node) is not None and name(node) not in _MAYBE):
             return have
         made = _applied(node, have.meta)
         if isinstance(made, tuple | list):
@@ -201,14 +204,17 @@ def _handler(node: fx.Node) -> _Handler | None:
     what = name(node)
     if what in _MAYBE or cast(node) is not None or what == "clone":
         return _copy
-    if what == "arange" and all(isinstance(a, int) for a in node.args):
+    if what == "setitem" and not isinstance(arguments(node)[0], fx.Node):
+        return None
+    if what == "arange" and all(isinstance(a, int) for a in arguments(node)):
         return _arange
     return _PLAIN.get(what)
 
 
 def _fits(node: fx.Node) -> bool:
     """Whether the node's tensors are of kinds and ranks that instructions take."""
-    values = [compat.example_value(n) for n in (node, *node.all_input_nodes)]
+    own = () if name(node) == "setitem" else (node,)
+    values = [compat.example_value(n) for n in (*own, *node.all_input_nodes)]
     flat = [t for v in values for t in (v if isinstance(v, tuple | list) else (v,))]
     if not all(isinstance(t, Tensor) and t.dim() <= DIMS and all(isinstance(s, int) for s in t.shape) for t in flat):
         return False
@@ -217,9 +223,13 @@ def _fits(node: fx.Node) -> bool:
     what = name(node)
     if what in BINARY or what in ("add_", "mul_"):
         dtypes = {t.dtype for t in flat}
-        numbers = [a for a in node.args if isinstance(a, float | int)]
-        same = dtypes == {torch.int64} and not any(isinstance(a, float) for a in numbers)
-        return (same or all(d in _FLOATS for d in dtypes)) and not node.kwargs and len(node.args) == 2 and not isinstance(numbers[0] if numbers else 0, bool)
+        numbers = [a for a in arguments(node) if isinstance(a, float | int)]
+        if node.kwargs or len(arguments(node)) != 2 or any(isinstance(a, bool) for a in numbers):
+            return False
+        whole = dtypes == {torch.int64} and not any(isinstance(a, float) for a in numbers)
+        return whole or all(d in _FLOATS for d in dtypes)
+    if what == "pow":
+        return all(t.dtype in _FLOATS for t in flat) and arguments(node)[1:] in ((2,), (3,), (2.0,), (3.0,))
     if what in ("silu", "gelu", "relu", "sigmoid", "tanh", "neg") or node.target is torch.nn.functional.layer_norm or cast(node) is not None:
         return all(t.dtype in _FLOATS for t in flat)
     return all(t.dtype in KINDS for t in flat)
@@ -228,45 +238,56 @@ def _fits(node: fx.Node) -> bool:
 def _unary(e: Emitter, node: fx.Node) -> None:
     what = name(node)
     if what == "gelu":
-        kind = node.kwargs.get("approximate", node.args[1] if len(node.args) > 1 else "none")
+        kind = node.kwargs.get("approximate", arguments(node)[1] if len(arguments(node)) > 1 else "none")
         what = "gelu" if kind == "none" else "gelu_tanh"
-    x = e.value(node.args[0])  # type: ignore[arg-type]
+    x = e.value(arguments(node)[0])
     e.builder.emit("unary", [e.produce(node), x], (UNARY.index(what),))
 
 
 def _binary(e: Emitter, node: fx.Node) -> None:
     like = compat.example_value(node)
     parts = []
-    for a in node.args:
+    for a in arguments(node):
         if isinstance(a, fx.Node):
             value = e.value(a)
             parts.append(value.like(value.meta.expand(like.shape)))
         else:
             kind = torch.int64 if like.dtype == torch.int64 else torch.float32
-            number = e.builder.constant([a], kind, ())  # type: ignore[list-item]
+            number = e.builder.constant([a], kind, ())
             parts.append(number.like(number.meta.expand(like.shape)))
     what = name(node)
     if what.endswith("_"):
-        target = e.value(node.args[0])  # type: ignore[arg-type]
+        target = e.value(arguments(node)[0])
         e.values[node] = target
         e.builder.emit("binary", [target, *parts], (BINARY.index(what[:-1]),))
     else:
         e.builder.emit("binary", [e.produce(node), *parts], (BINARY.index(what),))
 
 
+def _pow(e: Emitter, node: fx.Node) -> None:
+    x, times = e.value(arguments(node)[0]), BINARY.index("mul")
+    made = e.produce(node)
+    if arguments(node)[1] == 2:
+        e.builder.emit("binary", [made, x, x], (times,))
+        return
+    square = e.builder.produce(x.meta.shape, torch.float32)
+    e.builder.emit("binary", [square, x, x], (times,))
+    e.builder.emit("binary", [made, square, x], (times,))
+
+
 def _copy(e: Emitter, node: fx.Node) -> None:
-    source = e.value(node.args[0])  # type: ignore[arg-type]
+    source = e.value(arguments(node)[0])
     made = e.produce(node)
     e.builder.emit("copy", [made.like(made.meta.view(source.meta.shape)), source])
 
 
 def _cat(e: Emitter, node: fx.Node) -> None:
-    dim = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+    dim: Any = node.kwargs.get("dim", arguments(node)[1] if len(arguments(node)) > 1 else 0)
     made, at = e.produce(node), 0
-    for part in node.args[0]:  # type: ignore[union-attr]
-        value = e.value(part)  # type: ignore[arg-type]
-        size = value.meta.shape[dim]  # type: ignore[call-overload]
-        e.builder.emit("copy", [made.like(made.meta.narrow(dim, at, size)), value])  # type: ignore[call-overload]
+    for part in arguments(node)[0]:
+        value = e.value(part)
+        size = value.meta.shape[dim]
+        e.builder.emit("copy", [made.like(made.meta.narrow(dim, at, size)), value])
         at += size
 
 
@@ -274,20 +295,59 @@ def _arange(e: Emitter, node: fx.Node) -> None:
     like = compat.example_value(node)
     if like.dtype != torch.int64 or like.numel() > 64:
         raise Unsupported(node, "a long range")
-    e.values[node] = e.builder.constant(list(range(*node.args)), torch.int64, like.shape)  # type: ignore[call-overload]
+    e.values[node] = e.builder.constant(list(range(*arguments(node))), torch.int64, like.shape)
 
 
 def _write(e: Emitter, node: fx.Node) -> None:
-    target, dim, index, source = node.args
-    into, at, new = (e.value(n) for n in (target, index, source))  # type: ignore[arg-type]
+    target, dim, index, source = arguments(node)
+    into, at, new = (e.value(n) for n in (target, index, source))
     if dim not in (into.meta.dim() - 2, -2) or into.meta.dtype != new.meta.dtype:
         raise Unsupported(node, f"it writes along dimension {dim}")
     e.values[node] = into
-    e.builder.emit("write", [into, at, new])
+    e.builder.emit("write", [into, at, new], (False,))
+
+
+def _roll(e: Emitter, node: fx.Node) -> None:
+    given = dict(zip(("input", "shifts", "dims"), arguments(node), strict=False)) | dict(node.kwargs)
+    value = e.value(given["input"])
+    dim, size = given.get("dims"), value.meta.dim()
+    if not isinstance(dim, int) or not isinstance(given["shifts"], int):
+        raise Unsupported(node, "it rolls along several dimensions")
+    made, n = e.produce(node), value.meta.shape[dim % size]
+    shift = given["shifts"] % n
+    for start, length, to in ((0, n - shift, shift), (n - shift, shift, 0)):
+        if length:
+            e.builder.emit("copy", [made.like(made.meta.narrow(dim, to, length)), value.like(value.meta.narrow(dim, start, length))])
+
+
+def _set(e: Emitter, node: fx.Node) -> None:
+    """x[:, :, index] = source, with a tensor of indices along the last dimension but one."""
+    target, at, source = arguments(node)
+    into, new = e.value(target), e.value(source)
+    lead = isinstance(at, tuple) and len(at) == into.meta.dim() - 1 and all(i == slice(None) for i in at[:-1]) and isinstance(at[-1], fx.Node)
+    if not lead or into.meta.dtype != new.meta.dtype:
+        raise Unsupported(node, "it is assigned to another way than by indices of rows")
+    index = e.value(at[-1])
+    if index.meta.dtype != torch.int64 or index.meta.dim() != 1 or new.meta.shape != (*into.meta.shape[:-2], index.meta.shape[0], into.meta.shape[-1]):
+        raise Unsupported(node, "what is assigned has another shape")
+    e.builder.emit("write", [into, index, new], (True,))
+
+
+def _into(e: Emitter, node: fx.Node) -> None:
+    target, source = (e.value(n) for n in arguments(node))
+    e.values[node] = target
+    e.builder.emit("copy", [target, source.like(source.meta.expand(target.meta.shape))])
+
+
+def _constant(e: Emitter, node: fx.Node) -> None:
+    like, values = compat.example_value(node), arguments(node)[0]
+    if like.dtype != torch.int64 or not isinstance(values, list | tuple) or not all(isinstance(v, int) for v in values):
+        raise Unsupported(node, "a constant that is no list of integers")
+    e.values[node] = e.builder.constant(list(values), torch.int64, like.shape)
 
 
 def _layer_norm(e: Emitter, node: fx.Node) -> None:
-    given = dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), node.args, strict=False)) | dict(node.kwargs)
+    given = dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), arguments(node), strict=False)) | dict(node.kwargs)
     if len(given["normalized_shape"]) != 1:
         raise Unsupported(node, "it normalizes several dimensions")
     x = e.value(given["input"])
@@ -296,30 +356,30 @@ def _layer_norm(e: Emitter, node: fx.Node) -> None:
 
 
 def _rms_norm(e: Emitter, node: fx.Node) -> None:
-    x, weight, eps, offset, late = node.args
-    value = e.value(x)  # type: ignore[arg-type]
-    args = (0, e.builder.number(eps), e.builder.number(offset), not late)  # type: ignore[arg-type]
-    e.builder.emit("norm", [e.produce(node), None, value, e.value(weight), None, None], args, outputs=2)  # type: ignore[arg-type]
+    x, weight, eps, offset, late = arguments(node)
+    value = e.value(x)
+    args = (0, e.builder.number(eps), e.builder.number(offset), not late)
+    e.builder.emit("norm", [e.produce(node), None, value, e.value(weight), None, None], args, outputs=2)
 
 
 def _glu(e: Emitter, node: fx.Node) -> None:
-    gate, up, act = node.args
-    a, b = e.value(gate), e.value(up)  # type: ignore[arg-type]
-    e.builder.emit("glu", [e.produce(node), a, b], (UNARY.index(act),))  # type: ignore[arg-type]
+    gate, up, act = arguments(node)
+    a, b = e.value(gate), e.value(up)
+    e.builder.emit("glu", [e.produce(node), a, b], (UNARY.index(act),))
 
 
 def _rotate(e: Emitter, node: fx.Node) -> None:
-    x, cos, sin, interleaved = node.args
+    x, cos, sin, interleaved = arguments(node)
     like = compat.example_value(node)
-    turned = e.value(x)  # type: ignore[arg-type]
+    turned = e.value(x)
     if like.shape[-1] % 2:
         raise Unsupported(node, "an odd number of channels")
-    angles = [v.like(v.meta.expand(like.shape)) for v in (e.value(cos), e.value(sin))]  # type: ignore[arg-type]
-    e.builder.emit("rotate", [e.produce(node), turned, *angles, None], (bool(interleaved),))
+    angles = [v.like(v.meta.expand(like.shape)) for v in (e.value(cos), e.value(sin))]
+    e.builder.emit("rotate", [e.produce(node), turned, *angles, None], (bool(interleaved), False))
 
 
 def _quantize(e: Emitter, node: fx.Node) -> None:
-    x = e.contiguous(node.args[0])  # type: ignore[arg-type]
+    x = e.contiguous(arguments(node)[0])
     pair = tuple(e.builder.produce(v.shape, v.dtype) for v in compat.example_value(node))
     e.values[node] = pair
     e.builder.emit("quantize", [*pair, x], outputs=2)
@@ -329,7 +389,7 @@ def _packed(e: Emitter, node: fx.Node) -> None:
     op = _op(node)
     a8, many = "_a8" in op, op.endswith("_many")
     e.use_kernel(node, kernel_of(node))
-    args: list[Any] = list(node.args)
+    args: list[Any] = list(arguments(node))
     head, args = args[: 2 if a8 else 1], args[2 if a8 else 1 :]
     codes, scale, minimum = args[:3]
     if many:
@@ -358,41 +418,40 @@ def _packed(e: Emitter, node: fx.Node) -> None:
 
 def _plan(op: str, node: fx.Node) -> tuple[int, int, int, int]:
     """unpack_from, rows, tiles, chunk of the configuration that the op itself would run with."""
-    from effllm.kernels.cpu.choose import arguments
-
     read = OPS[op].problem
     assert read is not None
-    problem, kernel = read(*fx.node.map_arg(node.args, compat.example_value))
+    problem, kernel = read(*fx.node.map_arg(arguments(node), compat.example_value))
     found = provider(op, kernel)
-    config = use.choose(found, problem).config if found.tuning is not None else None
-    given = arguments(problem, config, kernel.removeprefix("cpu-"))
+    tuning: Any = found.tuning
+    given = tuning.arguments(problem, use.choose(found, problem).config)
     return given["unpack_from"], given.get("rows", 0), given.get("tiles", 0), given.get("chunk", 0)
 
 
 def _dense(e: Emitter, node: fx.Node) -> None:
-    given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | dict(node.kwargs)
-    weight = e.value(given["weight"])  # type: ignore[arg-type]
+    given = dict(zip(("input", "weight", "bias"), arguments(node), strict=False)) | dict(node.kwargs)
+    weight = e.value(given["weight"])
     if weight.meta.dim() != 2 or weight.meta.stride(1) != 1 or weight.meta.dtype != compat.example_value(given["input"]).dtype:
         raise Unsupported(node, "its weight is no matrix of dense rows in the dtype of its input")
-    x = e.contiguous(given["input"])  # type: ignore[arg-type]
-    bias = e.value(given["bias"]) if given.get("bias") is not None else None  # type: ignore[arg-type]
+    x = e.contiguous(given["input"])
+    bias = e.value(given["bias"]) if given.get("bias") is not None else None
     e.builder.emit("dense", [e.produce(node), x, weight, bias])
 
 
 def _attend(e: Emitter, node: fx.Node) -> None:
-    q, k, v, mask, scale, kernel = node.args
-    e.use_kernel(node, plain(kernel))  # type: ignore[arg-type]
-    values = [e.value(n) for n in (q, k, v)]  # type: ignore[arg-type]
+    q, k, v, mask, scale, kernel = arguments(node)
+    e.use_kernel(node, plain(kernel))
+    values = [e.value(n) for n in (q, k, v)]
     if any(x.meta.stride(-1) != 1 for x in values) or len({x.meta.dtype for x in values}) > 1:
         raise Unsupported(node, "its operands have gaps or differ in dtype")
-    masked = None if mask is None else e.value(mask)  # type: ignore[arg-type]
-    e.builder.emit("attend", [e.produce(node), *values, masked], (e.builder.number(scale),))  # type: ignore[arg-type]
+    masked = None if mask is None else e.value(mask)
+    e.builder.emit("attend", [e.produce(node), *values, masked], (e.builder.number(scale),))
 
 
 _OURS: dict[str, _Handler] = {
     "rms_norm": _rms_norm, "glu": _glu, "rotate": _rotate, "quantize_activation": _quantize, "decode_attention": _attend, **dict.fromkeys(PACKED, _packed),
 }  # fmt: skip
 _PLAIN: dict[str, _Handler] = {
+    "pow": _pow, "roll": _roll, "setitem": _set, "copy_": _into, "tensor": _constant,
     **dict.fromkeys(("add", "sub", "mul", "div", "add_", "mul_"), _binary),
     **dict.fromkeys(("silu", "gelu", "relu", "sigmoid", "tanh", "neg"), _unary),
     "cat": _cat, "index_copy_": _write,

@@ -213,9 +213,8 @@ def _insert(graph: fx.Graph, plan: Plan, emitter: Emitter) -> tuple[step_code.Co
             moved[n] = graph.node_copy(n, lambda x: moved.get(x, x))
     output.args = fx.node.map_arg(output.args, lambda x: moved.get(x, x))
     for n in reversed(list(graph.nodes)):
-        if n in inside or n in behind or n in later:
-            if not n.users:
-                graph.erase_node(n)
+        if (n in inside or n in behind or n in later) and not n.users:
+            graph.erase_node(n)
     erase_unused([n for n in graph.nodes if views(n)])
     return code, call
 

@@ -6,6 +6,7 @@ from one run of 2 MB pages reads about a fifth faster than from many small alloc
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import threading
 
@@ -39,10 +40,8 @@ def _room(size: int, advice: int) -> tuple[mmap.mmap, int]:
     need = -(-size // _ALIGN) * _ALIGN
     if not _chunk or _chunk[0][1] + need > len(_chunk[0][0]):
         chunk = mmap.mmap(-1, max(_CHUNK, -(-need // _LARGE) * _LARGE), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        try:
+        with contextlib.suppress(OSError):  # a kernel without large pages: ordinary ones do
             chunk.madvise(advice)
-        except OSError:  # a kernel without large pages: ordinary ones do
-            pass
         _chunk[:] = [(chunk, 0)]
     chunk, begin = _chunk[0]
     _chunk[0] = (chunk, begin + need)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from effllm.errors import KernelError
 from effllm.lowering.step_code import Code
 
-
 programs: weakref.WeakSet[StepProgram] = weakref.WeakSet()  # those that are alive, for profiles
 
 

@@ -39,7 +39,7 @@ IDS = (torch.zeros(1, 3, dtype=torch.long),)
 
 
 def context(recipe: str) -> Context:
-    return Context(Recipe.parse(recipe), store=backend.store)
+    return Context(Recipe.parse(recipe), store=backend.store, step=False)
 
 
 def count(graph: fx.Graph, op: str) -> int:

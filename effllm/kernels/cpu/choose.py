@@ -74,6 +74,10 @@ class CpuTuning:
         """The model's choice: the configuration that it finds fastest, threads by the kernel."""
         return min((c for c in self.configs(problem) if c["threads"] == 0), key=lambda c: self.predict(problem, c).seconds)
 
+    def arguments(self, problem: Problem, config: Config | None) -> dict[str, int]:
+        """What the op takes besides its operands."""
+        return arguments(problem, config, self.isa)
+
     def _refusal(self, problem: Problem, path: str) -> str:
         """Why a path cannot run a problem here; empty where it can."""
         if path == "single" and (problem.act != "a8" or (problem.m or 1) > 1):

@@ -107,8 +107,8 @@ void step_program(const Tensor code, const Tensor numbers, const Tensor addresse
       case Code::unary: unary(v[0], v[1], a[0], task, of); break;
       case Code::norm: norm(v, a, constants, task, of); break;
       case Code::glu: glu(v[0], v[1], v[2], a[0], task, of); break;
-      case Code::rotate: if (!rotate(v[0], v[1], v[2], v[3], v[4], a[0], task, of)) bad.store(index); break;
-      case Code::write: if (!write(v[0], v[1], v[2], task, of)) bad.store(index); break;
+      case Code::rotate: if (!rotate(v[0], v[1], v[2], v[3], v[4], a, task, of)) bad.store(index); break;
+      case Code::write: if (!write(v[0], v[1], v[2], a[0], task, of)) bad.store(index); break;
       case Code::packed: packed(v, a, constants, false, call, index, task, of); break;
       case Code::packed_a8: packed(v, a, constants, true, call, index, task, of); break;
       case Code::quantize: quantize(v[0], v[1], v[2]); break;

@@ -205,32 +205,34 @@ inline void norm(const Operand* v, const int64_t* a, const float* constants, int
   }
 }
 
-// Rows of a cache that are written by index along the last dimension but one.
-inline bool in_range(const Operand& cache, const Operand& index, int64_t count) {
+// Rows of a cache that are written by index along the last dimension but one; negative ones count from the end where an assignment `wraps`.
+inline bool in_range(const Operand& cache, const Operand& index, int64_t count, bool wraps) {
   for (int64_t j = 0; j < count; ++j) {
-    const int64_t at = reinterpret_cast<const int64_t*>(index.data)[j * index.step()];
-    if (at < 0 || at >= cache.size[kDims - 2]) return false;
+    const int64_t at = reinterpret_cast<const int64_t*>(index.data)[j * index.step()], slots = cache.size[kDims - 2];
+    if (at < (wraps ? -slots : 0) || at >= slots) return false;
   }
   return true;
 }
 inline int64_t indexed_row(const Operand& cache, const Operand& index, const Operand& from, int64_t r) {
   const int64_t count = from.size[kDims - 2];
-  int64_t outer = r / count, base = reinterpret_cast<const int64_t*>(index.data)[r % count * index.step()] * cache.stride[kDims - 2];
+  const int64_t at = reinterpret_cast<const int64_t*>(index.data)[r % count * index.step()];
+  int64_t outer = r / count, base = (at < 0 ? at + cache.size[kDims - 2] : at) * cache.stride[kDims - 2];
   for (int d = kDims - 3; d >= 0; --d) base += outer % from.size[d] * cache.stride[d], outer /= from.size[d];
   return base;
 }
 
-// x cos + rotated(x) sin, the rotation of halves or of neighbours; to rows of a cache where there is an index. False where that is out of range.
-inline bool rotate(const Operand& to, const Operand& x, const Operand& cos, const Operand& sin, const Operand& index, int64_t interleaved, int64_t task, int64_t of) {
+// x cos + rotated(x) sin, the rotation of halves or of neighbours; to rows of a cache where there is an index. a = pairs are neighbours, indices
+// wrap. False where that is out of range.
+inline bool rotate(const Operand& to, const Operand& x, const Operand& cos, const Operand& sin, const Operand& index, const int64_t* a, int64_t task, int64_t of) {
   const int64_t n = x.inner(), half = n / 2;
-  if (index.data && !in_range(to, index, x.size[kDims - 2])) return false;
+  if (index.data && !in_range(to, index, x.size[kDims - 2], a[1])) return false;
   Lines& l = lines();
   for (int64_t r = cut(x.rows(), task, of); r < cut(x.rows(), task + 1, of); ++r) {
     float* y = room(l.attend.acc, 3 * n);  // attention uses it in other instructions only
     const float* f = widened(x, x.row(r), n, room(l.a, n));
     const float* c = widened(cos, cos.row(r), n, room(l.b, n));
     const float* s = widened(sin, sin.row(r), n, room(l.c, n));
-    if (interleaved)
+    if (a[0])
       for (int64_t i = 0; i < half; ++i) {
         y[2 * i] = f[2 * i] * c[2 * i] - f[2 * i + 1] * s[2 * i];
         y[2 * i + 1] = f[2 * i + 1] * c[2 * i + 1] + f[2 * i] * s[2 * i + 1];
@@ -249,9 +251,9 @@ inline bool rotate(const Operand& to, const Operand& x, const Operand& cos, cons
 }
 
 // cache[.., index[j], :] = from[.., j, :]: index_copy_ along the last dimension but one. False where an index is out of range.
-inline bool write(const Operand& cache, const Operand& index, const Operand& from, int64_t task, int64_t of) {
+inline bool write(const Operand& cache, const Operand& index, const Operand& from, int64_t wraps, int64_t task, int64_t of) {
   const int64_t n = from.inner(), size = size_of(cache.kind);
-  if (!in_range(cache, index, from.size[kDims - 2])) return false;
+  if (!in_range(cache, index, from.size[kDims - 2], wraps)) return false;
   for (int64_t r = cut(from.rows(), task, of); r < cut(from.rows(), task + 1, of); ++r) {
     const int64_t base = indexed_row(cache, index, from, r), f = from.row(r);
     if (from.step() == 1 && cache.step() == 1) std::memcpy(cache.at(base), from.at(f), static_cast<size_t>(n * size));

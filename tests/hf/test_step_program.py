@@ -1,0 +1,119 @@
+"""Decoding steps of many families in one native call: the same logits as without it, and which families it takes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import effllm
+from effllm.hf.static import StaticRunner
+from tests.hf.families import VOCAB, tiny
+
+WHOLE = ("llama", "qwen2", "qwen3", "mistral", "gemma3", "phi3", "phi", "gpt_neox")
+STEPS = 3  # the first two differ from later ones where a window's cache counts in Python, and each such step is compiled anew
+
+
+def steps(model, step, recipe="dense", rows=1):
+    """Logits of some decoding steps under the backend, and the report of the step's graph."""
+    torch._dynamo.reset()
+
+    def wrap(function):
+        return torch.compile(function, fullgraph=True, dynamic=False, backend="effllm", options={"recipe": recipe, "step": step, "inner": "eager"})
+
+    runner = StaticRunner(model, wrap, length=32, prefill_length=24, compile_prefill=False)
+    ids = torch.randint(3, VOCAB, (1, 9), generator=torch.Generator().manual_seed(0))
+    runner.start(ids)
+    out = [runner.decode_step(torch.tensor([[5 + i]]), torch.tensor([[9 + i]])) for i in range(STEPS)]
+    return torch.cat(out), effllm.last_report()
+
+
+def decision(report):
+    return next(d for p in report.passes if p.name == "step_program" for d in p.decisions)
+
+
+@pytest.mark.parametrize("family", WHOLE)
+def test_families_run_as_one_call(family):
+    model = tiny(family)
+    got, report = steps(model, "auto")
+    found = decision(report)
+    assert found.action == "applied", found
+    want, plain = steps(model, "off")
+    assert decision(plain).action == "kept"
+    assert torch.allclose(got, want, atol=2e-4 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize(
+    ("family", "recipe"), [("llama", "w8"), ("llama", "w4"), ("llama", "w4a8"), ("llama", "bipolar(bits=3, group=64)"), ("gemma3", "w4a8"), ("gpt2", "w4")]
+)
+def test_packed_weights_in_bf16(family, recipe):
+    model = tiny(family, torch.bfloat16)
+    effllm.compress(model, recipe)
+    got, report = steps(model, "auto")
+    assert decision(report).action == "applied", decision(report)
+    want, _ = steps(copy.deepcopy(model), "off")
+    scale = float(want.float().abs().max())
+    # both round to bf16 at some thirty places, not at the same ones
+    assert float((got.float() - want.float()).norm() / want.float().norm()) < 0.05
+    assert torch.isfinite(got.float()).all() and scale > 0
+
+
+def test_several_rows_of_a_batch_and_threads():
+    model = tiny("llama", torch.bfloat16)
+    effllm.compress(model, "w4")
+    outs = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outs.append(steps(model, "auto")[0])
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])  # cuts are by outputs: sums do not depend on them
+
+
+def test_a_step_past_the_end_of_the_cache_raises_and_changes_nothing():
+    model = tiny("llama")
+    torch._dynamo.reset()
+
+    def wrap(function):
+        return torch.compile(function, fullgraph=True, backend="effllm", options={"recipe": "dense", "inner": "eager"})
+
+    runner = StaticRunner(model, wrap, length=16, prefill_length=8, compile_prefill=False)
+    runner.start(torch.randint(3, VOCAB, (1, 15)))
+    runner.decode_step(torch.tensor([[5]]), torch.tensor([[15]]))
+    layer = runner._cache.layers[0]
+    keys = layer.keys.clone()
+    with pytest.raises(RuntimeError, match="past the end"):
+        runner.decode_step(torch.tensor([[6]]), torch.tensor([[16]]))
+    assert torch.equal(layer.keys, keys)
+
+
+def test_what_lies_between_layers_is_named():
+    model = tiny("llama")
+    model.model.layers[1].mlp.act_fn = torch.nn.Softplus()
+    _, report = steps(model, "auto")
+    found = decision(report)
+    assert (found.action, found.code) == ("kept", "split") and "mlp" in found.reason and "softplus" in found.reason
+
+
+def test_a_profile_adds_up():
+    from effllm.runtime.step import programs
+
+    torch._dynamo.reset()
+    model = tiny("llama", torch.bfloat16)
+    effllm.compress(model, "w8")
+
+    def wrap(function):
+        return torch.compile(function, fullgraph=True, backend="effllm", options={"inner": "eager"})
+
+    runner = StaticRunner(model, wrap, length=32, prefill_length=8, compile_prefill=False)
+    known = set(programs)
+    runner.start(torch.randint(3, VOCAB, (1, 4)))
+    runner.decode_step(torch.tensor([[5]]), torch.tensor([[4]]))
+    (program,) = set(programs) - known
+    program.profile = torch.zeros(len(program.code.steps) + 1, dtype=torch.int64)
+    runner.decode_step(torch.tensor([[5]]), torch.tensor([[5]]))
+    *parts, whole = program.profile.tolist()
+    assert min(parts) > 0 and sum(parts) <= whole * torch.get_num_threads()

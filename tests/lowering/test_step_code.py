@@ -1,0 +1,208 @@
+"""Step programs by hand: the interpreter's instructions against plain torch, levels, and memory that is used again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from effllm.kernels.cpu import ensure
+from effllm.kernels.cpu.build import ISAS, missing
+from effllm.lowering.glu import ACTIVATIONS, glu
+from effllm.lowering.norm import rms_norm
+from effllm.lowering.rotate import rotate
+from effllm.lowering.step_code import BINARY, UNARY, Builder
+from effllm.runtime.step import StepProgram
+
+AVAILABLE = [isa for isa in ISAS if not missing(isa)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EPS = {torch.float32: 3e-6, torch.bfloat16: 2**-7, torch.float16: 2**-9}
+
+
+def run(isa, build, tensors, inputs):
+    """Outputs of a program: `build(builder, values)` returns the values that are wanted."""
+    ensure(isa)
+    builder = Builder()
+    values = [builder.external(t) for t in inputs]
+    code = builder.finish(build(builder, values))
+    return StepProgram(code, getattr(torch.ops, isa.namespace).step_program)(*tensors), code
+
+
+def near(a, b, dtype):
+    return float((a.float() - b.float()).abs().max()) <= EPS[dtype] * max(1.0, float(b.float().abs().max()))
+
+
+@pytest.mark.parametrize("isa", AVAILABLE, ids=lambda i: i.name)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("op", UNARY)
+def test_unary(isa, dtype, op):
+    x = torch.cat([torch.linspace(-30, 30, 157), torch.tensor([0.0, 1e-4, -1e-4])]).to(dtype)[None]
+    plain = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu, "gelu_tanh": lambda t: torch.nn.functional.gelu(t, approximate="tanh"),
+             "relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "neg": torch.neg}[op]  # fmt: skip
+
+    def build(b, v):
+        y = b.produce(x.shape, dtype)
+        b.emit("unary", [y, v[0]], (UNARY.index(op),))
+        return [y]
+
+    (y,), _ = run(isa, build, [x], [x])
+    assert near(y, plain(x.double()), dtype)
+
+
+@pytest.mark.parametrize("isa", AVAILABLE, ids=lambda i: i.name)
+@pytest.mark.parametrize("op", BINARY)
+def test_binary_broadcasts_and_counts(isa, op):
+    torch.manual_seed(0)
+    x, y, n = torch.randn(3, 1, 5, dtype=torch.float32), torch.rand(1, 4, 5).bfloat16() + 1, torch.tensor([7, 9])
+    function = {"add": torch.add, "sub": torch.sub, "mul": torch.mul, "div": torch.div}[op]
+
+    def build(b, v):
+        out, count = b.produce((3, 4, 5), torch.float32), b.produce((2,), torch.int64)
+        b.emit("binary", [out, v[0].like(v[0].meta.expand(3, 4, 5)), v[1].like(v[1].meta.expand(3, 4, 5))], (BINARY.index(op),))
+        two = b.constant([2], torch.int64, ())
+        b.emit("binary", [count, v[2], two.like(two.meta.expand(2))], (BINARY.index("mul"),))
+        return [out, count]
+
+    (out, count), _ = run(isa, build, [x, y, n], [x, y, n])
+    assert torch.allclose(out, function(x, y.float()), rtol=1e-6)
+    assert count.tolist() == [14, 18]
+
+
+@pytest.mark.parametrize("isa", AVAILABLE, ids=lambda i: i.name)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("late", [False, True])
+def test_norm_with_its_sum(isa, dtype, late):
+    torch.manual_seed(0)
+    x, r, w = torch.randn(2, 72).to(dtype), torch.randn(2, 72).to(dtype), torch.randn(72).to(dtype)
+    offset = 1.0 if late else 0.0
+
+    def build(b, v):
+        total, out = b.produce(x.shape, dtype), b.produce(x.shape, dtype)
+        b.emit("binary", [total, v[0], v[1]], (0,))
+        b.emit("norm", [out, None, total, v[2], None, None], (0, b.number(1e-5), b.number(offset), not late), outputs=2)
+        return [total, out]
+
+    (total, out), code = run(isa, build, [x, r, w], [x, r, w])
+    assert [step for step, _ in code.steps] == ["norm"]  # the sum went into it
+    assert torch.equal(total, x + r)
+    assert near(out, rms_norm(x + r, w, 1e-5, offset, late), dtype)
+
+
+@pytest.mark.parametrize("isa", AVAILABLE, ids=lambda i: i.name)
+def test_layer_norm(isa):
+    torch.manual_seed(0)
+    x, w, c = torch.randn(3, 50) + 4, torch.randn(50), torch.randn(50)
+
+    def build(b, v):
+        out = b.produce(x.shape, x.dtype)
+        b.emit("norm", [out, None, v[0], v[1], v[2], None], (1, b.number(1e-5), b.number(0.0), 0), outputs=2)
+        return [out]
+
+    (out,), _ = run(isa, build, [x, w, c], [x, w, c])
+    assert torch.allclose(out, torch.nn.functional.layer_norm(x, (50,), w, c), atol=1e-5)
+
+
+@pytest.mark.parametrize("isa", AVAILABLE, ids=lambda i: i.name)
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotation_into_a_cache(isa, interleaved):
+    torch.manual_seed(0)
+    x, cos, sin = torch.randn(2, 3, 2, 8), torch.randn(2, 1, 2, 8), torch.randn(2, 1, 2, 8)
+    cache, at = torch.zeros(2, 3, 7, 8), torch.tensor([5, 2])
+
+    def build(b, v):
+        turned = b.produce(x.shape, x.dtype)
+        angles = [a.like(a.meta.expand(x.shape)) for a in v[1:3]]
+        b.emit("rotate", [turned, v[0], *angles, None], (interleaved, False))
+        b.emit("write", [v[3], v[4], turned], (False,))
+        return []
+
+    _, code = run(isa, build, [x, cos, sin, cache, at], [x, cos, sin, cache, at])
+    assert [step for step, _ in code.steps] == ["rotate"] and code.written == [3]
+    want = torch.zeros_like(cache).index_copy_(2, at, rotate(x, cos, sin, interleaved))
+    assert torch.allclose(cache, want, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", AVAILABLE, ids=lambda i: i.name)
+@pytest.mark.parametrize("d", [64, 20])
+@pytest.mark.parametrize("mask", ["none", "bool", "float"])
+def test_attention(isa, d, mask):
+    torch.manual_seed(0)
+    q, k, v = torch.randn(2, 6, 2, d), torch.randn(2, 2, 37, d), torch.randn(2, 2, 37, d)
+    seen = torch.rand(2, 1, 2, 37) > 0.4
+    seen[..., 30:] = False
+    m = {"none": None, "bool": seen, "float": torch.randn(2, 1, 2, 37)}[mask]
+    inputs = [q, k, v] + ([] if m is None else [m])
+
+    def build(b, x):
+        out = b.produce(q.shape, q.dtype)
+        b.emit("attend", [out, *x[:3], x[3] if m is not None else None], (b.number(0.3),))
+        return [out]
+
+    (out,), _ = run(isa, build, inputs, inputs)
+    want = torch.nn.functional.scaled_dot_product_attention(q, k, v, m, scale=0.3, enable_gqa=True)
+    assert torch.allclose(out, want, atol=2e-5)
+
+
+@pytest.mark.parametrize("isa", AVAILABLE, ids=lambda i: i.name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dense_linear(isa, dtype):
+    torch.manual_seed(0)
+    x, w, c = torch.randn(3, 70).to(dtype), torch.randn(45, 70).to(dtype), torch.randn(45).to(dtype)
+
+    def build(b, v):
+        out = b.produce((3, 45), dtype)
+        b.emit("dense", [out, *v])
+        return [out]
+
+    (out,), _ = run(isa, build, [x, w, c], [x, w, c])
+    assert near(out, torch.nn.functional.linear(x.double(), w.double(), c.double()), dtype)
+
+
+def test_memory_is_used_again_and_never_too_soon():
+    """A chain needs two buffers; a value that is read at the end keeps its own."""
+    isa = AVAILABLE[0]
+    x = torch.randn(1, 64)
+
+    def build(b, v):
+        first = last = b.produce(x.shape, x.dtype)
+        b.emit("unary", [first, v[0]], (UNARY.index("neg"),))
+        for _ in range(9):
+            new = b.produce(x.shape, x.dtype)
+            b.emit("unary", [new, last], (UNARY.index("neg"),))
+            last = new
+        out = b.produce(x.shape, x.dtype)
+        b.emit("binary", [out, first, last], (BINARY.index("sub"),))
+        return [out]
+
+    (out,), code = run(isa, build, [x], [x])
+    assert torch.equal(out, -x - x)
+    assert code.workspace == 3 * 256 and [level for _, level in code.steps] == list(range(11))
+
+
+def test_operands_of_other_sizes_are_refused():
+    from effllm.errors import KernelError
+
+    isa = AVAILABLE[0]
+    x = torch.randn(1, 64)
+
+    def build(b, v):
+        out = b.produce(x.shape, x.dtype)
+        b.emit("unary", [out, v[0]], (0,))
+        return [out]
+
+    with pytest.raises(KernelError, match="E-KRN-STEP"):
+        run(isa, build, [x[:, :32]], [x])
+
+
+@pytest.mark.parametrize("isa", AVAILABLE, ids=lambda i: i.name)
+@pytest.mark.parametrize("act", ACTIVATIONS)
+def test_gated_unit_of_two_halves(isa, act):
+    torch.manual_seed(0)
+    both = torch.randn(2, 5000)
+
+    def build(b, v):
+        out = b.produce((2, 2500), both.dtype)
+        b.emit("glu", [out, v[0].like(v[0].meta[:, :2500]), v[0].like(v[0].meta[:, 2500:])], (UNARY.index(act),))
+        return [out]
+
+    (out,), _ = run(isa, build, [both], [both])
+    assert torch.allclose(out, glu(both[:, :2500], both[:, 2500:], act), rtol=1e-5, atol=1e-6)
