@@ -1,6 +1,6 @@
 """What edit sessions cost and lose on the demo model, with code of networkx as text.
 
-    python benchmarks/pie.py quality [--edits 200] [--each 10] [--dtype float32] [--refresh 0]
+    python benchmarks/pie.py quality [--edits 200] [--each 10] [--dtype float32] [--refresh 16] [--tail 64]
     python benchmarks/pie.py cost [--lengths 2048,4096,8192] [--sizes 1,8,64]
     python benchmarks/pie.py drift [--edits 100]
     python benchmarks/pie.py packed [--cache "kivi(bits=4)"]
@@ -8,7 +8,8 @@
 quality: contexts of 1024 tokens and more (beginnings of files) that end with a line. An edit inserts, deletes or replaces 4 to 48 tokens,
 what is new being code of another file; a fifth of the edits does so in three places at once. Compared to reading everything behind the edit
 again: KL of the next token, the same most likely token, and the same greedy next line (up to 24 tokens); for PIE, and for the same
-edit without moving keys ("unfixed"). cost: median seconds of one edit of N tokens in the middle against reading the whole text.
+edit without moving keys ("unfixed"); and the KL where nothing but the last token is encoded again (kl_bare).
+cost: median seconds of one edit of N tokens in the middle against reading the whole text.
 packed: one text of 1024 tokens, 20 edits one after the other; after 1, 5 and 20 of them the KL of the next token of an edited session to a
 new session over the same text and cache, for a dense cache and for a packed one. drift: bf16 keys of layer 0 after many edits against those
 of the same model in fp64, beside what the bf16 model itself rounds when it reads the final text.
@@ -35,14 +36,14 @@ from torch import Tensor
 
 from effllm.autotune.machine import describe
 from effllm.hf.demo import load_demo
-from effllm.hf.edit import EditSession
+from effllm.hf.edit import REFRESH, TAIL, EditSession
 from effllm.runtime.edit.plan import Plan
 from effllm.runtime.edit.slots import Slots
 
 RESULTS = Path(__file__).parent / "results" / "pie.json"
 EDITS = RESULTS.with_name("pie_quality.jsonl")
 LINE = 24  # tokens of a next line at most
-AGAIN = (16, 64)  # tokens behind each edit that are encoded again, for comparison
+_BEFORE = {"cache": "dense", "refresh": 0, "tail": 0}  # of rows from before these could be chosen
 Edits = list[tuple[int, int, list[int]]]
 
 
@@ -150,8 +151,8 @@ def quality(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
     texts = files()
     pool = [t for t in texts if len(t) > 12000]
     filler = encode(tokenizer, texts[len(pool)][:20000])
-    run = {"dtype": a.dtype, "refresh": a.refresh, "each": a.each, "longest": a.longest, "cache": a.cache}
-    found = _measured(run) if not a.fresh else []
+    run = {"dtype": a.dtype, "refresh": a.refresh, "tail": a.tail, "each": a.each, "longest": a.longest, "cache": a.cache}
+    found = _measured(run) if not a.fresh and not a.only else []
     done = len(found)
     start = time.perf_counter()
     base: Any = None
@@ -159,54 +160,60 @@ def quality(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
         if i % a.each == 0:
             after, base = context(tokenizer, pool[i // a.each * 7 % len(pool)], 1024, a.longest, rng), None
         ids, edits, kind = made_edit(after, filler, rng)
-        if i < done:
+        if i < done or (a.only and i not in a.only):
             continue  # the random numbers are drawn all the same, so that later edits are those of an unbroken run
         if base is None:
             session = EditSession(model, after, cache=a.cache, capacity=2 * len(after) + 512)  # room for all edits: states can be put back
             base = _state(session)
         about = {"edit": i, "kind": kind, "tokens": len(after), "from_end": len(ids) - edits[-1][0]}
-        row = {**about, **compare(session, base, ids, edits, tokenizer, a.refresh)}
+        row = {**about, **compare(session, base, ids, edits, tokenizer, (a.refresh, a.tail))}
         found.append(row)
+        if a.only:
+            print(row, flush=True)
+            continue
         with EDITS.open("a") as file:
             file.write(json.dumps({**run, **row}) + "\n")
         if i % 10 == 9 or i + 1 == a.edits:
             print(f"{i + 1} edits, {time.perf_counter() - start:.0f} s, last {row}", flush=True)
             yield _summary("all", found, a)
-    for kind in sorted({f["kind"] for f in found}):
+    for kind in sorted({f["kind"] for f in found} if not a.only else ()):
         yield _summary(kind, [f for f in found if f["kind"] == kind], a)
 
 
-def compare(session: EditSession, state: dict[str, Any], ids: list[int], edits: Edits, tokenizer: Any, refresh: int) -> dict[str, Any]:
-    """One edit from a state: PIE, keys left where they were, and everything behind the edit read again. `state` learns the next line."""
-    _reset(session, state)
-    session.refresh = 1 << 30  # everything behind the edit again: full recomputation, less the unchanged beginning
-    session.edit(edits)
+def compare(session: EditSession, state: dict[str, Any], ids: list[int], edits: Edits, tokenizer: Any, again: tuple[int, int]) -> dict[str, Any]:
+    """One edit from a state: PIE, PIE with the last token alone encoded again, keys left where they were, and everything behind the edit read again.
+    `state` learns the next line."""
+    _edit(session, state, edits, (1 << 30, 0))  # everything behind the edit again: full recomputation, less the unchanged beginning
     full, want = session.next_token_logits(), line(session, tokenizer, state["line"])
     state["line"] = want
-    more = {}
-    for n in (refresh, *AGAIN):
-        _reset(session, state)
-        session.refresh = n
-        session.edit(edits)
-        assert session.ids == ids
-        pie, said = session.next_token_logits(), line(session, tokenizer, want)
-        more |= {f"kl_{n}": kl(full, pie), f"top1_{n}": bool(full.argmax() == pie.argmax()), f"line_{n}": said == want}
-    _reset(session, state)
-    session.refresh = refresh
+    start = time.perf_counter()
+    encoded = _edit(session, state, edits, again)
+    seconds = time.perf_counter() - start
+    assert session.ids == ids
+    pie, said = session.next_token_logits(), line(session, tokenizer, want)
+    _edit(session, state, edits, (0, 0))
+    bare = session.next_token_logits()
     with unfixed():
-        session.edit(edits)
+        _edit(session, state, edits, (0, 0))
     bad = session.next_token_logits()
     two = full.double().softmax(-1).topk(2).values.tolist()
     return {
-        "kl": more[f"kl_{refresh}"], "unfixed_kl": kl(full, bad), "top1": more[f"top1_{refresh}"], "line": more[f"line_{refresh}"],
-        "margin": two[0] - two[1], "line_tokens": len(want), **more,
+        "kl": kl(full, pie), "unfixed_kl": kl(full, bad), "kl_bare": kl(full, bare), "top1": bool(full.argmax() == pie.argmax()), "line": said == want,
+        "margin": two[0] - two[1], "line_tokens": len(want), "encoded": encoded, "edit_s": seconds,
     }  # fmt: skip
+
+
+def _edit(session: EditSession, state: dict[str, Any], edits: Edits, again: tuple[int, int]) -> int:
+    """An edit from a state with `again` tokens behind it and at the end; tokens that passed through the model."""
+    _reset(session, state)
+    session.refresh, session.tail = again
+    return session.edit(edits).encoded
 
 
 def _measured(run: dict[str, Any]) -> list[dict[str, Any]]:
     """Edits of a run with these settings that a stopped one has left, in order."""
     rows = [json.loads(s) for s in EDITS.read_text().splitlines()] if EDITS.is_file() else []
-    of = {r["edit"]: r for r in rows if all(r.get(k) == v for k, v in run.items())}
+    of = {r["edit"]: r for r in rows if all({"tail": 0, **r}.get(k) == v for k, v in run.items())}
     return [of[i] for i in range(len(of)) if i in of]
 
 
@@ -224,24 +231,15 @@ def _reset(session: EditSession, state: dict[str, Any]) -> None:
 
 
 def _summary(kind: str, rows: list[dict[str, Any]], a: argparse.Namespace) -> dict[str, Any]:
-    mean = {k: statistics.fmean(r[k] for r in rows) for k in ("kl", "unfixed_kl", "top1", "line")}
+    keys = ("kl", "unfixed_kl", "top1", "line", *(("kl_bare", "encoded") if "encoded" in rows[0] else ()))
+    mean = {k: statistics.fmean(r[k] for r in rows) for k in keys}
     return {
-        "part": "quality", "edits": kind, "dtype": a.dtype, "refresh": a.refresh, "cache": a.cache, "longest": a.longest, "count": len(rows),
+        "part": "quality", "edits": kind, "dtype": a.dtype, "refresh": a.refresh, "tail": a.tail, "cache": a.cache, "longest": a.longest, "count": len(rows),
         "kl_mean": mean["kl"],
         "kl_median": statistics.median(r["kl"] for r in rows), "kl_max": max(r["kl"] for r in rows), "unfixed_kl_mean": mean["unfixed_kl"],
-        "ratio": mean["unfixed_kl"] / mean["kl"], "top1": mean["top1"], "same_line": mean["line"], **_again(rows),
+        "ratio": mean["unfixed_kl"] / mean["kl"], "top1": mean["top1"], "same_line": mean["line"],
+        "kl_bare_mean": mean.get("kl_bare"), "encoded_mean": mean.get("encoded"),
     }  # fmt: skip
-
-
-def _again(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The same for edits that encode tokens behind them again, over the rows that have it."""
-    out: dict[str, Any] = {}
-    for n in AGAIN:
-        have = [r for r in rows if f"kl_{n}" in r]
-        if have:
-            kls, lines = [r[f"kl_{n}"] for r in have], [r[f"line_{n}"] for r in have]
-            out |= {f"count_{n}": len(have), f"kl_mean_{n}": statistics.fmean(kls), f"same_line_{n}": statistics.fmean(lines)}
-    return out
 
 
 def cost(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -253,7 +251,7 @@ def cost(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
         whole = []
         for _ in range(a.rounds):
             start = time.perf_counter()
-            session = EditSession(model, ids[:length], cache=a.cache)
+            session = EditSession(model, ids[:length], cache=a.cache, refresh=a.refresh, tail=a.tail)
             whole.append(time.perf_counter() - start)
         for form in ("lazy", "eager") if a.cache == "dense" else ("lazy",):
             session.form = form
@@ -266,7 +264,8 @@ def cost(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     session.edit([(length // 2, length // 2 + size, [])])
                 edit, full = statistics.median(times[1:]), statistics.median(whole)
                 yield {
-                    "part": "cost", "form": form, "dtype": a.dtype, "length": length, "size": size, "cache": a.cache, "edit_s": edit, "full_s": full,
+                    "part": "cost", "form": form, "dtype": a.dtype, "length": length, "size": size, "refresh": a.refresh, "tail": a.tail,
+                    "cache": a.cache, "edit_s": edit, "full_s": full,
                     "share": edit / full, "cache_bytes": session.cache_bytes,
                     "threads": torch.get_num_threads(),
                 }  # fmt: skip
@@ -279,7 +278,7 @@ def packed(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
     ids = context(tokenizer, texts[3], 1024, 1200, rng)
     filler = encode(tokenizer, texts[50][:20000])
     kinds = ("dense", a.cache if a.cache != "dense" else "kivi(bits=4)")
-    sessions = [EditSession(model, ids, cache=kind, capacity=3000) for kind in kinds]
+    sessions = [EditSession(model, ids, cache=kind, capacity=3000, refresh=a.refresh, tail=a.tail) for kind in kinds]
     for i in range(1, 21):
         ids, edits, _ = made_edit(ids, filler, rng)
         for session in sessions:
@@ -289,7 +288,8 @@ def packed(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
             for kind, session, new in zip(kinds, sessions, fresh, strict=True):
                 now = session.next_token_logits()
                 yield {
-                    "part": "packed", "cache": kind, "edits": i, "tokens": len(ids), "kl_to_fresh": kl(new, now), "kl_to_dense_fresh": kl(fresh[0], now),
+                    "part": "packed", "cache": kind, "edits": i, "refresh": a.refresh, "tail": a.tail, "tokens": len(ids),
+                    "kl_to_fresh": kl(new, now), "kl_to_dense_fresh": kl(fresh[0], now),
                     "segments": session._slots.segments(), "cache_bytes": session.cache_bytes,
                 }  # fmt: skip
 
@@ -310,7 +310,7 @@ def drift(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
         script.append([(at, at + 1, [])] if remove else [(at, at, [rng.choice(ids)])])
         length += -1 if remove else 1
     for form in ("eager", "lazy"):
-        session = EditSession(model, ids, form=form)
+        session = EditSession(model, ids, form=form, refresh=0, tail=0)  # what moving keys rounds, and nothing encoded anew
         for i, edits in enumerate(script, start=1):
             session.edit(edits)
             if i in (1, a.edits):
@@ -338,9 +338,11 @@ def main() -> None:
     parser.add_argument("part", choices=("quality", "cost", "drift", "packed"))
     parser.add_argument("--edits", type=int)
     parser.add_argument("--each", type=int, default=10, help="edits per context")
+    parser.add_argument("--only", type=lambda t: [int(x) for x in t.split(",")], help="quality: only these edits, by number; printed, not kept")
     parser.add_argument("--longest", type=int, default=1536, help="tokens of the longest context")
     parser.add_argument("--dtype", default=None)
-    parser.add_argument("--refresh", type=int, default=0)
+    parser.add_argument("--refresh", type=int)
+    parser.add_argument("--tail", type=int)
     parser.add_argument("--cache", default="dense", help="format of the session's cache")
     parser.add_argument("--fresh", action="store_true", help="quality: measure all edits again")
     parser.add_argument("--lengths", default="2048,4096,8192")
@@ -349,11 +351,13 @@ def main() -> None:
     a = parser.parse_args()
     a.edits = a.edits or {"quality": 200, "drift": 100}.get(a.part, 0)
     a.dtype = a.dtype or ("float32" if a.part == "quality" else "bfloat16")
-    key = ("part", "edits", "form", "dtype", "length", "size", "refresh", "cache")
+    a.refresh = (REFRESH if a.cache == "dense" else 0) if a.refresh is None else a.refresh
+    a.tail = (TAIL if a.cache == "dense" else 0) if a.tail is None else a.tail
+    key = ("part", "edits", "form", "dtype", "length", "size", "refresh", "tail", "cache")
     for row in {"quality": quality, "cost": cost, "drift": drift, "packed": packed}[a.part](a):
         print("  ".join(f"{k}={v:.5g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items()), flush=True)
         old = json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
-        keep = [r for r in old if any({"cache": "dense", **r}.get(k) != {"cache": "dense", **row}.get(k) for k in key)]
+        keep = [r for r in old if any((_BEFORE | r).get(k) != (_BEFORE | row).get(k) for k in key)]
         RESULTS.write_text(json.dumps({"machine": describe(), "rows": [*keep, row]}, indent=1) + "\n")
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from effllm import compat
-from effllm.activation import gates, projections
-from effllm.activation.calibration import Calibration, Gate, Site, dense_weight, structure, weight_hash
+from effllm.activation import across, gates, projections
+from effllm.activation.calibration import Calibration, Gate, Plan, Site, dense_weight, structure, weight_hash
 from effllm.activation.record import Moment, Seen, histogram_of, through
+from effllm.activation.settle import settle
 from effllm.errors import CalibrationError, OptionError, RecipeError
 from effllm.methods import Activation
 from effllm.passes.roles import Roles
@@ -77,15 +78,18 @@ class Recording:
     def __init__(self, model: nn.Module, inputs: list[Batch], tokens: int, wanted: Sequence[Activation], tell: Progress) -> None:
         self.model, self.batches, self.tokens, self.tell = model, inputs, tokens, tell
         self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.roles: set[str] = set()  # of linears whose inputs are also counted times the norms of their columns
+        if any(m.name == "chess" and m.attention and m.weigh for m in wanted):
+            self.roles = {"q", "o"}
         self.weigh = any(m.name == "rsparse" for m in wanted)
-        self.chess = any(m.name == "chess" for m in wanted)
+        self.chess = sorted({m.weigh for m in wanted if m.name == "chess"})  # whether channels count by their column of the down projection
         self.graph = ""
         self.sites: dict[str, Site] = {}
         self.gates: dict[str, Gate] = {}
         self.inputs: dict[str, Histogram] = {}  # |x| by module
         self.weighted: dict[str, Histogram] = {}  # |x| times the norm of its column, by module
         self.acts: dict[str, Histogram] = {}  # |act(gate)| by down projection
-        self.pooled: dict[str, Histogram] = {}  # c |act(gate)| by down projection
+        self.pooled: dict[bool, dict[str, Histogram]] = {weigh: {} for weigh in (False, True)}  # c |act(gate)| by down projection
         self.up: dict[str, Moment] = {}  # up projections by down projection
         tell("recording activations")
         self.first()
@@ -98,15 +102,29 @@ class Recording:
         found = Calibration(self.graph, structure(self.model), self.tokens, self.sites, self.gates, histograms=self.counts())
         for method in wanted:
             self.tell(f"solving {method.label}")
-            if method.gated:
-                plan = gates.solve(method, self.sites, self.gates, self.inputs, self.acts, self.pooled, self.up)
-            else:
-                plan = projections.solve(self.model, method, self.batches, self.sites, self.inputs, self.weighted)
-            if not plan.inputs and not plan.gates:
-                why = "; ".join(f"{n}: {r}" for n, r in list(plan.kept.items())[:2]) or "no linear in a list of layers was found"
+            even = self.even(method)
+            if not even.inputs and not even.gates:
+                why = "; ".join(f"{n}: {r}" for n, r in list(even.kept.items())[:2]) or "no linear in a list of layers was found"
                 raise CalibrationError("E-CAL-NONE", f"{method.name} has nothing to make sparse: {why}", "try teal, or another model")
+            shares = across.shares(self.model, even, self.sites, self.gates, self.batches) if method.layers == "measured" else {}
+            plan = self.plan(method, shares)
+            settle(self.model, plan, self.batches, self.gates, method.settle)
             found.plans.append(plan)
         return found
+
+    def plan(self, method: Activation, shares: Mapping[str, float]) -> Plan:
+        """A method's plan; shares: of modules that do not get its sparsity."""
+        if not method.gated:
+            return projections.solve(self.model, method, self.batches, self.sites, self.inputs, self.weighted, shares)
+        scales = {down: self.scale(down, method.weigh) for down in self.up}
+        pooled = self.pooled[method.weigh]
+        return gates.solve(method, self.sites, self.gates, self.inputs, self.acts, self.weighted, pooled, scales, self.norms, shares)
+
+    def even(self, method: Activation) -> Plan:
+        """One share everywhere, and no low rank."""
+        if method.gated:
+            return self.plan(method, {})
+        return projections.uniform(method, self.sites, self.inputs)
 
     def first(self) -> None:
         """Histograms of inputs and activated gates, second moments of up projections."""
@@ -137,7 +155,7 @@ class Recording:
                 placed.append((linear.x, histogram_of(self.inputs, name)))
             else:
                 self.inputs[name] = self.inputs[leader]
-            if self.weigh:
+            if self.weigh or self.sites[name].role in self.roles:
                 placed.append((linear.x, histogram_of(self.weighted, name, rsparse.norms(w))))
         for g in found.gated:
             down = g.down.module
@@ -156,7 +174,18 @@ class Recording:
         return name if plain else ""
 
     def _second(self, found: Roles) -> list[tuple[fx.Node, Seen]]:
-        return [(g.act, histogram_of(self.pooled, g.down.module, gates.scale(self.up[g.down.module]))) for g in found.gated if g.down.module in self.up]
+        own = [(g.act, g.down.module) for g in found.gated if g.down.module in self.up]
+        return [(act, histogram_of(self.pooled[weigh], down, self.scale(down, weigh))) for weigh in self.chess for act, down in own]
+
+    def scale(self, down: str, weigh: bool) -> Tensor:
+        """c_i of CHESS (N,) of a gated MLP, by its down projection."""
+        return gates.scale(self.up[down], dense_weight(self.modules[down]) if weigh else None)
+
+    def norms(self, name: str) -> Tensor:
+        """Norms of the columns of a linear (K,)."""
+        w = dense_weight(self.modules[name])
+        assert w is not None
+        return rsparse.norms(w)
 
 
 def graph_hash(found: Roles) -> str:

@@ -63,27 +63,31 @@ class Sparse:
 
 @torch.no_grad()
 def solve(
-    model: nn.Module, method: Activation, data: list[Batch], sites: Mapping[str, Site], inputs: Mapping[str, Histogram], weighted: Mapping[str, Histogram]
-) -> Plan:
-    """Cuts for every linear of the lists of layers; histograms of |x| and of |x| times the norm of its column by module."""
+    model: nn.Module, method: Activation, data: list[Batch], sites: Mapping[str, Site], inputs: Mapping[str, Histogram], weighted: Mapping[str, Histogram],
+    targets: Mapping[str, float],
+) -> Plan:  # fmt: skip
+    """Cuts for every linear of the lists of layers; histograms of |x| and of |x| times the norm of its column by module.
+
+    targets: the share of modules (one for all of a block) that do not get the method's sparsity.
+    """
     plan = Plan(method)
-    seen = weighted if method.name == "rsparse" else inputs
     modules = dict(model.named_modules(remove_duplicate=False))
     for prefix, members in blocks.lists(model, sites).items():
-        chain = blocks.chain(model, members, _first(data, method.tokens))
+        chain = blocks.chain(model, members, blocks.first(data, method.tokens))
         for i, block in enumerate(members):
             own = {n: modules[n] for n in sites if n.startswith(f"{prefix}.{i}.")}
             if not own:
                 continue
             calls = None if chain is None else chain.calls[i]
-            shares = dict.fromkeys(own, method.sparsity)
+            target = targets.get(next(iter(own)), method.sparsity)
+            shares = dict.fromkeys(own, target)
             run = None if calls is None else _Block(block, own, calls)
             if run is not None and method.allocation == "greedy" and method.sparsity > 0:
-                shares = run.greedy({n: math.prod(sites[n].shape) for n in own}, seen, sites, method)
+                shares = run.greedy({n: math.prod(sites[n].shape) for n in own}, inputs, target, method)
             if method.name == "teal" or method.sparsity == 0:
-                plan.inputs |= {n: cut(seen[n], shares[n], n) for n in own}
+                plan.inputs |= {n: cut(inputs[n], shares[n], n) for n in own}
             else:
-                plan.inputs |= _rsparse(own, shares, seen, sites, method, run, i)
+                plan.inputs |= _rsparse(own, shares, inputs, weighted, sites, method, run, i)
             if chain is not None and run is not None:
                 _advance(chain, i, run)
         if chain is None and method.allocation == "greedy":
@@ -91,16 +95,9 @@ def solve(
     return plan
 
 
-def _first(data: list[Batch], tokens: int) -> list[Batch]:
-    """The first windows, cut to so many tokens in all; dicts are taken whole."""
-    out: list[Batch] = []
-    for batch in data:
-        if tokens <= 0:
-            break
-        own = batch[..., :tokens] if isinstance(batch, Tensor) and batch.dim() == 2 else batch
-        out.append(own)
-        tokens -= own.numel() if isinstance(own, Tensor) else 512
-    return out
+def uniform(method: Activation, sites: Mapping[str, Site], inputs: Mapping[str, Histogram]) -> Plan:
+    """One share for every linear, and no low rank."""
+    return Plan(method, {n: cut(inputs[n], method.sparsity, n) for n in sites})
 
 
 def _advance(chain: Chain, i: int, run: _Block) -> None:
@@ -116,11 +113,11 @@ class _Block:
     def __init__(self, block: nn.Module, linears: Mapping[str, nn.Module], calls: list[Call]) -> None:
         self.block, self.linears, self.calls = block, linears, calls
         self.seen: dict[str, list[Tensor]] = {n: [] for n in linears}
-        handles = [m.register_forward_pre_hook(lambda _, a, n=n: self.seen[n].append(a[0].flatten(0, -2).float())) for n, m in linears.items()]
+        handles = [m.register_forward_pre_hook(lambda _, a, n=n: self.seen[n].append(_late(a[0]).flatten(0, -2).float())) for n, m in linears.items()]
         self.dense = [self._call(c) for c in calls]
         for h in handles:
             h.remove()
-        self.norm = sum(float(_late(y).double().square().sum()) for y in self.dense)
+        self.norm = _size(self.dense)
 
     def _call(self, call: Call) -> Tensor:
         state = blocks.hidden(self.block(*call.args, **call.kwargs))
@@ -128,23 +125,27 @@ class _Block:
         return state
 
     def error(self, cuts: Mapping[str, Mapping[str, Tensor]]) -> float:
-        """Squared error of the outputs, sinks left out, relative to the outputs."""
+        """How far the outputs move, relative to their size: norms over tokens, sinks left out, averaged over channels (TEAL's measure). A sum of squares
+        would be that of the few channels in which hidden states are largest."""
         with Sparse(self.linears, cuts):
-            lost = sum(float((_late(self._call(c)) - _late(y)).double().square().sum()) for c, y in zip(self.calls, self.dense, strict=True))
-        return lost / max(self.norm, 1e-30)
+            moved = [self._call(c) - y for c, y in zip(self.calls, self.dense, strict=True)]
+        return _size(moved) / max(self.norm, 1e-30)
 
-    def greedy(self, sizes: dict[str, int], seen: Mapping[str, Histogram], sites: Mapping[str, Site], method: Activation) -> dict[str, float]:
+    def greedy(self, sizes: dict[str, int], seen: Mapping[str, Histogram], target: float, method: Activation) -> dict[str, float]:
         """TEAL's shares."""
-        norms = {n: rsparse.norms(w) for n, m in self.linears.items() if (w := dense_weight(m)) is not None} if method.name == "rsparse" else {}
-
         def error(shares: Mapping[str, float]) -> float:
-            return self.error({n: _tensors(seen[n], s, norms.get(n)) for n, s in shares.items() if s > 0})
+            return self.error({n: _tensors(seen[n], s, None) for n, s in shares.items() if s > 0})
 
-        return teal.at(teal.greedy(sizes, error, method.sparsity, method.step), method.sparsity)
+        return teal.at(teal.greedy(sizes, error, target, method.step), target)
 
 
 def _late(y: Tensor) -> Tensor:
     return y[..., math.ceil(SINKS * y.shape[-2]) :, :]
+
+
+def _size(states: list[Tensor]) -> float:
+    """Norm over tokens, mean over channels, of states (..., tokens, C)."""
+    return float(sum(_late(y).double().square().flatten(0, -2).sum(0) for y in states).sqrt().mean())  # type: ignore[union-attr]
 
 
 def _tensors(seen: Histogram, share: float, norm: Tensor | None) -> dict[str, Tensor]:
@@ -153,51 +154,50 @@ def _tensors(seen: Histogram, share: float, norm: Tensor | None) -> dict[str, Te
 
 
 def _rsparse(
-    own: Mapping[str, nn.Module], shares: Mapping[str, float], seen: Mapping[str, Histogram], sites: Mapping[str, Site], method: Activation,
-    run: _Block | None, index: int,
+    own: Mapping[str, nn.Module], shares: Mapping[str, float], inputs: Mapping[str, Histogram], weighted: Mapping[str, Histogram],
+    sites: Mapping[str, Site], method: Activation, run: _Block | None, index: int,
 ) -> dict[str, Cut]:  # fmt: skip
-    """The split of each linear's budget, by the error of each alone and then by a search over the block's output."""
+    """The split of each linear's budget: all in columns at first, then by a search over the block's output."""
     options: dict[str, dict[float, dict[str, Tensor]]] = {}
-    start: dict[str, float] = {}
     for name, module in own.items():
         w = dense_weight(module)
         assert w is not None
         x = None if run is None else torch.cat(run.seen[name])
-        options[name] = _options(w.float(), shares[name], seen[name], x)
-        errors = {1.0: 0.0} if x is None else {a: _alone(w.float(), x, t) for a, t in options[name].items()}
-        start[name] = min(errors, key=lambda a: errors[a])
-    alphas = dict(start)
+        options[name] = _options(w.float(), shares[name], inputs[name], weighted[name], x)
+    alphas = dict.fromkeys(own, 1.0)
     if run is not None and method.budget > 1:
-        tried = list(own)
+        tried = [n for n in own if len(options[n]) > 1] or list(own)
 
         def objective(trial: Mapping[str, float]) -> float:
             return run.error({n: options[n].get(a, options[n][1.0]) for n, a in trial.items()})
 
-        alphas, _ = rsparse.search(tried, start, objective, budget=method.budget, seed=method.seed + index)
+        alphas, _ = rsparse.search(tried, alphas, objective, budget=method.budget, seed=method.seed + index)
+        alphas = dict.fromkeys(own, 1.0) | alphas
     found = {}
     for name, alpha in alphas.items():
         tensors = options[name].get(alpha, options[name][1.0])
         t, n, k = float(tensors["threshold"]), *sites[name].shape
-        realised = seen[name].share(t) if t >= 0 else 0.0
+        realised = (weighted if "norm" in tensors else inputs)[name].share(t) if t >= 0 else 0.0
         rank = tensors["u"].shape[1] if "u" in tensors else 0
         found[name] = Cut(shares[name], realised, realised - rank * (n + k) / (n * k), tensors, alpha if rank else 1.0)
     return found
 
 
-def _options(w: Tensor, share: float, seen: Histogram, x: Tensor | None) -> dict[float, dict[str, Tensor]]:
-    """Per alpha the tensors of a linear that reads (1 - share) of its weights. Factors fit the inputs that are dropped, by their size."""
+def _options(w: Tensor, share: float, seen: Histogram, weighted: Histogram, x: Tensor | None) -> dict[float, dict[str, Tensor]]:
+    """Per alpha the tensors of a linear that reads (1 - share) of its weights: columns by |x| alone (1.0), or by |x| times their norm with factors for the
+    inputs that are dropped, which fit them by their size."""
     n, k = w.shape
-    norm = rsparse.norms(w)
-    out: dict[float, dict[str, Tensor]] = {1.0: _tensors(seen, share, norm)}
+    out: dict[float, dict[str, Tensor]] = {1.0: _tensors(seen, share, None)}
     splits = {a: rsparse.split(n, k, share, a) for a in rsparse.ALPHAS if a < 1}
     splits = {a: s for a, s in splits.items() if s[1] > 0 and s[0] < 1}
     if not splits:
         return out
-    scale = None if x is None else _dropped_size(x, norm, float(out[1.0]["threshold"]))
+    norm = rsparse.norms(w)
+    scale = None if x is None else _dropped_size(x, norm, weighted.quantile(share))
     top = max(rank for _, rank in splits.values())
     u, v = rsparse.factors(w, top, scale)
     for a, (drop, rank) in splits.items():
-        out[a] = _tensors(seen, drop, norm) | {"u": u[:, :rank].float(), "v": v[:rank].float()}
+        out[a] = _tensors(weighted, drop, norm) | {"u": u[:, :rank].float(), "v": v[:rank].float()}
     return out
 
 
@@ -205,8 +205,3 @@ def _dropped_size(x: Tensor, norm: Tensor, t: float) -> Tensor:
     """Root mean square per channel (K,) of the inputs that are dropped, never zero."""
     rest = torch.where(x.abs() * norm <= t, x, 0.0).double().square().mean(0).sqrt()
     return rest.clamp_min(float(rest.max().clamp_min(1e-30)) * 1e-3)
-
-
-def _alone(w: Tensor, x: Tensor, tensors: Mapping[str, Tensor]) -> float:
-    kept = x.abs() * tensors["norm"] > tensors["threshold"]
-    return rsparse.error(w, x, kept, tensors.get("u"), tensors.get("v"))

@@ -4,8 +4,9 @@
     session.edit([(120, 124, new_ids)])
     session.next_token_logits(); session.generate(32)
 
-Only new tokens and the last one pass through the model. Keys behind an edit are turned to their new positions, exactly; what they say
-still comes from the text as it was when they were read, which is the approximation of the method (`refresh` and `recompute` lessen it).
+New tokens pass through the model, and a few that stood there before: behind each edit and at the end of the text. All other keys behind an edit are
+turned to their new positions, exactly; what they say still comes from the text as it was when they were read, which is the approximation of
+the method (`refresh`, `tail` and `recompute` lessen it).
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from effllm.runtime.edit.slots import Log, Slots
 from effllm.runtime.rotary import change_angles, turns
 
 FORMS = ("lazy", "eager")
+REFRESH = 16  # tokens behind an edit: what they say leans most on what stood there
+TAIL = 64  # tokens at the end of the text, less those that are new, half of it at least: what comes next leans most on them
 ROWS = 256  # rows of the table of turns; it doubles when a text has more distinct shifts
 SPARE = 256  # slots beyond the text at the start
 _EVICTING = ("ems",)
@@ -51,7 +54,9 @@ class EditSession:
     `ids`: token ids (S,) or (1, S), or a text where `tokenizer` is given. `form` "lazy" (default) leaves keys as stored and turns them as
     they are read, so that any number of edits rounds nothing twice; "eager" rewrites keys at each edit, after which reading is plain.
     Models whose frequencies follow the length (dynamic NTK, LongRoPE) are edited in the eager form; `why_eager` says so. `refresh`: tokens behind
-    each edit that are encoded again. `compile`: wraps the decode step, such as lambda f: torch.compile(f, backend="effllm").
+    each edit that are encoded again; `tail`: so many at the end of the text, less the number of new ones, but at
+    least half of it (an edit near the end is exact then); the last one always is. None: 16 and 64 for a dense cache, 0 for a packed one, in
+    which each of them takes new room. `compile`: wraps the decode step, such as lambda f: torch.compile(f, backend="effllm").
     `cache`: "dense", or a cache format such as "kivi(bits=4)" (lazy form only): new tokens are appended to its pages and no page is packed
     again, so any number of edits rounds each key and value once; deleted tokens cost room until their page is empty, or until `recompute`.
     `tables[i]`: constant tensors of layer i for formats that have any (hf.kv_calibrate).
@@ -61,15 +66,17 @@ class EditSession:
     """
 
     def __init__(
-        self, model: Any, ids: Any, *, tokenizer: Any = None, cache: str = "dense", form: str = "lazy", refresh: int = 0,
+        self, model: Any, ids: Any, *, tokenizer: Any = None, cache: str = "dense", form: str = "lazy", refresh: int | None = None, tail: int | None = None,
         capacity: int | None = None, tables: dict[int, list[Tensor]] | None = None,
         compile: Callable[[Callable[..., Tensor]], Callable[..., Tensor]] | None = None,
     ) -> None:  # fmt: skip
         if form not in FORMS:
             raise EditError("E-EDT-FORM", f"form={form!r}", f"form is one of {', '.join(FORMS)}")
-        if refresh < 0 or (capacity is not None and capacity < 1):
-            raise EditError("E-EDT-FORM", f"refresh={refresh}, capacity={capacity}", "refresh is 0 or more, capacity 1 or more")
-        self.model, self.tokenizer, self.refresh = model, tokenizer, refresh
+        refresh = (REFRESH if cache == "dense" else 0) if refresh is None else refresh
+        tail = (TAIL if cache == "dense" else 0) if tail is None else tail
+        if refresh < 0 or tail < 0 or (capacity is not None and capacity < 1):
+            raise EditError("E-EDT-FORM", f"refresh={refresh}, tail={tail}, capacity={capacity}", "refresh and tail are 0 or more, capacity 1 or more")
+        self.model, self.tokenizer, self.refresh, self.tail = model, tokenizer, refresh, tail
         config = model.config.get_text_config(decoder=True)
         self._vocabulary = int(config.vocab_size)
         self._text = TextMap.of(tokenizer, ids) if isinstance(ids, str) else None
@@ -211,7 +218,9 @@ class EditSession:
     def _apply(self, change: Plan) -> Edited:
         length = len(change.ids)
         self._need_length(length)
-        again = {length - 1}
+        first = next((p for p, old in enumerate(change.source) if old != p), length - 1)  # what stands before the first edit is as it was
+        tail = max(self.tail - len(change.new), self.tail // 2)
+        again = set(range(min(max(first, length - tail), length - 1), length))
         for p, old in enumerate(change.source):
             follows = old == (0 if p == 0 else change.source[p - 1] + 1) and (p == 0 or change.source[p - 1] >= 0)
             if old >= 0 and not follows:  # the first token behind an edit

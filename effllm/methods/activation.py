@@ -10,6 +10,7 @@ from effllm.errors import RecipeError, nearest
 from effllm.methods import base
 
 ALLOCATIONS = ("greedy", "uniform")
+LAYERS = ("uniform", "measured")
 
 
 @dataclass(frozen=True)
@@ -19,20 +20,26 @@ class Activation:
     name: chess and cats drop channels of gated MLPs by the activated gate; teal and rsparse drop inputs of every projection of the
     blocks. sparsity: for teal and rsparse the share of the blocks' weights that a token does not read; for chess and cats the share of
     gate channels (and of the inputs that `attention` adds), pooled over tokens. rows: calls of more rows are dense.
-    attention: chess: whether inputs of the query and output projections are dropped too. allocation: of teal and rsparse, shares per
+    settle: rounds in which thresholds move to what the sparse model's own activations need for the share (0: those of the dense model).
+    layers: whether all blocks have the same share, or one by what each alone costs the model's output, with the same mean.
+    attention: chess: whether inputs of the query and output projections are dropped too; weigh: whether
+    what is dropped also counts by the norm of its column of the weight that would multiply it. allocation: of teal and rsparse, shares per
     projection by TEAL's greedy search over block outputs, or the same for all. tokens: of each search; budget and seed: of rsparse's
     search for the split between columns and low rank, in evaluations per block.
     """
 
     names: ClassVar[tuple[str, ...]] = ("chess", "rsparse", "teal", "cats")
     _OWN: ClassVar[dict[str, tuple[str, ...]]] = {
-        "chess": ("attention",), "cats": (), "teal": ("allocation", "step", "tokens"), "rsparse": ("allocation", "step", "tokens", "budget", "seed"),
+        "chess": ("attention", "weigh"), "cats": (), "teal": ("allocation", "step", "tokens"), "rsparse": ("allocation", "step", "tokens", "budget", "seed"),
     }  # fmt: skip
 
     name: str = "chess"
     sparsity: float = 0.5
     rows: int = 4
+    settle: int = 2
+    layers: str = "uniform"
     attention: bool = True
+    weigh: bool = False
     allocation: str = "greedy"
     step: float = 0.1
     tokens: int = 512
@@ -42,7 +49,7 @@ class Activation:
     @classmethod
     def settings(cls, name: str) -> tuple[str, ...]:
         """What a recipe may set for a method."""
-        return ("sparsity", "rows", *cls._OWN[name])
+        return ("sparsity", "rows", "settle", "layers", *cls._OWN[name])
 
     @classmethod
     def of(cls, name: str, values: Mapping[str, Any]) -> Activation:
@@ -62,9 +69,12 @@ class Activation:
         if not isinstance(s, int | float) or isinstance(s, bool) or not 0 <= s < 1:
             raise RecipeError("E-RCP-VALUE", f"sparsity={s!r}", "sparsity is a number from 0 to below 1")
         base.whole("rows", self.rows, 0, 4)
+        base.whole("settle", self.settle, 0, 16)
+        base.one_of("layers", self.layers, LAYERS)
         base.one_of("allocation", self.allocation, ALLOCATIONS)
-        if not isinstance(self.attention, bool):
-            raise RecipeError("E-RCP-VALUE", f"attention={self.attention!r}", "attention is true or false")
+        for key in ("attention", "weigh"):
+            if not isinstance(getattr(self, key), bool):
+                raise RecipeError("E-RCP-VALUE", f"{key}={getattr(self, key)!r}", f"{key} is true or false")
         base.share("step", self.step)
         base.whole("tokens", self.tokens, 1, 1 << 20)
         base.whole("budget", self.budget, 1, 1 << 20)

@@ -72,6 +72,18 @@ def batches(calibration: Any) -> list[Batch]:
     return found
 
 
+def first(data: list[Batch], tokens: int) -> list[Batch]:
+    """The first windows, cut to so many tokens in all; dicts are taken whole."""
+    out: list[Batch] = []
+    for batch in data:
+        if tokens <= 0:
+            break
+        own = batch[..., :tokens] if isinstance(batch, Tensor) and batch.dim() == 2 else batch
+        out.append(own)
+        tokens -= own.numel() if isinstance(own, Tensor) else 512
+    return out
+
+
 def check_ids(model: nn.Module, found: Iterable[Batch]) -> None:
     """Raise CalibrationError (E-CAL-VOCAB) where token ids lie outside of the model's embedding: they are of another model's tokenizer."""
     get = getattr(model, "get_input_embeddings", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import effllm
-from effllm.activation.apply import install
+from effllm.activation.apply import every_row, install
 from effllm.activation.calibration import Calibration
 from effllm.errors import CalibrationError, OptionError, RecipeError
 from effllm.runtime.activated import ThresholdedActivation
@@ -44,19 +45,33 @@ def test_levels_are_the_targets() -> None:
 
 
 @pytest.mark.parametrize("index", [0, 1, 3])
-def test_realised_sparsity_on_other_text(index: int) -> None:
-    plan, model = found().plans[index], decoder()
+@pytest.mark.parametrize("settle", [0, 2])
+def test_realised_sparsity_on_other_text(index: int, settle: int) -> None:
+    """Thresholds as found are for the dense model's activations, settled ones for those of the model that is sparse everywhere."""
+    method = dataclasses.replace(found().plans[index].method, settle=settle)
+    own, model = effllm.calibrate(decoder(), windows(), method), decoder()
+    plan = own.plans[0]
+    assert settle == 0 or plan.table() == found().plans[index].table()
     shares: list[float] = []
-    install(model, found(), plan)
+    install(model, own, plan)
     for module in model.modules():
         if isinstance(module, ThresholdedActivation):
             module.inner.register_forward_hook(lambda m, a, y, t=module.threshold: shares.append(float((y[:, 2:].abs() <= t).float().mean())))
     for name, cut in plan.inputs.items():
-        t = cut.tensors["threshold"]
+        t = cut.tensors["threshold"] / cut.tensors.get("norm", 1.0)
         model.get_submodule(name).register_forward_pre_hook(lambda m, a, t=t: shares.append(float((a[0][:, 2:].abs() <= t).float().mean())))
-    with torch.no_grad():
-        model(windows(16, seed=5))  # prompts are dense: activations are those of the dense model
+    with torch.no_grad(), every_row(model) if settle else nullcontext():
+        model(windows(16, seed=5))
     assert len(shares) == len(plan.inputs) + len(plan.gates) and all(s == pytest.approx(0.5, abs=0.02) for s in shares)
+
+
+def test_settling_moves_thresholds_where_activations_shrink() -> None:
+    """Channels that are dropped in the first layer are missing in the second: its thresholds fall, those that see no sparse input stay."""
+    method = dataclasses.replace(found().plans[3].method, settle=0)
+    before, after = effllm.calibrate(decoder(), windows(), method).plans[0].inputs, found().plans[3].inputs
+    change = {n: float(after[n].tensors["threshold"] / before[n].tensors["threshold"]) for n in after}
+    assert change["layers.0.q"] == pytest.approx(1.0, abs=0.02)  # other windows, the same inputs
+    assert change["layers.1.down"] < 0.97
 
 
 def test_greedy_differs_from_uniform_and_is_a_table() -> None:
@@ -70,6 +85,39 @@ def test_chess_thresholds_are_theta_over_the_size_of_the_up_projection() -> None
     t = found().plans[0].gates["layers.0.down"].tensors["threshold"]
     assert t.shape == (INNER,) and float(t[0] / t[-1]) > 5  # channels of `up` grow along the index
     assert len(set(found().plans[1].gates["layers.0.down"].tensors["threshold"].tolist())) == 1
+
+
+def test_weighing_counts_the_columns_that_would_be_multiplied() -> None:
+    """t_i c_i is one number for all channels; with weigh c_i includes the norm of column i of the down projection, and inputs have theirs."""
+    model = decoder()
+    plain, weighed = effllm.calibrate(decoder(), windows(), ["chess(sparsity=0.5, settle=0)", "chess(sparsity=0.5, weigh=true, settle=0)"]).plans
+    norm = model.layers[0].down.weight.detach().norm(dim=0)
+    a, b = (p.gates["layers.0.down"].tensors["threshold"] for p in (plain, weighed))
+    ratio = b * norm / a
+    assert ratio.max() / ratio.min() == pytest.approx(1.0, abs=1e-4) and norm.max() / norm.min() > 1.05
+    for name, cut in weighed.inputs.items():
+        torch.testing.assert_close(cut.tensors["norm"], model.get_submodule(name).weight.detach().norm(dim=0))
+    assert plain.inputs and all("norm" not in c.tensors for c in plain.inputs.values())
+
+
+@pytest.mark.parametrize("word", ["chess(sparsity=0.5, layers=measured)", "teal(sparsity=0.5, allocation=uniform, layers=measured)"])
+def test_a_block_that_costs_more_drops_less(word: str) -> None:
+    """The second block's outputs are made ten times larger: what it drops moves the logits more, and it gets the smaller share."""
+    def loud() -> torch.nn.Module:
+        model = decoder()
+        with torch.no_grad():
+            model.layers[1].down.weight.mul_(10.0)
+            model.layers[1].o.weight.mul_(10.0)
+        return model
+
+    plan = effllm.calibrate(loud(), windows(), word).plans[0]
+    cuts = {**plan.inputs, **plan.gates}
+    shares = [{round(c.target, 9) for n, c in cuts.items() if n.startswith(f"layers.{i}.")} for i in (0, 1)]
+    assert [len(s) for s in shares] == [1, 1]
+    (first,), (second,) = shares
+    assert second < 0.48 and first + second == pytest.approx(1.0)
+    even = effllm.calibrate(loud(), windows(), word.replace("measured", "uniform")).plans[0]
+    assert {c.target for c in {**even.inputs, **even.gates}.values()} == {0.5}
 
 
 def test_a_low_rank_costs_what_it_takes() -> None:

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import effllm
 from effllm import backend
 from effllm.errors import EditError
 from effllm.hf import edit as edit_module
@@ -18,6 +17,11 @@ from tests.hf.rotary_models import exact, llama, made
 from tests.hf.tiny import tiny_llama, tiny_text, tiny_tokenizer
 
 SCRIPT = [(0, 0, [7]), (10, 12, [5, 6, 8, 9]), (20, 30, []), (55, 60, [11, 3])]
+
+
+def opened(*args: Any, **options: Any) -> EditSession:
+    """A session that encodes nothing again but the last token, unless told to: what an edit leaves as it was can be seen."""
+    return EditSession(*args, **{"refresh": 0, "tail": 0} | options)
 
 
 def text(count: int = 60, seed: int = 0) -> list[int]:
@@ -47,10 +51,10 @@ def test_keys_of_the_first_layer_are_those_of_the_new_text(name: str, bound: flo
     model = made(name, torch.float64)
     if bound < 1e-9:
         exact(model)
-    session = EditSession(model, text(), form=form)
+    session = opened(model, text(), form=form)
     done = session.edit(SCRIPT)
     assert session.ids == applied(text(), SCRIPT) and done.tokens == len(session) and done.encoded == 7 + (SCRIPT[-1][1] < 60)
-    fresh = EditSession(model, session.ids)
+    fresh = opened(model, session.ids)
     assert apart(session.keys(0), fresh.keys(0)) < bound and apart(session.values(0), fresh.values(0)) < 1e-12
     assert apart(session.next_token_logits(), fresh.next_token_logits()) < 10 * bound  # one layer: the last token sees everything right
     assert session._slots.segments() == (6 if form == "lazy" else 1)
@@ -60,13 +64,13 @@ def test_keys_of_the_first_layer_are_those_of_the_new_text(name: str, bound: flo
 def test_frequencies_that_follow_the_length(name: str) -> None:
     """An edit across the trained length of 64 moves every key to the new frequencies, and back (the two-frequency rule)."""
     model = made(name, torch.float64)
-    session = EditSession(model, text(62))
+    session = opened(model, text(62))
     assert session.form == "eager" and "follow the length" in session.why_eager
     before = session.keys(0)
     for edits in ([(5, 5, text(20, 1))], [(30, 33, [])], [(5, 25, [])]):
         session.edit(edits)
         kept = session.next_token_logits(), session.keys(0)
-        fresh = EditSession(model, session.ids)
+        fresh = opened(model, session.ids)
         assert apart(kept[1], fresh.keys(0)) < 2e-4  # the model's own cosines are fp32
         assert apart(kept[0], fresh.next_token_logits()) < 1e-3
     assert apart(session.keys(0)[:, :, :5], before[:, :, :5]) < 2e-4
@@ -75,25 +79,60 @@ def test_frequencies_that_follow_the_length(name: str) -> None:
 @pytest.mark.parametrize("form", ["lazy", "eager"])
 def test_encoding_everything_behind_the_edit_is_full_recomputation(form: str) -> None:
     model = deep()
-    session = EditSession(model, text(), form=form, refresh=1000)
+    session = opened(model, text(), form=form, refresh=1000)
     session.edit(SCRIPT)
-    fresh = EditSession(model, session.ids)
+    fresh = opened(model, session.ids)
     for layer in (0, 1):
         assert apart(session.keys(layer), fresh.keys(layer)) < 1e-10
     assert apart(session.next_token_logits(), fresh.next_token_logits()) < 1e-10
     session.refresh = 0
     session.edit([(3, 9, [4])])
-    assert apart(session.keys(1), EditSession(model, session.ids).keys(1)) > 1e-3  # and without it the second layer is an approximation
+    assert apart(session.keys(1), opened(model, session.ids).keys(1)) > 1e-3  # and without it the second layer is an approximation
     session.recompute()
-    assert apart(session.keys(1), EditSession(model, session.ids).keys(1)) < 1e-12
+    assert apart(session.keys(1), opened(model, session.ids).keys(1)) < 1e-12
+
+
+@pytest.mark.parametrize("form", ["lazy", "eager"])
+def test_what_is_encoded_again_by_default(form: str) -> None:
+    """16 tokens behind each edit, and at the end what new tokens leave of 64, or 32; nothing that stands before the first edit."""
+    model = deep()
+    for edits, again in (
+        ([(20, 20, [5, 6, 7])], {*range(23, 39), *range(203 - 61, 203)}),
+        ([(20, 30, []), (90, 91, [])], {*range(20, 36), *range(80, 96), *range(189 - 64, 189)}),
+        ([(20, 20, text(70, 1))], {*range(90, 106), *range(270 - 32, 270)}),
+        ([(190, 195, [])], set(range(190, 195))),
+        ([(200, 200, [9])], set()),
+    ):
+        session = EditSession(model, text(200), form=form)
+        before = session.keys(1)
+        done = session.edit(edits)
+        new = sum(len(ids) for _, _, ids in edits)
+        assert done.encoded == len(again) + new
+        session.edit([])
+        fresh = EditSession(model, session.ids)
+        first = edits[0][0]
+        assert apart(session.keys(1)[:, :, :first], before[:, :, :first]) == 0
+        assert apart(session.keys(0), fresh.keys(0)) < 1e-10
+        if len(session) - first <= 64 - new:  # then all of the rest is new
+            assert apart(session.keys(1), fresh.keys(1)) < 1e-10 and apart(session.next_token_logits(), fresh.next_token_logits()) < 1e-10
+
+
+def test_what_is_encoded_again_brings_the_answer_nearer() -> None:
+    model, edits = deep(), [(60, 64, text(9, 7)), (150, 150, text(5, 8))]
+    off = {}
+    for refresh, tail in ((0, 0), (16, 0), (0, 64), (16, 64)):
+        session = EditSession(model, text(220), refresh=refresh, tail=tail)
+        session.edit(edits)
+        off[refresh, tail] = float((session.keys(1) - EditSession(model, session.ids).keys(1)).norm())
+    assert off[16, 64] < min(off[16, 0], off[0, 64]) and max(off[16, 0], off[0, 64]) < off[0, 0]
 
 
 def test_both_forms_and_one_edit_at_a_time_give_the_same() -> None:
     model, sessions = deep(), []
     for form in ("lazy", "eager"):
-        together = EditSession(model, text(), form=form)
+        together = opened(model, text(), form=form)
         together.edit(SCRIPT)
-        single, shift = EditSession(model, text(), form=form), 0
+        single, shift = opened(model, text(), form=form), 0
         for i, j, new in SCRIPT:  # from the front: each span sees what is new before it, as in one pass
             single.edit([(i + shift, j + shift, new)])
             shift += len(new) - (j - i)
@@ -105,15 +144,15 @@ def test_both_forms_and_one_edit_at_a_time_give_the_same() -> None:
 
 def test_an_edit_at_the_end_is_ordinary_decoding() -> None:
     model = deep()
-    session = EditSession(model, text(40))
+    session = opened(model, text(40))
     session.edit([(40, 40, text(9, 2))])
-    fresh = EditSession(model, text(40) + text(9, 2))
+    fresh = opened(model, text(40) + text(9, 2))
     assert apart(session.next_token_logits(), fresh.next_token_logits()) < 1e-11 and apart(session.keys(1), fresh.keys(1)) < 1e-11
 
 
 def test_new_tokens_do_not_see_the_text_behind_them() -> None:
     model = deep()
-    a, b = (EditSession(model, text(30) + tail) for tail in (text(20, 3), text(20, 4)))
+    a, b = (opened(model, text(30) + tail) for tail in (text(20, 3), text(20, 4)))
     for s in (a, b):
         s.edit([(12, 14, [5, 6, 7, 8])])
     assert apart(a.keys(1)[:, :, :16], b.keys(1)[:, :, :16]) == 0 and apart(a.keys(1)[:, :, 28:], b.keys(1)[:, :, 28:]) > 1e-3
@@ -123,12 +162,12 @@ def test_generate_is_that_of_the_model_and_leaves_the_session() -> None:
     model = deep(torch.float32)
     ids = text(30)
     want = model.generate(torch.tensor([ids]), max_new_tokens=6, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 30:].tolist()
-    session = EditSession(model, ids)
+    session = opened(model, ids)
     assert session.generate(6) == want and session.ids == ids and session.generate(6) == want
     assert session.generate(6, stop=(want[2],)) == want[: want.index(want[2]) + 1]
     assert session.generate(4, keep=True) == want[:4] and session.ids == ids + want[:4]
     assert session.generate(2) == want[4:]
-    fresh = EditSession(model, session.ids)
+    fresh = opened(model, session.ids)
     assert apart(session.next_token_logits(), fresh.next_token_logits()) < 1e-5
     assert session.generate(3, choose=lambda logits: int(logits.argmin())) != want[4:]
 
@@ -137,7 +176,7 @@ def test_short_texts_growth_and_a_table_that_grows(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(edit_module, "ROWS", 2)
     monkeypatch.setattr(edit_module, "SPARE", 2)
     model = deep(layers=1)
-    session = EditSession(model, [9])
+    session = opened(model, [9])
     for i in range(12):
         session.edit([(0, 0, [10 + i]), (len(session), len(session), [3])])
         if i % 3 == 2:
@@ -146,7 +185,7 @@ def test_short_texts_growth_and_a_table_that_grows(monkeypatch: pytest.MonkeyPat
     session.edit([(0, 0, text(20))])
     session.edit([(i, i, [i]) for i in range(3, 12)])
     assert session._rows > 2
-    fresh = EditSession(model, session.ids)
+    fresh = opened(model, session.ids)
     assert apart(session.keys(0), fresh.keys(0)) < 1e-11 and apart(session.next_token_logits(), fresh.next_token_logits()) < 1e-10
 
 
@@ -161,7 +200,7 @@ def same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
 @pytest.mark.parametrize("form", ["lazy", "eager"])
 def test_the_session_is_unchanged_after_any_error(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = deep(torch.float32)
-    session = EditSession(model, text(), form=form)
+    session = opened(model, text(), form=form)
     session.edit([(4, 4, [9, 9])])
     before = state(session)
     bad: list[Any] = [[(0, 99, [])], [(0, 3, []), (2, 4, [])], [(0, 1, [10**6])], [(0, 62, [])], [(1, 2)], [(2, 1, [])]]
@@ -187,12 +226,13 @@ def test_the_session_is_unchanged_after_any_error(form: str, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("make", "code"),
     [
-        (lambda m: EditSession(m, []), "E-EDT-EMPTY"), (lambda m: EditSession(m, [[1, 2], [3, 4]]), "E-EDT-FORM"),
-        (lambda m: EditSession(m, [99]), "E-EDT-TOKEN"),
-        (lambda m: EditSession(m, [3], form="fast"), "E-EDT-FORM"), (lambda m: EditSession(m, [3], cache="what"), "E-EDT-CACHE"),
-        (lambda m: EditSession(m, "w1"), "E-EDT-TEXT"),
-        (lambda m: EditSession(m, [3]).text, "E-EDT-TEXT"), (lambda m: EditSession(m, [3]).generate(0), "E-EDT-FORM"),
-        (lambda m: EditSession(m, [3], refresh=-1), "E-EDT-FORM"),
+        (lambda m: opened(m, []), "E-EDT-EMPTY"), (lambda m: opened(m, [[1, 2], [3, 4]]), "E-EDT-FORM"),
+        (lambda m: opened(m, [99]), "E-EDT-TOKEN"),
+        (lambda m: opened(m, [3], form="fast"), "E-EDT-FORM"), (lambda m: opened(m, [3], cache="what"), "E-EDT-CACHE"),
+        (lambda m: opened(m, "w1"), "E-EDT-TEXT"),
+        (lambda m: opened(m, [3]).text, "E-EDT-TEXT"), (lambda m: opened(m, [3]).generate(0), "E-EDT-FORM"),
+        (lambda m: opened(m, [3], refresh=-1), "E-EDT-FORM"),
+        (lambda m: EditSession(m, [3], tail=-1), "E-EDT-FORM"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(make: Callable[[Any], Any], code: str) -> None:
@@ -202,7 +242,7 @@ def test_bad_input_is_named(make: Callable[[Any], Any], code: str) -> None:
 
 
 def test_a_table_of_positions_ends() -> None:
-    session = EditSession(made("gptj"), text(95))
+    session = opened(made("gptj"), text(95))
     with pytest.raises(EditError, match="E-EDT-LENGTH"):
         session.edit([(3, 3, [4] * 6)])
     with pytest.raises(EditError, match="E-EDT-LENGTH"):
@@ -213,8 +253,8 @@ def test_a_table_of_positions_ends() -> None:
 def test_compiled_decoding_is_traced_once_for_all_edits() -> None:
     model = deep(torch.float32)
     options = {"recipe": "dense", "inner": "eager"}
-    session = EditSession(model, text(), compile=lambda f: torch.compile(f, backend="effllm", options=options, fullgraph=True))
-    plain = EditSession(model, text())
+    session = opened(model, text(), compile=lambda f: torch.compile(f, backend="effllm", options=options, fullgraph=True))
+    plain = opened(model, text())
     backend.reports.clear()  # of a fixed length
     for edits in ([(10, 12, [5, 6, 7])], [(0, 0, [9, 9])], [(50, 55, [])], [(3, 3, [4] * 10), (30, 31, [])]):
         for s in (session, plain):
@@ -231,12 +271,12 @@ def test_a_hundred_edits_in_bf16_round_nothing_twice() -> None:
     script = [[(1, 1, [3 + i % 50])] for i in range(100)]  # unit shifts of nearly all keys
     error = {}
     for form in ("lazy", "eager"):
-        session = EditSession(model, text(), form=form)
+        session = opened(model, text(), form=form)
         stored = session._layer(0).stored()[0][:, :, 10:59].clone() if form == "lazy" else None
         for i, edits in enumerate(script):
             session.edit(edits)
             if i in (0, 99):
-                wide = EditSession(exact(made_wide(model)), session.ids).keys(0)[:, :, -50:]
+                wide = opened(exact(made_wide(model)), session.ids).keys(0)[:, :, -50:]
                 error[form, i] = float((seen(session)[:, :, -50:] - wide).square().mean().sqrt())
         if stored is not None:
             assert torch.equal(session._layer(0).stored()[0][:, :, 10:59], stored)
@@ -265,7 +305,7 @@ def test_editing_text_encodes_only_what_changes() -> None:
     tokenizer = tiny_tokenizer()
     model = tiny_llama(torch.float32)
     start = tiny_text(80)
-    session = effllm.EditSession(model, start, tokenizer=tokenizer)
+    session = opened(model, start, tokenizer=tokenizer)
     assert session.text == start
     places = [i for i, c in enumerate(start) if c == " "]
     done = session.edit_text([(places[20], places[22], " w1 w2 w3"), (places[60] + 1, places[60] + 1, "w5 ")])

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import pytest
 import torch
 
 from effllm.errors import RecipeError
-from effllm.solvers.activation import rsparse, teal
+from effllm.solvers.activation import across, rsparse, teal
 
 SIZES = {"small": 100, "large": 300, "frail": 200}
 
@@ -111,3 +112,22 @@ def test_search_is_seeded_and_never_worse_than_its_start() -> None:
     assert rsparse.search(list(best), start, objective, budget=1, seed=3)[0] == start
     with pytest.raises(RecipeError, match="E-RCP-VALUE"):
         rsparse.search(list(best), start, objective, budget=0, seed=3)
+
+
+def test_shares_of_blocks_have_the_targets_mean_and_one_slope() -> None:
+    costs, sizes = {"a": 1.0, "b": 2.0, "c": 0.7, "d": 1.1}, {"a": 100, "b": 100, "c": 50, "d": 150}
+    found = across.shares(costs, sizes, 0.5)
+    assert sum(found[n] * sizes[n] for n in sizes) == pytest.approx(0.5 * 400, rel=1e-9)
+    slopes = {n: costs[n] * math.exp(across.GROWTH * s) / sizes[n] for n, s in found.items()}
+    assert max(slopes.values()) == pytest.approx(min(slopes.values()), rel=1e-6)  # no block is at an end of its span
+    assert found["b"] < 0.5 < found["d"]
+
+
+def test_shares_of_blocks_stay_in_their_span() -> None:
+    costs, sizes = {"a": 1.0, "b": 1e3, "c": 0.0}, dict.fromkeys("abc", 10)
+    found = across.shares(costs, sizes, 0.5)
+    assert found["b"] == pytest.approx(0.3) and found["c"] == pytest.approx(0.7) and found["a"] == pytest.approx(0.5)
+    high = across.shares(costs, sizes, 0.9)
+    assert max(high.values()) <= 0.95 and sum(high.values()) == pytest.approx(2.7)
+    assert across.shares(dict.fromkeys("abc", 0.0), sizes, 0.5) == dict.fromkeys("abc", 0.5)
+    assert across.shares(costs, sizes, 0.0) == dict.fromkeys("abc", 0.0)
