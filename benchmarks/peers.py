@@ -162,7 +162,8 @@ def main() -> None:
                 time.sleep(0.3)  # threads of another pool spin for a while
                 rates.setdefault(name, {}).setdefault(what, []).append(tokens / run())
     rows = [
-        {"name": name, "bytes": size.get(name), **{w: statistics.median(v) for w, v in found.items()}, "range": {w: [min(v), max(v)] for w, v in found.items()}}
+        {"name": name, "bytes": size.get(name), **{w: statistics.median(v) for w, v in found.items()}}
+        | {"range": {w: [min(v), max(v)] for w, v in found.items()}}
         for name, found in rates.items()
     ]
     for row in rows:

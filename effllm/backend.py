@@ -19,7 +19,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -168,7 +168,7 @@ def _tuned(gm: fx.GraphModule, done: Rewritten, options: Options, budget_s: floa
 
     start = time.perf_counter()
     try:
-        result = tuning.tune_sites(problems.of_graph(done.gm), budget_s)
+        result = tuning.tune_sites(problems.of_graph(rewrite(gm, replace(options, step="off")).gm), budget_s)  # a program hides its kernels
     except TuneError as error:  # a store that cannot be written must not keep a model from running
         warnings.warn(f"effllm: not tuned: {error}", stacklevel=4)
         done.report.notes.append(f"not tuned: [{error.code}] {error.cause}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +80,7 @@ def sites_of(model: nn.Module, options: Any, prefill: int, inputs: Any, show: Pr
     parts = [("", 1.0, inputs)] if inputs is not None else [("decode", float(DECODE_STEPS), _ids(model, 1)), ("prefill", 1.0, _ids(model, prefill))]
     for i, (part, runs, given) in enumerate(parts):
         show(f"tracing {part or 'the model'}", 0.05 * i)
-        done = capture(model, given, options, dynamic=False)
+        done = capture(model, given, replace(options, step="off"), dynamic=False)  # a program hides its kernels
         found += problems.of_graph(done.gm, part, runs) if done is not None else []
     return problems.merged(found)
 

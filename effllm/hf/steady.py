@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 
-_LAYERS = 8  # of a cache, whose tensors are still looked at: enough to see one of each kind
+_LAYERS = 8  # of a cache, whose tensors and numbers are still looked at: enough to see one of each kind
 _LIBRARY = ("BUILTIN_MATCH", "CLOSURE_MATCH", "CLASS_MATCH", "MODULE_MATCH", "FUNCTION_MATCH", "ID_MATCH")
+_OBJECT = ("HASATTR", "NOT_PRESENT_IN_GENERIC_DICT", "TYPE_MATCH")
 _LAYER = re.compile(r"\.layers\[(\d+)\]")
 
 
@@ -27,5 +28,5 @@ def steady_guards(entries: Sequence[Any]) -> list[bool]:
 def _wanted(entry: Any) -> bool:
     layer = _LAYER.search(entry.name)
     if layer:
-        return entry.guard_type == "TENSOR_MATCH" and int(layer[1]) < _LAYERS
+        return entry.guard_type not in _OBJECT and int(layer[1]) < _LAYERS  # numbers too: windows count in Python
     return entry.guard_type not in _LIBRARY
