@@ -48,7 +48,8 @@ def llama(path: Path, threads: int) -> tuple[Timed, Timed]:
     size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
 
     def feed(ids: list[int]) -> int:
-        if lib.llama_decode(context, lib.llama_batch_get_one((lib.llama_token * len(ids))(*ids), len(ids))):
+        tokens = (lib.llama_token * len(ids))(*ids)  # must outlive the batch
+        if lib.llama_decode(context, lib.llama_batch_get_one(tokens, len(ids))):
             raise RuntimeError("llama_decode failed")
         return int(np.ctypeslib.as_array(lib.llama_get_logits_ith(context, -1), shape=(size,)).argmax())
 
@@ -167,7 +168,8 @@ def main() -> None:
         for name, found in rates.items()
     ]
     for row in rows:
-        figures = "  ".join(f"{w} {row[w]:.1f} ({row['range'][w][0]:.0f}..{row['range'][w][1]:.0f})" for w in ("decode", "batch", "prefill") if w in row)
+        known = [(w, row[w], *row["range"][w]) for w in ("decode", "batch", "prefill") if w in row]
+        figures = "  ".join(f"{w} {middle:.1f} ({low:.0f}..{high:.0f})" for w, middle, low, high in known)
         print(f"{row['name']:28} {(row['bytes'] or 0) / 1e6:6.1f} MB  {figures}")
     RESULTS.write_text(json.dumps({"machine": describe(), "settings": {k: str(v) for k, v in vars(args).items() if k != "gguf"}, "rows": rows}, indent=1) + "\n")
 
