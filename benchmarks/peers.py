@@ -171,7 +171,8 @@ def main() -> None:
         known = [(w, row[w], *row["range"][w]) for w in ("decode", "batch", "prefill") if w in row]
         figures = "  ".join(f"{w} {middle:.1f} ({low:.0f}..{high:.0f})" for w, middle, low, high in known)
         print(f"{row['name']:28} {(row['bytes'] or 0) / 1e6:6.1f} MB  {figures}")
-    RESULTS.write_text(json.dumps({"machine": describe(), "settings": {k: str(v) for k, v in vars(args).items() if k != "gguf"}, "rows": rows}, indent=1) + "\n")
+    settings = {k: str(v) for k, v in vars(args).items() if k != "gguf"}
+    RESULTS.write_text(json.dumps({"machine": describe(), "settings": settings, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
