@@ -129,7 +129,7 @@ def test_attention(isa, d, mask):
     q, k, v = torch.randn(2, 6, 2, d), torch.randn(2, 2, 37, d), torch.randn(2, 2, 37, d)
     seen = torch.rand(2, 1, 2, 37) > 0.4
     seen[..., 30:] = False
-    m = {"none": None, "bool": seen, "float": torch.randn(2, 1, 2, 37)}[mask]
+    m = {"none": None, "bool": seen, "float": torch.randn(2, 1, 2, 37).masked_fill(~seen, -torch.inf)}[mask]
     inputs = [q, k, v] + ([] if m is None else [m])
 
     def build(b, x):
@@ -140,6 +140,10 @@ def test_attention(isa, d, mask):
     (out,), _ = run(isa, build, inputs, inputs)
     want = torch.nn.functional.scaled_dot_product_attention(q, k, v, m, scale=0.3, enable_gqa=True)
     assert torch.allclose(out, want, atol=2e-5)
+    if m is not None:  # what nobody attends to may be anything
+        k[:, :, 30:], v[:, :, 30:] = torch.nan, torch.nan
+        (again,), _ = run(isa, build, inputs, inputs)
+        assert torch.equal(again, out)
 
 
 @pytest.mark.parametrize("isa", AVAILABLE, ids=lambda i: i.name)

@@ -125,7 +125,10 @@ inline float soften(float* p, int64_t keys, const QueryRow& row, const KeyHead& 
     else
       for (int64_t s = 0; s < keys; ++s) p[s] = m[s * row.mask_step] ? p[s] : -INFINITY;
   } else if (row.mask) {
-    for (int64_t s = 0; s < keys; ++s) p[s] += load_as_float(row.mask, s * row.mask_step, h.mask_type);
+    for (int64_t s = 0; s < keys; ++s) {
+      const float m = load_as_float(row.mask, s * row.mask_step, h.mask_type);
+      p[s] = m == -INFINITY ? m : p[s] + m;  // whatever a key holds that nobody attends to
+    }
   }
   float top = -INFINITY, sum = 0;
 #pragma omp simd reduction(max : top)

@@ -2,8 +2,8 @@
 //
 // Layout    q (B, H, Q, D), k and v (B, Hk, S, D) with any strides but a dense last dimension; H = Hk * R (grouped-query attention): the R
 //           query heads of a key head are served while its keys are in cache, so k and v are read once and never repeated.
-// Mask      none, or (1 or B, 1 or H, 1 or Q, S) of bool (true: attend) or float (added). Masked-out keys are not read: with a static
-//           cache that is the unused tail. A query without any key gives zeros.
+// Mask      none, or (1 or B, 1 or H, 1 or Q, S) of bool (true: attend) or float (added). What masked-out keys and values hold does not matter:
+//           with a static cache that is the unused tail, which a bool mask spares reading. A query without any key gives zeros.
 // Bytes     2 * B * Hk * S' * D * element size, S' the keys that any query attends to.
 // Numerics  fp32 throughout, one rounding to the output's dtype.
 #include "attend.h"
