@@ -16,8 +16,8 @@ from torch import fx
 from effllm import compat
 from effllm.autotune import kv_cost
 from effllm.lowering import kv_cache, providers
-from effllm.passes.base import Context, call, is_op, replace
 from effllm.passes.attention import MAX_QUERIES, NAMES, grouped
+from effllm.passes.base import Context, call, is_op, replace
 from effllm.report import Decision, PassReport
 from effllm.runtime.caches.base import parse
 

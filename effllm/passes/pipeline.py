@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from effllm.passes.attention import Attention
 from effllm.passes.base import Pass
 from effllm.passes.compressed_attention import CompressedAttention
-from effllm.passes.attention import Attention
 from effllm.passes.fuse_glu import FuseGlu
 from effllm.passes.fuse_norm import FuseNorm
 from effllm.passes.fuse_rope import FuseRope

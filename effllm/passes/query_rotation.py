@@ -14,8 +14,8 @@ from torch import fx
 from effllm import compat
 from effllm.lowering import providers
 from effllm.lowering.pie import attention_problem
-from effllm.passes.base import Context, call, is_op, replace
 from effllm.passes.attention import MAX_QUERIES, NAMES, grouped
+from effllm.passes.base import Context, call, is_op, replace
 from effllm.report import Decision, PassReport
 
 

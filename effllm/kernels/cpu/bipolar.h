@@ -115,55 +115,80 @@ template <int BITS> inline void fetch_ahead(const uint8_t* block) {
   for (int i = 0; i < BITS; ++i) __builtin_prefetch(block + kAhead + 64 * i);
 }
 
-template <class V, int BITS, int D, int MR, int FROM, int TO>
-inline void dot_steps(const uint8_t* block, const int8_t* const* x, typename V::I (*acc)[D]) {
+// Steps FROM .. TO of a block of T tiles, whose codes lie `stride` bytes apart: a broadcast activation serves all of them.
+template <class V, int BITS, int D, int MR, int T, int FROM, int TO>
+__attribute__((always_inline)) inline void dot_steps(const uint8_t* block, int64_t stride, const int8_t* const* x, typename V::I (*acc)[D][T]) {
   if constexpr (FROM < TO) {
-    const auto w = codes_at<V, BITS, FROM>(block);
+    typename V::W w[T];
+#pragma GCC unroll 2
+    for (int t = 0; t < T; ++t) w[t] = codes_at<V, BITS, FROM>(block + t * stride);
+#pragma GCC unroll 8
     for (int m = 0; m < MR; ++m)
-      for (int d = 0; d < D; ++d) acc[m][d] = V::template dp<(BITS == 8)>(acc[m][d], w, x[m * D + d] + 4 * FROM);
-    dot_steps<V, BITS, D, MR, FROM + 1, TO>(block, x, acc);
+#pragma GCC unroll 3
+      for (int d = 0; d < D; ++d)
+#pragma GCC unroll 2
+        for (int t = 0; t < T; ++t) acc[m][d][t] = V::template dp<(BITS == 8)>(acc[m][d][t], w[t], x[m * D + d] + 4 * FROM);
+    dot_steps<V, BITS, D, MR, T, FROM + 1, TO>(block, stride, x, acc);
   }
 }
 
-// Tokens m0 .. m0 + MR times the rows of one tile.
-template <class V, int BITS, int D, int MR>
+// Tokens m0 .. m0 + MR times the rows of T tiles side by side.
+template <class V, int BITS, int D, int MR, int T>
 void gemv_tile(const Weight& w, const Activations& x, int64_t tile, int64_t m0, const float* out_scale, const float* bias, void* y, Type type) {
-  typename V::F sum[MR];
+  typename V::F sum[MR][T];
   const int8_t* row[MR * D];
+#pragma GCC unroll 8
   for (int m = 0; m < MR; ++m) {
-    sum[m] = V::zero_f();
+#pragma GCC unroll 2
+    for (int t = 0; t < T; ++t) sum[m][t] = V::zero_f();
     for (int d = 0; d < D; ++d) row[m * D + d] = x.row(m0 + m, d);
   }
-  const uint8_t* block = w.codes + tile * w.blocks * 64 * BITS;
+  const int64_t stride = w.blocks * 64 * BITS;
+  const uint8_t* block = w.codes + tile * stride;
   const int64_t per = x.seg < 32 ? 0 : x.seg / 32;  // blocks per segment; 0: two segments per block
   for (int64_t s = 0, b = 0; s < x.segs; ++s) {
-    typename V::I acc[MR][D];
-    for (int m = 0; m < MR; ++m) for (int d = 0; d < D; ++d) acc[m][d] = V::zero_i();
+    typename V::I acc[MR][D][T];
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 3
+      for (int d = 0; d < D; ++d)
+#pragma GCC unroll 2
+        for (int t = 0; t < T; ++t) acc[m][d][t] = V::zero_i();
     const int8_t* at[MR * D];
     if (per == 0) {
       for (int i = 0; i < MR * D; ++i) at[i] = row[i] + b * 32;
       const uint8_t* here = block + b * 64 * BITS;
-      if (s % 2 == 0) dot_steps<V, BITS, D, MR, 0, 4>(here, at, acc);
-      else dot_steps<V, BITS, D, MR, 4, 8>(here, at, acc), ++b;
+      if (s % 2 == 0) dot_steps<V, BITS, D, MR, T, 0, 4>(here, stride, at, acc);
+      else dot_steps<V, BITS, D, MR, T, 4, 8>(here, stride, at, acc), ++b;
     } else {
       const int64_t end = std::min(w.blocks, b + per);
       for (; b < end; ++b) {
         for (int i = 0; i < MR * D; ++i) at[i] = row[i] + b * 32;
-        fetch_ahead<BITS>(block + b * 64 * BITS);
-        dot_steps<V, BITS, D, MR, 0, 8>(block + b * 64 * BITS, at, acc);
+#pragma GCC unroll 2
+        for (int t = 0; t < T; ++t)  // behind a tile's end come those of the next T, not its neighbour, which is read already
+          fetch_ahead<BITS>(block + t * stride + b * 64 * BITS + (b * 64 * BITS + kAhead < stride ? 0 : (T - 1) * stride));
+        dot_steps<V, BITS, D, MR, T, 0, 8>(block + b * 64 * BITS, stride, at, acc);
       }
     }
-    const int64_t g = (tile * w.groups + group_of(w, x, s)) * 16;
-    const auto scale = load_scale<V>(w.scale, g, w.half);
-    const auto low = w.minimum ? load_scale<V>(w.minimum, g, w.half) : V::zero_f();
-    for (int m = 0; m < MR; ++m) {
-      const size_t i = static_cast<size_t>((m0 + m) * x.segs + s);
-      sum[m] = fold<V, D>(acc[m][0], acc[m][D > 1 ? 1 : 0], acc[m][D - 1], sum[m], scale, low, w.minimum != nullptr, D > 1 ? x.step[i] : 1.f, x.corr[i]);
+#pragma GCC unroll 2
+    for (int t = 0; t < T; ++t) {
+      const int64_t g = ((tile + t) * w.groups + group_of(w, x, s)) * 16;
+      const auto scale = load_scale<V>(w.scale, g, w.half);
+      const auto low = w.minimum ? load_scale<V>(w.minimum, g, w.half) : V::zero_f();
+#pragma GCC unroll 8
+      for (int m = 0; m < MR; ++m) {
+        const size_t i = static_cast<size_t>((m0 + m) * x.segs + s);
+        sum[m][t] = fold<V, D>(acc[m][0][t], acc[m][D > 1 ? 1 : 0][t], acc[m][D - 1][t], sum[m][t], scale, low, w.minimum != nullptr, D > 1 ? x.step[i] : 1.f, x.corr[i]);
+      }
     }
   }
-  const int64_t count = std::min<int64_t>(16, w.n - tile * 16);
-  for (int m = 0; m < MR; ++m)
-    finish<V>(sum[m], out_scale ? 2.f * out_scale[m0 + m] : 2.f, bias ? bias + tile * 16 : nullptr, y, (m0 + m) * w.ldy + w.col + tile * 16, count, type);
+#pragma GCC unroll 2
+  for (int t = 0; t < T; ++t) {
+    const int64_t first = (tile + t) * 16, count = std::min<int64_t>(16, w.n - first);
+#pragma GCC unroll 8
+    for (int m = 0; m < MR; ++m)
+      finish<V>(sum[m][t], out_scale ? 2.f * out_scale[m0 + m] : 2.f, bias ? bias + first : nullptr, y, (m0 + m) * w.ldy + w.col + first, count, type);
+  }
 }
 
 template <class V, int BITS, int STEP> inline void unpack_steps(const uint8_t* block, uint8_t* out) {
@@ -261,11 +286,11 @@ inline void gemm_pass(const Plan& plan, const Weight& w, const Activations& x, c
   gemm_rows<V, WIDE, D, MR, 2>(w, x, flat, tile, tiles, m, end, out_scale, bias, y, type);
 }
 
-template <class V, int BITS, int D, int MR>
+template <class V, int BITS, int D, int MR, int T>
 inline void gemv_rows(const Weight& w, const Activations& x, int64_t tile, int64_t m, const float* out_scale, const float* bias, void* y, Type type) {
-  for (; m + MR <= x.m; m += MR) gemv_tile<V, BITS, D, MR>(w, x, tile, m, out_scale, bias, y, type);
+  for (; m + MR <= x.m; m += MR) gemv_tile<V, BITS, D, MR, T>(w, x, tile, m, out_scale, bias, y, type);
   if constexpr (MR > 1)
-    if (m < x.m) gemv_rows<V, BITS, D, MR / 2>(w, x, tile, m, out_scale, bias, y, type);
+    if (m < x.m) gemv_rows<V, BITS, D, MR / 2, T>(w, x, tile, m, out_scale, bias, y, type);
 }
 
 template <class V, int BITS, int D>
@@ -275,10 +300,11 @@ void multiply_tiles(const Weight& w, const Activations& x, int64_t from, int64_t
     if (x.m == 1 && single_wanted(BITS, plan)) { gemv_single<V, BITS>(w, x, from, to, out_scale, bias, y, type, plan); return; }
 #endif
   if (plan.unpack_from > 0 ? x.m < plan.unpack_from : !prefer_gemm<V, BITS, D>(x.m)) {
-    for (int64_t t = from; t < to; ++t) {
-      if (V::gemm_rows >= 6 && plan.rows == 8) gemv_rows<V, BITS, D, (V::gemm_rows >= 6 && D < 3 ? 8 : 4)>(w, x, t, 0, out_scale, bias, y, type);
-      else gemv_rows<V, BITS, D, 4>(w, x, t, 0, out_scale, bias, y, type);
-    }
+    int64_t t = from;
+    if constexpr (V::gemm_rows >= 6 && D == 2)  // eight rows of digits: their broadcasts are worth sharing, and two tiles fill 32 registers
+      if (x.m > 2)
+        for (; t + 2 <= to; t += 2) gemv_rows<V, BITS, D, 4, 2>(w, x, t, 0, out_scale, bias, y, type);
+    for (; t < to; ++t) gemv_rows<V, BITS, D, 4, 1>(w, x, t, 0, out_scale, bias, y, type);
     return;
   }
   const int64_t steps = w.blocks * 8, side = V::gemm_rows >= 6 && plan.tiles == 4 ? 4 : 2;

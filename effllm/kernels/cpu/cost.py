@@ -2,6 +2,8 @@
 
     T = max(bytes / bandwidth(t), instructions / (issue t)) + quantization + call + wake [t > 1],    bandwidth(t) = min(t single, bandwidth)
 
+with a sum in place of the maximum where codes are unpacked first.
+
 Instructions per 64 codes: extraction (mask, shift, merge of parts) `extract`, one dot product per token and digit; per 16 rows and
 segment a few to fold the sums with scale and offset.
 
@@ -44,15 +46,18 @@ def _model(path: str, isa: str) -> Model:
     fold = N / 16 * K / segment * width
     take = sympy.Piecewise((0.1 * M * K, sympy.Eq(DIGITS, 1)), (1.2 * M * K, True)) * width
     if path == "registers":
-        # measured at 16 rows: each activation is broadcast again for every step, 1.6 (two digits: 2.2) instructions a product
-        each = sympy.Piecewise((1, M <= 1), (1 + 0.6 * DIGITS, True))
+        # measured at 16 rows: each activation is broadcast again for every step, 1.6 (two digits: 2.2) instructions a product; from three
+        # tokens of two digits on a broadcast serves two tiles
+        paired = sympy.And(sympy.Eq(DIGITS, 2), M > 2)
+        each = sympy.Piecewise((1, M <= 1), (1.4 if isa == "avx512" else 2.2, paired), (1 + 0.6 * DIGITS, True))
         instructions = steps * (extract * sympy.ceiling(M / ROWS) + M * DIGITS * dot * each) + fold * (3 + 3 * M) + take
     elif path == "unpack":
         held = sympy.Max(48, 24 * sympy.floor(CHUNK * 1024 / (DIGITS * (K + PAD)) / 24))  # tokens
         rows = M / sympy.ceiling(M / ROWS)  # the last pass has what is left
         loads = (TILES + rows * DIGITS) / (TILES * rows * DIGITS)  # codes and activations, per product
         each = 0.85 + 0.45 * loads
-        instructions = steps * ((extract + 2 * width) * sympy.ceiling(M / held) + each * M * DIGITS * dot) + fold * (2 + 3 * M) + take
+        # unpacking waits for memory: 12 more than it issues, measured with weights that no cache holds
+        instructions = steps * ((extract + 12 * width) * sympy.ceiling(M / held) + each * M * DIGITS * dot) + fold * (2 + 3 * M) + take
     elif path == "single":
         # a part of one bit goes through tables, which costs more than it saves; tiles side by side run out of registers
         masks = 1.2 * PARTS + sympy.Piecewise((4, sympy.Eq(sympy.Mod(BITS, 2), 1)), (0, True))
@@ -66,7 +71,9 @@ def _model(path: str, isa: str) -> Model:
     flops = 2 * M * N * K
     rate = sympy.Min(THREADS * SINGLE, BANDWIDTH)
     busy = instructions / (ISSUE * THREADS)
-    seconds = sympy.Max(nbytes / rate, busy) + CALL + sympy.Piecewise((0, THREADS <= 1), (WAKE, True))
+    # one path reads while it multiplies, the others unpack first
+    reading = nbytes / rate + busy if path in ("unpack", "expand") else sympy.Max(nbytes / rate, busy)
+    seconds = reading + CALL + sympy.Piecewise((0, THREADS <= 1), (WAKE, True))
     # the products alone, 64 (expand: 32) multiply-adds an instruction
     products = M * N * K / 32 if path == "expand" else M * N * K * DIGITS * dot / 64
     bound = sympy.Max(nbytes / BANDWIDTH, products / (ISSUE * THREADS))
