@@ -1,20 +1,23 @@
-"""Decoding and prompts of whole models beside llama.cpp, interleaved in one process: the same demo model, the same threads.
+"""Decoding and prompts of whole models beside other engines, interleaved in one process: the same demo model, the same threads.
 
-    python benchmarks/peers.py --gguf FOLDER [--recipes w4,w4a8,w8] [--files smol-Q4_0-pure,smol-Q4_0,smol-Q8_0] [--rounds 5] [--threads 2] [--batch 4]
+    python benchmarks/peers.py --gguf FOLDER [--recipes w4,w4a8,w8,w8a8] [--files smol-Q4_0-pure,smol-Q4_0,smol-Q8_0] [--openvino smol-Q8_0]
+        [--torchao int8,int4] [--torch inductor-bf16-freezing] [--rounds 5] [--threads 2] [--batch 4] [--out peers]
 
 FOLDER holds GGUF files of the demo model; what is missing among --files is quantized there from the shipped one (llama_cpp's own quantizer).
 Decode: 64 tokens behind a prompt of 32. Prefill: 512 tokens, last logits only (--prefill 0 leaves it out). Batch: tokens of all sequences a
-second, by `effllm.generate(.., compile=True)`, over those of one. llama_cpp must be importable; without it only ours are timed. Results go to
-benchmarks/results/peers.json.
+second, by `effllm.generate(.., compile=True)`, over those of one. Engines that are not installed (llama_cpp, openvino_genai, torchao) are left
+out, and the output says so. Results go to benchmarks/results/OUT.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import ctypes
 import importlib.util
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -29,7 +32,7 @@ from effllm.hf import variants
 from effllm.hf.demo import load_demo
 from effllm.hf.size import weight_size
 
-RESULTS = Path(__file__).parent / "results" / "peers.json"
+RESULTS = Path(__file__).parent / "results"
 PROMPT, TOKENS = 32, 64
 _TYPES = {"Q8_0": (7, False), "Q4_0": (2, False), "Q4_0-pure": (2, True), "Q4_1": (3, False)}
 Timed = Callable[[], float]  # seconds
@@ -88,9 +91,41 @@ def quantized(folder: Path, name: str) -> Path | None:
     return path if lib.llama_model_quantize(str(source).encode(), str(path).encode(), settings) == 0 else None
 
 
-def ours(recipe: str, dense: Any, prefill: bool) -> tuple[Timed, Timed, int, Any]:
-    """The same of a recipe, the bytes of its weights, and the model."""
-    variant = variants.recipe(recipe, dense, variants.Shape(PROMPT, TOKENS), compile_prefill=prefill)
+def openvino(path: Path, threads: int) -> tuple[Timed, Timed]:
+    """The same of OpenVINO GenAI, which reads the GGUF file; from its own metrics, as its calls tokenize too."""
+    import openvino as ov
+    import openvino_genai as lib
+
+    pipe = lib.LLMPipeline(str(path), "CPU", INFERENCE_NUM_THREADS=threads, ATTENTION_BACKEND="SDPA")
+
+    def run(first: int, count: int, new: int) -> Any:
+        settings = lib.GenerationConfig()
+        settings.max_new_tokens = settings.min_new_tokens = new
+        settings.ignore_eos, settings.do_sample, settings.apply_chat_template = True, False, False
+        ids = np.arange(first, first + count, dtype=np.int64)[None]
+        return pipe.generate(lib.TokenizedInputs(ov.Tensor(ids), ov.Tensor(np.ones_like(ids))), settings).perf_metrics
+
+    run(1000, PROMPT, 2), run(1000, 512, 1)
+    return lambda: run(1000, PROMPT, TOKENS).get_tpot().mean * TOKENS / 1e3, lambda: run(1000, 512, 1).get_ttft().mean / 1e3
+
+
+def torchao(kind: str, dense: Any) -> variants.Variant:
+    """Weights by torchao (int8, int8-dynamic, int4 in groups of 64) under Inductor with freezing and max-autotune; the head stays bf16."""
+    import torchao.quantization as ao
+
+    model = copy.deepcopy(dense)
+    if kind == "int4":
+        from torchao.prototype.quantization.int4.inference_workflow import PrototypeInt4WeightOnlyConfig
+
+        config: Any = PrototypeInt4WeightOnlyConfig(group_size=64)
+    else:
+        config = {"int8": ao.Int8WeightOnlyConfig, "int8-dynamic": ao.Int8DynamicActivationInt8WeightConfig}[kind]()
+    ao.quantize_(model, config)
+    return variants.tuned(f"torchao {kind}", model, variants.Shape(PROMPT, TOKENS), freezing=kind != "int8-dynamic")
+
+
+def timed_of(variant: variants.Variant) -> tuple[Timed, Timed, int]:
+    """The same of a variant, and the bytes of its weights."""
     runner, size = variant.runner, weight_size(variant.model).read
     ids = torch.arange(1000, 1000 + PROMPT)[None]
     long = torch.arange(1000, 1512)[None]
@@ -109,7 +144,7 @@ def ours(recipe: str, dense: Any, prefill: bool) -> tuple[Timed, Timed, int, Any
 
     decode()
     read()
-    return decode, read, size, variant.model
+    return decode, read, size
 
 
 def batched(model: Any, count: int) -> Timed:
@@ -125,12 +160,24 @@ def batched(model: Any, count: int) -> Timed:
     return lambda: run(TOKENS + 8) - run(8)
 
 
+def installed(module: str) -> bool:
+    """Whether an engine can be imported; says so where not."""
+    found = importlib.util.find_spec(module) is not None
+    if not found:
+        print(f"{module} is not installed: left out", file=sys.stderr)
+    return found
+
+
 def main() -> None:
     """Print a table; medians of interleaved rounds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gguf", type=Path)
     parser.add_argument("--recipes", default="w4,w4a8,w8")
     parser.add_argument("--files", default="smol-Q4_0-pure,smol-Q4_0,smol-Q4_1,smol-Q8_0")
+    parser.add_argument("--openvino", default="")
+    parser.add_argument("--torchao", default="")
+    parser.add_argument("--torch", default="")
+    parser.add_argument("--out", default="peers")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prefill", type=int, default=1)
@@ -138,24 +185,33 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     dense, _ = load_demo()
+    shape = variants.Shape(PROMPT, TOKENS)
     timed: dict[str, tuple[Timed, int]] = {}
     prompts: dict[str, Timed] = {}
     batch: dict[str, tuple[Timed, int]] = {}
     size: dict[str, int] = {}
-    for recipe in args.recipes.split(","):
-        decode, prefill, size[recipe], model = ours(recipe, dense, bool(args.prefill))
-        timed[recipe], prompts[recipe] = (decode, TOKENS), prefill
-        if args.batch:
-            for count in (1, args.batch):
-                batch[f"{recipe} x{count}"] = (batched(model, count), TOKENS * count)
-    if importlib.util.find_spec("llama_cpp") is not None and args.gguf is not None:
-        for name in args.files.split(","):
+
+    def add(name: str, decode: Timed, prefill: Timed, nbytes: int) -> None:
+        timed[name], prompts[name], size[name] = (decode, TOKENS), prefill, nbytes
+        print(f"{name} is ready", file=sys.stderr, flush=True)
+
+    for recipe in filter(None, args.recipes.split(",")):
+        variant = variants.recipe(recipe, dense, shape, compile_prefill=bool(args.prefill))
+        add(recipe, *timed_of(variant))
+        for count in (1, args.batch) if args.batch else ():
+            batch[f"{recipe} x{count}"] = (batched(variant.model, count), TOKENS * count)
+    for name in filter(None, args.torch.split(",")):
+        add(name, *timed_of(variants.baseline(name, dense, shape)))
+    for kind in filter(None, args.torchao.split(",")):
+        if installed("torchao"):
+            add(f"torchao {kind}", *timed_of(torchao(kind, dense)))
+    for engine, module, names in ((llama, "llama_cpp", args.files), (openvino, "openvino_genai", args.openvino)):
+        for name in filter(None, names.split(",") if args.gguf else ()):
             path = quantized(args.gguf, name)
-            if path is not None:
-                decode, prefill = llama(path, args.threads)
-                size[f"llama.cpp {name}"] = path.stat().st_size
-                timed[f"llama.cpp {name}"], prompts[f"llama.cpp {name}"] = (decode, TOKENS), prefill
-                decode()
+            if installed(module) and path is not None:
+                label = "llama.cpp" if engine is llama else "OpenVINO"
+                add(f"{label} {name}", *engine(path, args.threads), path.stat().st_size)
+                timed[f"{label} {name}"][0]()
     rates: dict[str, dict[str, list[float]]] = {}
     for _ in range(args.rounds):
         for what, group in (("decode", timed), ("batch", batch), ("prefill", {k: (f, 512) for k, f in prompts.items()} if args.prefill else {})):
@@ -172,7 +228,7 @@ def main() -> None:
         figures = "  ".join(f"{w} {middle:.1f} ({low:.0f}..{high:.0f})" for w, middle, low, high in known)
         print(f"{row['name']:28} {(row['bytes'] or 0) / 1e6:6.1f} MB  {figures}")
     settings = {k: str(v) for k, v in vars(args).items() if k != "gguf"}
-    RESULTS.write_text(json.dumps({"machine": describe(), "settings": settings, "rows": rows}, indent=1) + "\n")
+    (RESULTS / f"{args.out}.json").write_text(json.dumps({"machine": describe(), "settings": settings, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

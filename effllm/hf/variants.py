@@ -71,6 +71,16 @@ def baseline(name: str, dense: Any, shape: Shape, *, compile_prefill: bool = Tru
     return Variant(name, None, model, _runner(model, compiled, shape, compile_prefill))
 
 
+def tuned(name: str, model: Any, shape: Shape, *, freezing: bool = True) -> Variant:
+    """A model that another library has changed, under Inductor's max-autotune."""
+
+    def compiled(step: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        options: dict[str, Any] = {"freezing": freezing, "max_autotune": True}
+        return torch.compile(step, fullgraph=True, options=options | _STEADY)
+
+    return Variant(name, None, model, _runner(model, compiled, shape, True))
+
+
 def recipe(what: str, dense: Any, shape: Shape, calibration: Tensor | None = None, *, compile_prefill: bool = True) -> Variant:
     """`effllm.compress` on a copy of the dense model, then torch.compile with the effllm backend.
 

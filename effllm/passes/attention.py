@@ -61,7 +61,8 @@ def _site(graph: fx.Graph, node: fx.Node, context: Context) -> Decision:
     queries = query.shape[2]
     few = isinstance(queries, int) and queries <= MAX_QUERIES and not causal and keys.shape == values.shape
     op = "decode_attention" if few else "prompt_attention"
-    problem = Problem(op, query.shape[1], query.shape[3], 0, 0, False, m=queries if isinstance(queries, int) else None, dtype=query.dtype, device=query.device.type)
+    m = queries if isinstance(queries, int) else None
+    problem = Problem(op, query.shape[1], query.shape[3], 0, 0, False, m=m, dtype=query.dtype, device=query.device.type)
     provider, why = providers.select(problem)
     if provider.name == "reference":
         return kept("no-kernel", why)

@@ -113,7 +113,10 @@ def test_bad_input_is_refused(kernel: str) -> None:
     usable(kernel, torch.float32)
     q, k, v = made((6, 2, 8, 9, 16, 16), torch.float32)
     call = OP.providers[kernel].call
-    for args in ((q, k[..., :8], v, None, False, 1.0), (q, k, v[:, :, :8], None, False, 1.0), (q[:, :5], k, v, None, False, 1.0), (q, k.bfloat16(), v, None, False, 1.0),
-                 (q, k, v, torch.ones(1, 1, 8, 9, dtype=torch.bool), True, 1.0), (q, k, v, torch.ones(1, 1, 8, 5, dtype=torch.bool), False, 1.0)):  # fmt: skip
+    seen = torch.ones(1, 1, 8, 9, dtype=torch.bool)
+    for args in (
+        (q, k[..., :8], v, None, False, 1.0), (q, k, v[:, :, :8], None, False, 1.0), (q[:, :5], k, v, None, False, 1.0),
+        (q, k.bfloat16(), v, None, False, 1.0), (q, k, v, seen, True, 1.0), (q, k, v, seen[..., :5], False, 1.0),
+    ):  # fmt: skip
         with pytest.raises(RuntimeError, match="effllm"):
             call(*args)

@@ -132,7 +132,10 @@ class Attention(nn.Module):
         return nn.functional.scaled_dot_product_attention(q, k, v, **self.options)
 
 
-@pytest.mark.parametrize(("queries", "options", "code"), [(1, {}, "applied"), (2, {}, "applied"), (9, {}, "applied"), (9, {"is_causal": True}, "applied"), (1, {"dropout_p": 0.5}, "options")])
+@pytest.mark.parametrize(
+    ("queries", "options", "code"),
+    [(1, {}, "applied"), (2, {}, "applied"), (9, {}, "applied"), (9, {"is_causal": True}, "applied"), (1, {"dropout_p": 0.5}, "options")],
+)
 def test_attention(queries: int, options: dict[str, object], code: str) -> None:
     q, kv = torch.randn(2, 6, queries, 16), torch.randn(2, 2, 40, 16)
 

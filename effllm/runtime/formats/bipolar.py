@@ -83,15 +83,21 @@ def pack_codes(u: Tensor, bits: int) -> Tensor:
     return planes
 
 
+# byte -> its 8 bits as 8 bytes, the lowest bit first
+_SPREAD = tuple(sum((byte >> i & 1) << 8 * i for i in range(8)) for byte in range(256))
+
+
 def unpack_codes(planes: Tensor) -> Tensor:
-    """Bit planes (bits, N, Kp / 8) to unsigned codes (N, Kp), uint8."""
+    """Bit planes (bits, N, Kp / 8) to unsigned codes (N, Kp), uint8; eight codes at a time, as the bytes of an integer."""
     bits, n, kb = planes.shape
-    shifts = torch.arange(8, device=planes.device, dtype=torch.uint8)
-    u = torch.zeros(n, kb * 8, dtype=torch.uint8, device=planes.device)
-    for plane in range(bits):
-        bit = (planes[plane].unsqueeze(-1) >> shifts) & 1
-        u = (u << 1) | bit.view(n, kb * 8)
-    return u
+    if planes.device.type == "meta":
+        return torch.empty(n, kb * 8, dtype=torch.uint8, device="meta")
+    table = torch.tensor(_SPREAD, dtype=torch.int64, device=planes.device)
+    index = planes.to(torch.int32).view(bits, -1)
+    u = table[index[0]]
+    for plane in range(1, bits):
+        u = (u << 1) + table[index[plane]]
+    return u.view(torch.uint8).view(n, kb * 8)
 
 
 def make(

@@ -54,17 +54,19 @@ def repack(packed: Packed) -> dict[str, Tensor]:
     tiles, kb = -(-n // ROWS), blocks(k, group)
     full = u.new_zeros(tiles * ROWS, kb * BLOCK)
     full[:n, : u.shape[1]] = u
-    out = torch.empty(tiles, kb, 64 * bits, dtype=torch.uint8, device=u.device)
+    out = torch.empty(tiles, kb, bits, ROWS, dtype=torch.int32, device=u.device)
+    fours = full.view(torch.int32).view(tiles, ROWS, kb, BLOCK // 4)  # codes of four columns each, shifted side by side
     below, at = bits, 0
     for p in PARTS[bits]:
         below -= p
-        fields = 8 // p
-        part = (full >> below) & (2**p - 1)
-        # (T, row, KB, unit, field, byte) -> (T, KB, unit, row, byte, field)
-        part = part.view(tiles, ROWS, kb, p, fields, 4).permute(0, 2, 3, 1, 5, 4)
-        shift = (torch.arange(fields, device=u.device) * p).to(torch.uint8)
-        out[:, :, at : at + 64 * p] = (part << shift).sum(-1, dtype=torch.uint8).reshape(tiles, kb, 64 * p)
-        at += 64 * p
+        part = fours if p == 8 else (fours >> below) & (2**p - 1) * 0x01010101
+        fields = part.view(tiles, ROWS, kb, p, 8 // p).unbind(-1)
+        unit = fields[0]
+        for f, more in enumerate(fields[1:], 1):
+            unit = unit | more << f * p
+        out[:, :, at : at + p] = unit.permute(0, 2, 3, 1)
+        at += p
+    out = out.view(torch.uint8).view(tiles, kb, 64 * bits)
     g = kernel_groups(k, group)
     result = {"codes": out, "scale": _tile_rows(packed.tensors["scale"], g)}
     if "minimum" in packed.tensors:
