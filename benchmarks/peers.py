@@ -1,8 +1,9 @@
-"""Decoding and prompts of whole models beside other engines, interleaved in one process: the same demo model, the same threads.
+"""Decoding and prompts of whole models beside other engines: the same demo model, the same threads, turn by turn.
 
     python benchmarks/peers.py --gguf FOLDER [--recipes w4,w4a8,w8,w8a8] [--files smol-Q4_0-pure,smol-Q4_0,smol-Q8_0] [--openvino smol-Q8_0]
         [--torchao int8,int4] [--torch inductor-bf16-freezing] [--rounds 5] [--threads 2] [--batch 4] [--out peers]
 
+Every engine has a process of its own, so that no pool of threads is in another's way; the one that is asked works, the others wait.
 FOLDER holds GGUF files of the demo model; what is missing among --files is quantized there from the shipped one (llama_cpp's own quantizer).
 Decode: 64 tokens behind a prompt of 32. Prefill: 512 tokens, last logits only (--prefill 0 leaves it out). Batch: tokens of all sequences a
 second, by `effllm.generate(.., compile=True)`, over those of one. Engines that are not installed (llama_cpp, openvino_genai, torchao) are left
@@ -17,6 +18,7 @@ import ctypes
 import importlib.util
 import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -160,12 +162,63 @@ def batched(model: Any, count: int) -> Timed:
     return lambda: run(TOKENS + 8) - run(8)
 
 
-def installed(module: str) -> bool:
-    """Whether an engine can be imported; says so where not."""
-    found = importlib.util.find_spec(module) is not None
-    if not found:
-        print(f"{module} is not installed: left out", file=sys.stderr)
-    return found
+def made(spec: str, args: argparse.Namespace) -> tuple[dict[str, tuple[Timed, int]], int]:
+    """An engine's measurements, each with the tokens of a call, and the bytes of its weights."""
+    kind, _, name = spec.partition(" ")
+    if kind in ("llama.cpp", "OpenVINO"):
+        path = quantized(args.gguf, name)
+        if path is None:
+            raise FileNotFoundError(f"no GGUF file {name}")
+        decode, prefill = (llama if kind == "llama.cpp" else openvino)(path, args.threads)
+        decode()
+        return {"decode": (decode, TOKENS), "prefill": (prefill, 512)}, path.stat().st_size
+    dense, _ = load_demo()
+    shape = variants.Shape(PROMPT, TOKENS)
+    if kind == "effllm":
+        variant = variants.recipe(name, dense, shape, compile_prefill=bool(args.prefill))
+    else:
+        variant = torchao(name, dense) if kind == "torchao" else variants.baseline(name, dense, shape)
+    decode, prefill, size = timed_of(variant)
+    calls = {"decode": (decode, TOKENS), "prefill": (prefill, 512)}
+    if kind == "effllm" and args.batch:
+        calls |= {f"batch {count}": (batched(variant.model, count), TOKENS * count) for count in (1, args.batch)}
+    return calls, size
+
+
+def serve(spec: str, args: argparse.Namespace) -> None:
+    """A worker: prepares its engine, then answers each line of input, the name of a measurement, with tokens a second."""
+    torch.set_num_threads(args.threads)
+    calls, size = made(spec, args)
+    print(json.dumps({"size": size, "calls": list(calls)}), flush=True)
+    for line in sys.stdin:
+        run, tokens = calls[line.strip()]
+        print(json.dumps(tokens / run()), flush=True)
+
+
+class Engine:
+    """A worker process."""
+
+    def __init__(self, spec: str) -> None:
+        own = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--serve", spec]
+        self.name = spec.removeprefix("effllm ").removeprefix("torch ")
+        self.process = subprocess.Popen(own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        first = self._answer()
+        self.calls: list[str] = first["calls"] if first else []
+        self.size: int = first["size"] if first else 0
+        print(f"{self.name}: {'ready' if first else 'cannot run here, left out'}", file=sys.stderr, flush=True)
+
+    def measure(self, what: str) -> float:
+        """Tokens a second."""
+        assert self.process.stdin is not None
+        print(what, file=self.process.stdin, flush=True)
+        return float(self._answer())
+
+    def _answer(self) -> Any:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith(("{", *"0123456789")):  # engines may print what they like
+                return json.loads(line)
+        return None
 
 
 def main() -> None:
@@ -182,52 +235,30 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--prefill", type=int, default=1)
     parser.add_argument("--batch", type=int, default=0)
+    parser.add_argument("--serve", default="", help=argparse.SUPPRESS)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    dense, _ = load_demo()
-    shape = variants.Shape(PROMPT, TOKENS)
-    timed: dict[str, tuple[Timed, int]] = {}
-    prompts: dict[str, Timed] = {}
-    batch: dict[str, tuple[Timed, int]] = {}
-    size: dict[str, int] = {}
-
-    def add(name: str, decode: Timed, prefill: Timed, nbytes: int) -> None:
-        timed[name], prompts[name], size[name] = (decode, TOKENS), prefill, nbytes
-        print(f"{name} is ready", file=sys.stderr, flush=True)
-
-    for recipe in filter(None, args.recipes.split(",")):
-        variant = variants.recipe(recipe, dense, shape, compile_prefill=bool(args.prefill))
-        add(recipe, *timed_of(variant))
-        for count in (1, args.batch) if args.batch else ():
-            batch[f"{recipe} x{count}"] = (batched(variant.model, count), TOKENS * count)
-    for name in filter(None, args.torch.split(",")):
-        add(name, *timed_of(variants.baseline(name, dense, shape)))
-    for kind in filter(None, args.torchao.split(",")):
-        if installed("torchao"):
-            add(f"torchao {kind}", *timed_of(torchao(kind, dense)))
-    for engine, module, names in ((llama, "llama_cpp", args.files), (openvino, "openvino_genai", args.openvino)):
-        for name in filter(None, names.split(",") if args.gguf else ()):
-            path = quantized(args.gguf, name)
-            if installed(module) and path is not None:
-                label = "llama.cpp" if engine is llama else "OpenVINO"
-                add(f"{label} {name}", *engine(path, args.threads), path.stat().st_size)
-                timed[f"{label} {name}"][0]()
-    rates: dict[str, dict[str, list[float]]] = {}
+    if args.serve:
+        serve(args.serve, args)
+        return
+    asked = {"effllm": args.recipes, "torch": args.torch, "torchao": args.torchao}
+    if args.gguf:
+        asked |= {"llama.cpp": args.files, "OpenVINO": args.openvino}
+    engines = [e for e in (Engine(f"{kind} {name}") for kind, names in asked.items() for name in names.split(",") if name) if e.calls]
+    rates: dict[str, dict[str, list[float]]] = {e.name: {} for e in engines}
     for _ in range(args.rounds):
-        for what, group in (("decode", timed), ("batch", batch), ("prefill", {k: (f, 512) for k, f in prompts.items()} if args.prefill else {})):
-            for name, (run, tokens) in group.items():
-                time.sleep(0.3)  # threads of another pool spin for a while
-                rates.setdefault(name, {}).setdefault(what, []).append(tokens / run())
-    rows = [
-        {"name": name, "bytes": size.get(name), **{w: statistics.median(v) for w, v in found.items()}}
-        | {"range": {w: [min(v), max(v)] for w, v in found.items()}}
-        for name, found in rates.items()
-    ]
-    for row in rows:
-        known = [(w, row[w], *row["range"][w]) for w in ("decode", "batch", "prefill") if w in row]
-        figures = "  ".join(f"{w} {middle:.1f} ({low:.0f}..{high:.0f})" for w, middle, low, high in known)
-        print(f"{row['name']:28} {(row['bytes'] or 0) / 1e6:6.1f} MB  {figures}")
-    settings = {k: str(v) for k, v in vars(args).items() if k != "gguf"}
+        for what in ("decode", "batch 1", f"batch {args.batch}", "prefill"):
+            for engine in engines:
+                if what in engine.calls and (args.prefill or what != "prefill"):
+                    time.sleep(0.3)  # threads of the one before spin for a while
+                    rates[engine.name].setdefault(what, []).append(engine.measure(what))
+    rows = []
+    for engine in engines:
+        found = rates[engine.name]
+        middle = {what: statistics.median(v) for what, v in found.items()}
+        rows.append({"name": engine.name, "bytes": engine.size, **middle, "range": {what: [min(v), max(v)] for what, v in found.items()}})
+        figures = "  ".join(f"{what} {middle[what]:.1f} ({min(v):.0f}..{max(v):.0f})" for what, v in found.items())
+        print(f"{engine.name:28} {engine.size / 1e6:6.1f} MB  {figures}")
+    settings = {k: str(v) for k, v in vars(args).items() if k not in ("gguf", "serve")}
     (RESULTS / f"{args.out}.json").write_text(json.dumps({"machine": describe(), "settings": settings, "rows": rows}, indent=1) + "\n")
 
 

@@ -59,6 +59,23 @@ def test_packed_weights_in_bf16(family, recipe):
     assert torch.isfinite(got.float()).all() and scale > 0
 
 
+@pytest.mark.parametrize("recipe", ["dense", "w4"])
+def test_nine_tokens_at_once_are_one_call(recipe):
+    """A short prompt, or drafted tokens to be verified."""
+    model = tiny("llama", torch.float32)
+    if recipe != "dense":
+        effllm.compress(model, recipe)
+    ids = torch.randint(3, VOCAB, (1, 9), generator=torch.Generator().manual_seed(0))
+    outs = []
+    for step in ("auto", "off"):
+        torch._dynamo.reset()
+        options = {"recipe": "dense", "step": step, "inner": "eager"}
+        wrap = lambda f, options=options: torch.compile(f, fullgraph=True, dynamic=False, backend="effllm", options=options)  # noqa: E731
+        outs.append(StaticRunner(model, wrap, length=32, prefill_length=9).prefill(ids)[0])
+        assert decision(effllm.last_report()).action == ("applied" if step == "auto" else "kept")
+    assert torch.allclose(outs[0], outs[1], atol=2e-4 * float(outs[1].abs().max()))
+
+
 def test_several_rows_of_a_batch_and_threads():
     model = tiny("llama", torch.bfloat16)
     effllm.compress(model, "w4")

@@ -23,7 +23,7 @@ struct Softmax {
 
 // exp for x <= 0 lane by lane, as exp_negative.
 inline Vec exp_of(Vec x) {
-  typedef int32_t Int __attribute__((vector_size(64)));
+  typedef int32_t Int __attribute__((vector_size(kBytes)));
   x = x < -87.f ? Vec{} - 87.f : x;
   const Vec n = (x * 1.44269504f + 12582912.f) - 12582912.f;  // rounds: the sum has no bits behind the point
   const Vec r = x - n * 0.693147180f + n * 1.90465421e-9f;

@@ -16,15 +16,17 @@
 namespace effllm::flash {
 
 #if defined(__AVX512F__)
-constexpr int kVectors = 4, kUnroll = 6;  // 24 accumulators of 32 registers
+constexpr int kBytes = 64, kVectors = 4, kUnroll = 6;  // 24 accumulators of 32 registers
+#elif defined(__AVX2__)
+constexpr int kBytes = 32, kVectors = 2, kUnroll = 6;  // 12 of 16
 #else
-constexpr int kVectors = 1, kUnroll = 6;  // 64-byte vectors are two AVX registers, or four of SSE
+constexpr int kBytes = 16, kVectors = 2, kUnroll = 6;
 #endif
-constexpr int kLane = 16, kTile = 64, kStep = kVectors * kLane;
+constexpr int kLane = kBytes / 4, kTile = 64, kStep = kVectors * kLane;
 
-typedef float Vec __attribute__((vector_size(64)));
-inline Vec load(const float* p) { Vec v; std::memcpy(&v, p, 64); return v; }
-inline void store(float* p, const Vec& v) { std::memcpy(p, &v, 64); }
+typedef float Vec __attribute__((vector_size(kBytes)));
+inline Vec load(const float* p) { Vec v; std::memcpy(&v, p, kBytes); return v; }
+inline void store(float* p, const Vec& v) { std::memcpy(p, &v, kBytes); }
 inline int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 struct MultiplyAdd {
@@ -43,18 +45,25 @@ struct DotPairs {
 template <class Op, int M, bool SET> inline void rows_product(const float* a, int64_t lda, const float* b, int64_t ldb, float* c, int64_t ldc, int64_t depth, int64_t n) {
   for (int64_t j = 0; j < n; j += kStep) {
     Vec acc[M][kVectors];
+#pragma GCC unroll 6
     for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
       for (int u = 0; u < kVectors; ++u) {
         if constexpr (SET) acc[i][u] = Vec{};
         else acc[i][u] = load(c + i * ldc + j + u * kLane);
       }
     for (int64_t d = 0; d < depth; ++d) {
       Vec x[kVectors];
+#pragma GCC unroll 4
       for (int u = 0; u < kVectors; ++u) x[u] = load(b + d * ldb + j + u * kLane);
+#pragma GCC unroll 6
       for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
         for (int u = 0; u < kVectors; ++u) acc[i][u] = Op::go(acc[i][u], a + i * lda + d, x[u]);
     }
+#pragma GCC unroll 6
     for (int i = 0; i < M; ++i)
+#pragma GCC unroll 4
       for (int u = 0; u < kVectors; ++u) store(c + i * ldc + j + u * kLane, acc[i][u]);
   }
 }
@@ -108,15 +117,18 @@ template <Type T> struct Dots {
 
 template <Type T> struct Wide {
   static int64_t query_floats(const Keys& h) { return h.d; }
-  static int64_t tile_floats(const Keys& h) { return kTile * std::max(round_up(h.d, kLane), round_up(h.dv, kStep)) + h.d; }
+  static int64_t tile_floats(const Keys& h) { return kTile * std::max(h.d, width(h)) + 8 * h.d; }
   static int64_t width(const Keys& h) { return round_up(h.dv, kStep); }
   static void query(const void* from, const Keys& h, float* to) { widen<T>(from, 0, h.d, to); }
   static void scores(const Keys& h, int64_t s, int64_t n, const char* seen, const float* q, int64_t rows, float* score, float* tile) {
-    float* line = tile + kTile * h.d;
-    for (int64_t j = 0; j < kTile; ++j) {
-      if (j < n && !(seen && !seen[j])) widen<T>(h.k + (s + j) * h.k_stride, 0, h.d, line);
-      else std::fill(line, line + h.d, 0.f);
-      for (int64_t i = 0; i < h.d; ++i) tile[i * kTile + j] = line[i];
+    float* line = tile + kTile * h.d;  // eight keys, then their columns
+    for (int64_t j = 0; j < kTile; j += 8) {
+      for (int64_t e = 0; e < 8; ++e) {
+        if (j + e < n && !(seen && !seen[j + e])) widen<T>(h.k + (s + j + e) * h.k_stride, 0, h.d, line + e * h.d);
+        else std::fill(line + e * h.d, line + (e + 1) * h.d, 0.f);
+      }
+      for (int64_t i = 0; i < h.d; ++i)
+        for (int64_t e = 0; e < 8; ++e) tile[i * kTile + j + e] = line[e * h.d + i];
     }
     product<MultiplyAdd, true>(q, h.d, tile, kTile, score, kTile, rows, h.d, kTile);
   }

@@ -23,6 +23,8 @@ FAKES: dict[str, Callable[..., Tensor]] = {"prompt_attention": fake}
 
 def supports(problem: Problem, isa: Isa) -> Verdict:
     """Whether this machine and this dtype fit the build, and torch's own kernel is not the faster one."""
+    if isa.name == "portable":
+        return Verdict(False, "torch's own kernel is faster than plain C++")
     return verdict.supports(problem, isa)
 
 
