@@ -2,8 +2,7 @@
 
 A parameter p is stepped as p = scale * x, with scale the power of two nearest its root mean square: x is exact, and one learning
 rate fits factors whatever split of the singular values their solver chose (U sqrt(S) and sqrt(S) V, or U S and V), as well as
-norms and adapters. Adam's steps on x are the same for p and c * p. Gradients are summed in fp32 over micro-batches. `precondition` gives the
-rows and columns of a parameter scales of their own, powers of two as well.
+norms and adapters. Adam's steps on x are the same for p and c * p. Gradients are summed in fp32 over micro-batches.
 
 Masters, gradients and moments are all row-major: torch's fused AdamW walks them in memory order and does not compare strides, so
 a column-major factor (as LAPACK's SVD returns it) beside a row-major moment would be stepped with another weight's moment.
@@ -18,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from effllm.errors import OptionError
-from effllm.recovery.sensitivity import Sensitivity, merged
 
 _ZERO = 2.0**-5  # the size assumed of tensors that start at zero (adapters' outputs, biases): about that of a weight
 
@@ -51,8 +49,7 @@ class Masters:
             raise OptionError("E-OPT-OPTIMIZER", f"betas={betas}, decay={decay}, clip={clip}", "betas in [0, 1), decay at least 0, clip above 0 or None")
         self.parameters, self.clip = dict(parameters), clip
         self.scales = {n: scale_of(p) for n, p in self.parameters.items()}
-        self.units = self._here(merged(self.scales, {}))  # scales of rows and of columns
-        self.x = {n: self._unit(n, _flat(p)).requires_grad_() for n, p in self.parameters.items()}
+        self.x = {n: (_flat(p) / self.scales[n]).requires_grad_() for n, p in self.parameters.items()}
         # decay is for matrices: norms, biases and the values of a sparse matrix keep their size
         groups = [
             {"params": [x for x in self.x.values() if x.dim() > 1], "weight_decay": decay},
@@ -66,7 +63,7 @@ class Masters:
         for name, p in self.parameters.items():
             if p.grad is None:
                 continue
-            g = self._own(name, _flat(p.grad)).mul_(share)
+            g = _flat(p.grad).mul(share * self.scales[name])
             x = self.x[name]
             x.grad = g if x.grad is None else x.grad.add_(g)
             p.grad = None
@@ -74,19 +71,8 @@ class Masters:
     @torch.no_grad()
     def add_gradient(self, name: str, gradient: Tensor) -> None:
         """Add the gradient of a regulariser with respect to a parameter."""
-        x, g = self.x[name], self._own(name, _flat(gradient))
+        x, g = self.x[name], _flat(gradient) * self.scales[name]
         x.grad = g if x.grad is None else x.grad.add_(g)
-
-    @torch.no_grad()
-    def precondition(self, sensitivity: Sensitivity) -> None:
-        """Steps of rows and columns in inverse proportion to the sizes of their gradients; before the first step."""
-        self.units = self._here(merged(self.scales, sensitivity.factors()))
-        for name, p in self.parameters.items():
-            self.x[name].copy_(self._unit(name, _flat(p)))
-
-    def forget(self) -> None:
-        """Drop the gradients collected so far."""
-        self.adam.zero_grad()
 
     @torch.no_grad()
     def norm(self) -> float:
@@ -109,47 +95,31 @@ class Masters:
     def write(self) -> None:
         """Set the parameters to their masters, rounded to the parameters' dtype."""
         for name, p in self.parameters.items():
-            p.copy_(self._own(name, self.x[name]))
+            p.copy_(self.x[name] * self.scales[name])
 
     @torch.no_grad()
     def replace(self, name: str, value: Tensor) -> None:
         """Set a parameter and its master (after a projection)."""
-        self.x[name].copy_(self._unit(name, value.float()))
+        self.x[name].copy_(value.float() / self.scales[name])
         self.parameters[name].copy_(value)
 
     def value(self, name: str) -> Tensor:
         """A parameter in fp32."""
-        return self._own(name, self.x[name].detach())
-
-    def _own(self, name: str, x: Tensor) -> Tensor:
-        """x in the parameter's unit times that unit: a new tensor."""
-        rows, columns = self.units[name]
-        y = x * rows
-        return y if columns.dim() == 0 else y.mul_(columns)
-
-    def _unit(self, name: str, p: Tensor) -> Tensor:
-        """A parameter (or what is to become one) in its unit."""
-        rows, columns = self.units[name]
-        y = p / rows
-        return y if columns.dim() == 0 else y.div_(columns)
-
-    def _here(self, units: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
-        return {n: (rows.to(self.parameters[n].device), columns.to(self.parameters[n].device)) for n, (rows, columns) in units.items()}
+        return self.x[name].detach() * self.scales[name]
 
     def state(self) -> dict[str, Tensor]:
-        """Masters, their units and moments by name, for a checkpoint; views, not copies."""
+        """Masters and moments by name, for a checkpoint; views, not copies."""
         out: dict[str, Tensor] = {}
         for name, x in self.x.items():
             out[f"master.{name}"] = x.detach()
-            out[f"rows.{name}"], out[f"columns.{name}"] = self.units[name]
             for key, value in self.adam.state.get(x, {}).items():
                 out[f"{key}.{name}"] = value
         return out
 
     @torch.no_grad()
-    def load(self, state: Mapping[str, Tensor]) -> None:
+    def load(self, state: Mapping[str, Tensor], scales: Mapping[str, float]) -> None:
         """Continue from `state()`; shapes are the caller's to check."""
-        self.units = self._here({n: (state[f"rows.{n}"], state[f"columns.{n}"]) for n in self.x})
+        self.scales = dict(scales)
         for name, x in self.x.items():
             x.copy_(state[f"master.{name}"])
             kept = {key: state[f"{key}.{name}"].to(x.device, copy=True) for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in state}

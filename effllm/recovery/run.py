@@ -49,7 +49,6 @@ def recover(
     betas: tuple[float, float] = (0.9, 0.95),
     decay: float = 0.0,
     clip: float | None = 1.0,
-    measure: int = 4,
     loss: Weights | Mapping[str, float] | None = None,
     features: int | None = 4,
     adapter: Adapter | None = None,
@@ -76,8 +75,7 @@ def recover(
     without one a weight of zero counts as pruned.
 
     lr: step size relative to each tensor's root mean square, after a linear warm-up over that share of the steps and along a
-    cosine to 0. measure: number of steps whose gradients are first looked at without a step, so that rows and columns that the loss feels most take
-    smaller steps and the others larger ones, the same on (geometric) average; 0: one step size per tensor. lr None is 1e-4 where low-rank factors or whole weights are trained, 1e-3 for sparse values, Monarch factors and adapters.
+    cosine to 0; None is 1e-4 where low-rank factors or whole weights are trained, 1e-3 for sparse values, Monarch factors and adapters.
     The report notes when the loss rose. loss: weights kl, lm, features and temperature, see `Weights`; features: number of blocks whose outputs are matched,
     evenly spaced, None for all. truncation (TRP), ordered (Maestro's ordered dropout) and perturbation (noise on the trained
     tensors, relative to their size, as PELA's regularisation) are options of the low-rank trainer.
@@ -90,7 +88,7 @@ def recover(
     E-CAL-FORM), CheckpointError and OptionError. After E-REC-NAN the model has values whose loss and gradients were finite, at most
     20 steps old; after any other error those of the last step. Adapters are merged in both cases.
     """
-    _check(steps, batch, accumulate, _LR if lr is None else lr, warmup, perturbation, precision, every, measure)
+    _check(steps, batch, accumulate, _LR if lr is None else lr, warmup, perturbation, precision, every)
     if resume and checkpoint is None:
         raise OptionError("E-OPT-RECOVER", "resume=True without a checkpoint directory", "pass checkpoint=")
     start = time.perf_counter()
@@ -113,7 +111,7 @@ def recover(
                     far = isinstance(what, str) and (what in _DEFAULT_ADAPTERS or (what == "factors" and not regularisers.pairs))
                     lr = _LR if far else _LR_CLOSE
                 options: dict[str, Any] = {"what": what, "steps": steps, "accumulate": accumulate, "lr": lr, "warmup": warmup, "betas": betas}
-                options |= {"decay": decay, "clip": clip, "measure": measure, "loss": weights, "adapter": adapter}
+                options |= {"decay": decay, "clip": clip, "loss": weights, "adapter": adapter}
                 options |= {"truncation": truncation, "ordered": ordered, "perturbation": perturbation}
                 settings = _settings(items, body, **options, precision=kind, seed=seed)
                 trainer = Trainer(body, ask, items, masters, weights, regularisers, kind, seed, accumulate)
@@ -121,8 +119,6 @@ def recover(
                 folder = None if checkpoint is None else Path(checkpoint)
                 if resume and folder is not None and folder.exists():
                     report.resumed_from, report.history = state.load(folder, masters, regularisers.generator, settings)
-                if not report.resumed_from and measure:
-                    trainer.measure(min(measure, steps))
                 _passes(report, items, steps * accumulate)
 
                 def keep(step: int) -> None:
@@ -145,9 +141,7 @@ def recover(
     return report
 
 
-def _check(steps: int, batch: int, accumulate: int, lr: float, warmup: float, perturbation: float, precision: str, every: int, measure: int) -> None:
-    if measure < 0:
-        raise OptionError("E-OPT-RECOVER", f"measure={measure}", "give a number of steps, 0 for one step size per tensor")
+def _check(steps: int, batch: int, accumulate: int, lr: float, warmup: float, perturbation: float, precision: str, every: int) -> None:
     for name, value in (("steps", steps), ("batch", batch), ("accumulate", accumulate), ("every", every)):
         if value < 1:
             raise OptionError("E-OPT-RECOVER", f"{name}={value}", "give at least 1")

@@ -16,13 +16,13 @@ from effllm.errors import CheckpointError, RecoveryError
 from effllm.recovery.optimizer import Masters
 from effllm.runtime.atomic import staged_directory
 
-_VERSION = 2
+_VERSION = 1
 
 
 def save(folder: Path, masters: Masters, generator: torch.Generator, step: int, settings: Mapping[str, Any], history: list[dict[str, Any]]) -> None:
     """Write the state after `step` steps in the place of an older one. CheckpointError (E-CKP-WRITE)."""
     tensors = {k: t.detach().contiguous().cpu() for k, t in masters.state().items()} | {"generator": generator.get_state()}
-    about = {"version": _VERSION, "step": step, "settings": dict(settings), "history": history}
+    about = {"version": _VERSION, "step": step, "settings": dict(settings), "scales": masters.scales, "history": history}
     try:
         with staged_directory(folder) as staging:
             save_file(tensors, staging / "state.safetensors")
@@ -39,7 +39,7 @@ def load(folder: Path, masters: Masters, generator: torch.Generator, settings: M
     try:
         about = json.loads((folder / "state.json").read_text())
         tensors: dict[str, Tensor] = load_file(folder / "state.safetensors")
-        version, step, saved, history = (about[k] for k in ("version", "step", "settings", "history"))
+        version, step, saved, scales, history = (about[k] for k in ("version", "step", "settings", "scales", "history"))
         state = tensors.pop("generator")
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError("E-CKP-RECOVERY", f"{folder} holds no state of a recovery: {error}", "start again without resume") from error
@@ -54,6 +54,6 @@ def load(folder: Path, masters: Masters, generator: torch.Generator, settings: M
     shapes = {f"master.{n}": x.shape for n, x in masters.x.items()}
     if {k: t.shape for k, t in tensors.items() if k.startswith("master.")} != shapes:
         raise RecoveryError("E-REC-RESUME", f"the state in {folder} is of other parameters", "resume with the model that the run started from")
-    masters.load(tensors)
+    masters.load(tensors, scales)
     generator.set_state(state)
     return step, history

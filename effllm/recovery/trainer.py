@@ -21,7 +21,6 @@ from effllm.recovery.optimizer import Masters, rate
 from effllm.recovery.ordered import Ordered
 from effllm.recovery.pivoted import quantized
 from effllm.recovery.select import Pair, Selection, pairs
-from effllm.recovery.sensitivity import Sensitivity
 from effllm.recovery.targets import Answer, Ask
 from effllm.recovery.truncation import Truncation
 from effllm.runtime import dense
@@ -176,17 +175,6 @@ class Trainer:
             if (step + 1) % every == 0 or step + 1 == steps:
                 keep(step + 1)
         return tokens
-
-    def measure(self, steps: int) -> None:
-        """Set the masters' units by the gradients of the first `steps` steps, which change nothing."""
-        sensitivity = Sensitivity()
-        for step in range(steps):
-            self._gradient(step)
-            for name, x in self.masters.x.items():
-                if x.grad is not None:
-                    sensitivity.add(name, x.grad)
-            self.masters.forget()
-        self.masters.precondition(sensitivity)
 
     def _gradient(self, step: int) -> tuple[Losses, int]:
         """Losses of a step, averaged over its micro-batches, and the tokens read; the gradients are in the masters afterwards."""
