@@ -1,7 +1,7 @@
 """One token through weights whose channels are skipped, beside dense ones: bf16 and 4 bits, on CPU.
 
     python -m benchmarks.sparse_gemv [--threads 2] [--rounds 15] [--shape 8192x2048:up --shape 2048x8192:in] [--bits 0 --bits 4]
-                                    [--small-pages]
+                                    [--small-pages] [--repeats 1]
 
 Weights rotate through more memory than the last-level cache holds, and lie in large pages, as those of a packed model do
 (`--small-pages`: where the allocator puts them). Every kernel is checked against fp64 before it is timed, and the variants
@@ -93,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=1, help="of all rounds, on the same memory; the last is kept")
     parser.add_argument("--shape", action="append")
     parser.add_argument("--bits", type=int, action="append", choices=(0, 4))
     parser.add_argument("--density", type=float, action="append")
@@ -111,7 +112,10 @@ def main() -> None:
             n, k = map(int, size.split("x"))
             torch.manual_seed(0)
             found = variants(n, k, side or "in", bits, args.density or [1.0, 0.5])
-            times = dict(zip([v.name for v in found], interleaved([v.call for v in found], args.rounds), strict=True))
+            for repeat in range(args.repeats):
+                times = dict(zip([v.name for v in found], interleaved([v.call for v in found], args.rounds), strict=True))
+                if args.repeats > 1:
+                    print(shape, f"repeat {repeat + 1}:", ", ".join(f"{name} {t * 1e6:.0f} us" for name, t in times.items()), flush=True)
             own = [times["sparse 0%"]] if not bits and "sparse 0%" in times else []
             fastest = min([times[found[0].name], *own])
             for v in found:
