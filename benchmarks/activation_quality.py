@@ -59,9 +59,10 @@ class Cached(nn.Module):
 
 @contextmanager
 def counting(model: nn.Module, sinks: bool = True) -> Iterator[list[tuple[float, int]]]:
-    """(share dropped, weights it stands for) of each sparse call; without the first 1 % of its tokens unless `sinks` is false."""
+    """(share dropped, weights it stands for) of each sparse call, and (0, 0) of each call of the model; without the first 1 % of the tokens unless
+    `sinks` is false."""
     seen: list[tuple[float, int]] = []
-    handles = []
+    handles = [model.register_forward_pre_hook(lambda _, __: seen.append((0.0, 0)))]
 
     def linear(module: PackedLinear, args: Any) -> None:
         w = module.weight
@@ -73,7 +74,7 @@ def counting(model: nn.Module, sinks: bool = True) -> Iterator[list[tuple[float,
             seen.append((float((size <= w.threshold).float().mean()), w.shape[0] * w.shape[1]))
 
     def gate(module: nn.Module, _: Any, y: Tensor) -> None:
-        seen.append((float(((late(y) if sinks else y) == 0).float().mean()), y.shape[-1]))
+        seen.append((float(((late(y) if sinks else y) == 0).float().mean()), y.shape[-1] * 2 * model.config.hidden_size))  # rows of up, columns of down
 
     for module in model.modules():
         if isinstance(module, PackedLinear) and isinstance(module.weight, ThresholdedWeight) and module.weight.attrs["side"] == "in":
@@ -110,11 +111,11 @@ def rows(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
         with every_row(model), counting(model) as seen:
             figures = compare(model, dense, windows)
         swap.rollback()
-        sizes = sum(n for _, n in seen)
-        realised = sum(share * n for share, n in seen) / sizes
         cuts = {**plan.inputs, **plan.gates}
-        weights = {n: math.prod(found.sites[n].shape) if n in plan.inputs else found.sites[n].shape[1] for n in cuts}
+        weights = {n: math.prod(found.sites[n].shape) * (1 if n in plan.inputs else 2) for n in cuts}
         target = sum(cuts[n].realised * weights[n] for n in cuts) / sum(weights.values())
+        calls = sum(n == 0 for _, n in seen)  # sites that skip nothing count too
+        realised = sum(share * n for share, n in seen) / (calls * sum(weights.values()))
         ratio = figures["perplexity"] / base
         yield {
             "method": plan.method.label, "recipe": word, **plan.method.to_dict(), "ratio": ratio, "kl": figures["kl"], "top1": figures["top1_agreement"],

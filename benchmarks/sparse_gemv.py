@@ -1,8 +1,10 @@
 """One token through weights whose channels are skipped, beside dense ones: bf16 and 4 bits, on CPU.
 
     python -m benchmarks.sparse_gemv [--threads 2] [--rounds 15] [--shape 8192x2048:up --shape 2048x8192:in] [--bits 0 --bits 4]
+                                    [--small-pages] [--repeats 1]
 
-Weights rotate through more memory than the last-level cache holds. Every kernel is checked against fp64 before it is timed, and the variants
+Weights rotate through more memory than the last-level cache holds, and lie in large pages, as those of a packed model do
+(`--small-pages`: where the allocator puts them). Every kernel is checked against fp64 before it is timed, and the variants
 take turns. `in` skips inputs (query, output, down, and every linear of TEAL and R-Sparse), `up` outputs (the up projection behind a gate).
 The dense baselines are PyTorch's linear and, for 4 bits, the bipolar linear with the configuration that its cost model chooses; in bf16 also
 the kernel itself with every channel read, which is the fastest dense product of bf16 weights here.
@@ -16,6 +18,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from benchmarks.timing import interleaved, save
 from effllm.autotune import inputs
@@ -23,10 +27,12 @@ from effllm.autotune.machine import measure_bandwidth
 from effllm.lowering import providers
 from effllm.lowering.op import OPS, Problem
 from effllm.lowering.sparse_linear import problem
+from effllm.runtime import pages
 
 BF16 = torch.bfloat16
 COLD = 128 << 20  # bytes
 GROUP = 32
+LARGE = True  # pages
 # Llama-3.2-1B's and the demo model's, with what CHESS skips on each
 SHAPES = ("8192x2048:up", "2048x8192:in", "2048x2048:in", "1536x576:up", "576x1536:in", "576x576:in")
 
@@ -41,9 +47,18 @@ class Variant:
     error: float
 
 
+def place(tensor: Tensor) -> Tensor:
+    """The tensor where a packed model would hold it."""
+    return pages.place(tensor) if LARGE else tensor
+
+
+def _held(made: inputs.Operands) -> inputs.Operands:
+    return dataclasses.replace(made, args=[tree_map_only(Tensor, place, args) for args in made.args])
+
+
 def dense(n: int, k: int) -> Variant:
     """torch's product of bf16 weights."""
-    weights = [torch.randn(n, k).to(BF16) for _ in range(max(2, COLD // (2 * n * k)))]
+    weights = [place(torch.randn(n, k).to(BF16)) for _ in range(max(2, COLD // (2 * n * k)))]
     x, turn = torch.randn(1, k).to(BF16), iter(range(10**9))
     true = x.double() @ weights[0].double().t()
     error = float((torch.nn.functional.linear(x, weights[0]).double() - true).norm() / true.norm())
@@ -62,7 +77,7 @@ def variant(name: str, p: Problem, share: float) -> Variant:
     plain = float((expected.plain.double() - expected.true).norm() / expected.true.norm())
     if not error <= 2 * plain + OPS[p.op].tolerance[p.dtype]:
         raise SystemExit(f"{name}: relative error {error:.2g}, plain torch {plain:.2g}; not timed")
-    made = inputs.copied(made, max(2, COLD // made.nbytes))
+    made = _held(inputs.copied(made, max(2, COLD // made.nbytes)))
     turn = iter(range(10**9))
     return Variant(name, lambda: provider.call(*made.args[next(turn) % len(made.args)], problem=p, config=config), made.nbytes * share, error)
 
@@ -78,11 +93,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=1, help="of all rounds, on the same memory; the last is kept")
     parser.add_argument("--shape", action="append")
     parser.add_argument("--bits", type=int, action="append", choices=(0, 4))
     parser.add_argument("--density", type=float, action="append")
     parser.add_argument("--name", default="sparse-2core-zen4")
+    parser.add_argument("--small-pages", action="store_true")
     args = parser.parse_args()
+    global LARGE
+    LARGE = not args.small_pages
     torch.set_num_threads(args.threads)
     best = measure_bandwidth(args.threads)
     rows: list[dict[str, Any]] = []
@@ -93,7 +112,10 @@ def main() -> None:
             n, k = map(int, size.split("x"))
             torch.manual_seed(0)
             found = variants(n, k, side or "in", bits, args.density or [1.0, 0.5])
-            times = dict(zip([v.name for v in found], interleaved([v.call for v in found], args.rounds), strict=True))
+            for repeat in range(args.repeats):
+                times = dict(zip([v.name for v in found], interleaved([v.call for v in found], args.rounds), strict=True))
+                if args.repeats > 1:
+                    print(shape, f"repeat {repeat + 1}:", ", ".join(f"{name} {t * 1e6:.0f} us" for name, t in times.items()), flush=True)
             own = [times["sparse 0%"]] if not bits and "sparse 0%" in times else []
             fastest = min([times[found[0].name], *own])
             for v in found:
@@ -105,7 +127,7 @@ def main() -> None:
                     total[v.name] = total.get(v.name, 0.0) + t
         base = next(iter(total.values()), 0.0)
         rows += [{"shape": "large shapes together", "bits": bits or 16, "variant": v, "us": t * 1e6, "faster_than_dense": base / t} for v, t in total.items()]
-    save(args.name, rows, threads=args.threads, group=GROUP, best_read_gb_s=best)
+    save(args.name, rows, threads=args.threads, group=GROUP, large_pages=LARGE, best_read_gb_s=best)
 
 
 if __name__ == "__main__":

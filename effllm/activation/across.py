@@ -1,7 +1,11 @@
-"""How much of a model's target each of its blocks takes: by what it costs the model's output when that block alone is sparse."""
+"""How much of a model's target each of its blocks takes: by what it costs the model's output when that block alone is sparse.
+
+Where gates decide (CHESS), the gated MLP of a block and the inputs of its attention are two parts with a share each: a share of one skips other
+weights than a share of the other, at another cost."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -22,29 +26,38 @@ ONE_CHAIN = "the model's output is neither logits nor a tensor: all blocks have 
 
 @torch.no_grad()
 def shares(model: nn.Module, uniform: Plan, sites: Mapping[str, Site], gates: Mapping[str, Gate], data: list[Batch]) -> dict[str, float]:
-    """A share per module, the method's sparsity on average over the blocks' weights; none where it is 0 or outputs cannot be compared.
+    """A share per module, the method's sparsity on average over the weights that may be skipped; none where it is 0 or outputs cannot be compared.
 
     uniform: the method's plan with one share everywhere.
     """
-    parts = {
-        f"{prefix}.{i}": [n for n in sites if n.startswith(f"{prefix}.{i}.")]
-        for prefix, members in blocks.lists(model, sites).items()
-        for i in range(len(members))
-    }
-    parts = {block: names for block, names in parts.items() if any(n in uniform.inputs or n in uniform.gates for n in names)}
+    parts: dict[str, list[str]] = {}
+    for prefix, members in blocks.lists(model, sites).items():
+        for i in range(len(members)):
+            for kind, cuts in (("gates", uniform.gates), ("inputs", uniform.inputs)):
+                if names := [n for n in sites if n.startswith(f"{prefix}.{i}.") and n in cuts]:
+                    parts[f"{prefix}.{i} {kind}"] = names
     batches = blocks.first(data, TOKENS)
     dense = [_output(model, b) for b in batches]
     if uniform.method.sparsity == 0 or len(parts) < 2 or any(d is None for d in dense):
         return {}
     costs = {}
-    for block, names in parts.items():
+    for part, names in parts.items():
         inside = set(names)
         one = replace(uniform, inputs=_of(uniform.inputs, inside), gates=_of(uniform.gates, inside))
         with running(model, one, gates):
-            costs[block] = sum(_apart(d, s) for d, b in zip(dense, batches, strict=True) if d is not None and (s := _output(model, b)) is not None)
-    sizes = {block: sum(sites[n].shape[0] * sites[n].shape[1] for n in names) for block, names in parts.items()}
+            costs[part] = sum(_apart(d, s) for d, b in zip(dense, batches, strict=True) if d is not None and (s := _output(model, b)) is not None)
+    sizes = {part: sum(_weights(n, uniform, sites, gates) for n in names) for part, names in parts.items()}
     found = across.shares(costs, sizes, uniform.method.sparsity)
-    return {n: found[block] for block, names in parts.items() for n in names}
+    return {n: found[part] for part, names in parts.items() for n in names}
+
+
+def _weights(name: str, plan: Plan, sites: Mapping[str, Site], gates: Mapping[str, Gate]) -> int:
+    """Weights that a share of 1 skips: a gate's channels are rows of the up and columns of the down projection."""
+    own = math.prod(sites[name].shape)
+    gate = gates.get(name) if name in plan.gates else None
+    if gate is None or gate.up not in sites:
+        return own
+    return own + math.prod(sites[gate.up].shape) // (1 if gate.half is None else 2)
 
 
 def _of(cuts: Mapping[str, Any], inside: set[str]) -> dict[str, Any]:
