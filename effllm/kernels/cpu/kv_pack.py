@@ -1,4 +1,4 @@
-"""Which C++ op appends to a cache of which format: KIVI, Mustafar and block-floating-point pages are packed natively, others by their own encoder."""
+"""Which C++ op appends to a cache of which format: KIVI, GEAR, Mustafar and block-floating-point pages are packed natively, others by their own encoder."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from effllm.kernels.cpu import kv_formats
 from effllm.runtime.caches.base import parse
 from effllm.runtime.caches.bfp import Bfp
+from effllm.runtime.caches.gear import Gear
 from effllm.runtime.caches.kivi import Kivi
 
 
@@ -19,6 +20,11 @@ def kv_append(pages, ring, lens, start, k, v, tables, spec, page) -> None:  # ty
 
 
 def kv_append_kivi(pages, ring, lens, start, k, v, page, bits, group) -> None:  # type: ignore[no-untyped-def]
+    """The op's fake."""
+    return None
+
+
+def kv_append_gear(pages, ring, lens, start, k, v, page, bits, group, rank, kout, vout, factors, loops, rounds) -> None:  # type: ignore[no-untyped-def]
     """The op's fake."""
     return None
 
@@ -33,13 +39,20 @@ def kv_append_bfp(pages, ring, lens, start, k, v, korder, vorder, page, block, b
     return None
 
 
-FAKES: dict[str, Callable[..., None]] = {f.__name__: f for f in (kv_append, kv_append_kivi, kv_append_bitmap, kv_append_bfp)}
+FAKES: dict[str, Callable[..., None]] = {f.__name__: f for f in (kv_append, kv_append_kivi, kv_append_gear, kv_append_bitmap, kv_append_bfp)}
 
 
 def _kivi(ops: Any, state: tuple[Tensor, ...], tables: list[Tensor], spec: str) -> None:
     fmt = parse(spec)
     assert isinstance(fmt, Kivi)
     ops.kv_append_kivi(*state, fmt.page, fmt.bits, fmt.group)
+
+
+def _gear(ops: Any, state: tuple[Tensor, ...], tables: list[Tensor], spec: str) -> None:
+    fmt, dim = parse(spec), state[1].shape[4]
+    assert isinstance(fmt, Gear)
+    settings = (fmt.page, fmt.bits, fmt.group, fmt.rank, *fmt.counts(dim), fmt.factors, fmt.loops, fmt.rounds)
+    ops.kv_append_gear(*state, *settings)
 
 
 def _mustafar(ops: Any, state: tuple[Tensor, ...], tables: list[Tensor], spec: str) -> None:
@@ -54,7 +67,7 @@ def _bfp(ops: Any, state: tuple[Tensor, ...], tables: list[Tensor], spec: str) -
     ops.kv_append_bfp(*state, *tables, page, block, bits, vbits, fmt.rule == "raise", *at)
 
 
-PACKERS: dict[str, Callable[[Any, tuple[Tensor, ...], list[Tensor], str], None]] = {"kivi": _kivi, "mustafar": _mustafar, "bfp": _bfp}
+PACKERS: dict[str, Callable[[Any, tuple[Tensor, ...], list[Tensor], str], None]] = {"kivi": _kivi, "gear": _gear, "mustafar": _mustafar, "bfp": _bfp}
 
 
 def append(ops: Any, pages: Tensor, ring: Tensor, lens: Tensor, start: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], spec: str) -> None:

@@ -17,6 +17,10 @@ SPECS = (
     "kivi(bits=4,window=0)",
     "kivi(bits=8,page=32,group=16,window=5)",
     "kivi(bits=4,page=128,group=32,window=7)",
+    "gear(bits=2)",
+    "gear(bits=4,factors=8,rank=3,page=32,group=16)",
+    "gear(bits=8,rank=0,outliers=0.1,group=32)",
+    "gear(bits=2,outliers=0,rounds=2,loops=1,group=32,window=3)",
     "mustafar(page=64,sparsity=0.7)",
     "mustafar(page=128,window=3,sparsity=0.5)",
     "mustafar(page=64,sparsity=0)",
@@ -26,6 +30,9 @@ SPECS = (
     "bfp(bits=3,vbits=8,block=16,page=48,window=1,rule=raise)",
     "bfp(bits=2,vbits=5,block=16)",
 )
+SPOILED = (
+    "kivi(bits=2)", "kivi(bits=8,group=16)", "gear(bits=4)", "gear(bits=4,outliers=0.2,factors=8)", "mustafar(page=64)", "mustafar(page=64,bits=4)", "bfp(bits=4)",
+)  # fmt: skip
 KERNELS = [p for p in OPS["kv_append"].providers.values() if p.prepare is not None]
 EACH = pytest.mark.parametrize("kernel", KERNELS, ids=lambda p: p.name)
 
@@ -83,7 +90,7 @@ def same(a: Layer, b: Layer) -> None:
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize(("dtype", "dim"), [(torch.bfloat16, 64), (torch.float16, 96), (torch.float32, 128)], ids=str)
 def test_pages_are_those_of_the_encoder_however_tokens_arrive(kernel: Provider, spec: str, dtype: torch.dtype, dim: int) -> None:
-    dim = 48 if dim == 96 and spec in ("kivi(bits=2)", "kivi(bits=4,window=0)") else dim  # groups of 64 channels, or of the whole head
+    dim = 48 if dim == 96 and spec in ("kivi(bits=2)", "kivi(bits=4,window=0)", "gear(bits=2)") else dim  # groups of 64 channels, or of the whole head
     own, reference = pair(spec, dtype, 2, 3, dim)
     ready(kernel, spec, own)
     k, v = drawn(dtype, 2, 3, 420, dim)
@@ -97,7 +104,7 @@ def test_pages_are_those_of_the_encoder_however_tokens_arrive(kernel: Provider, 
 
 
 @EACH
-@pytest.mark.parametrize("spec", ["kivi(bits=4)", "mustafar(page=64,bits=8)", "bfp(bits=4)"])
+@pytest.mark.parametrize("spec", ["kivi(bits=4)", "gear(bits=2)", "mustafar(page=64,bits=8)", "bfp(bits=4)"])
 def test_padding_in_front_of_a_row_widens_nothing(kernel: Provider, spec: str) -> None:
     own, reference = pair(spec, torch.bfloat16, 3, 2, 64, start=[0, 70, 128])
     ready(kernel, spec, own)
@@ -111,12 +118,13 @@ def test_padding_in_front_of_a_row_widens_nothing(kernel: Provider, spec: str) -
 
 
 @EACH
-@pytest.mark.parametrize("spec", ["kivi(bits=2)", "kivi(bits=8,group=16)", "mustafar(page=64)", "mustafar(page=64,bits=4)", "bfp(bits=4)"])
+@pytest.mark.parametrize("spec", SPOILED)
 def test_what_is_not_finite_decodes_as_from_the_encoder(kernel: Provider, spec: str) -> None:
     own, reference = pair(spec, torch.float32, 1, 2, 64)
     ready(kernel, spec, own)
     k, v = drawn(torch.float32, 1, 2, 200, 64, seed=1)
-    for x, (t, c), what in ((k, (3, 9), torch.nan), (k, (70, 2), torch.inf), (v, (5, 60), torch.nan), (v, (90, 0), -torch.inf), (k, (20, 5), 1e6), (v, (21, 5), -1e6)):
+    nan, inf = torch.nan, torch.inf
+    for x, (t, c), what in ((k, (3, 9), nan), (k, (70, 2), inf), (v, (5, 60), nan), (v, (90, 0), -inf), (k, (20, 5), 1e6), (v, (21, 5), -1e6)):
         x[0, 1, t, c] = what
     for layer, name in ((own, kernel.name), (reference, "reference")):
         append(name, layer, k, v)
@@ -129,7 +137,7 @@ def test_what_is_not_finite_decodes_as_from_the_encoder(kernel: Provider, spec: 
 
 @EACH
 def test_a_full_cache_is_left_as_it_was(kernel: Provider) -> None:
-    for spec in ("kivi(bits=4)", "mustafar(page=64)", "bfp(bits=4)"):
+    for spec in ("kivi(bits=4)", "gear(bits=4)", "mustafar(page=64)", "bfp(bits=4)"):
         layer, _ = pair(spec, torch.float32, 1, 1, 64)
         ready(kernel, spec, layer)
         k, v = drawn(torch.float32, 1, 1, layer.limit + 1, 64)
