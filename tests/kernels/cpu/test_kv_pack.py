@@ -31,7 +31,8 @@ SPECS = (
     "bfp(bits=2,vbits=5,block=16)",
 )
 SPOILED = (
-    "kivi(bits=2)", "kivi(bits=8,group=16)", "gear(bits=4)", "gear(bits=4,outliers=0.2,factors=8)", "mustafar(page=64)", "mustafar(page=64,bits=4)", "bfp(bits=4)",
+    "kivi(bits=2)", "kivi(bits=8,group=16)", "gear(bits=4)", "gear(bits=4,outliers=0.2,factors=8)",
+    "mustafar(page=64)", "mustafar(page=64,bits=4)", "bfp(bits=4)",
 )  # fmt: skip
 KERNELS = [p for p in OPS["kv_append"].providers.values() if p.prepare is not None]
 EACH = pytest.mark.parametrize("kernel", KERNELS, ids=lambda p: p.name)
