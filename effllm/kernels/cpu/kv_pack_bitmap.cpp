@@ -53,10 +53,11 @@ template <class U> struct Packer {  // U: unsigned integer of an element's size
   void levels(const void* from, const uint8_t* flags, uint8_t* to, uint16_t* s) {
     effllm::kv::widen_all(type, from, dim, x.data());
     float least = INFINITY, most = 0, poison = 0;
+    const float* v = x.data();
+#pragma omp simd reduction(min : least) reduction(max : most) reduction(+ : poison)
     for (int64_t c = 0; c < dim; ++c) {
-      if (!flags[c]) continue;
-      const float a = std::fabs(x[static_cast<size_t>(c)]);
-      least = a < least ? a : least, most = a > most ? a : most, poison += a != a ? 1.f : 0.f;
+      const float a = std::fabs(v[c]), low = flags[c] ? a : INFINITY, high = flags[c] ? a : 0.f;
+      least = low < least ? low : least, most = high > most ? high : most, poison += high != high ? 1.f : 0.f;
     }
     if (poison != 0.f) least = most = NAN;
     const float top = static_cast<float>((1 << (bits - 1)) - 1);
@@ -67,11 +68,11 @@ template <class U> struct Packer {  // U: unsigned integer of an element's size
     s[1] = effllm::kv::half_of(step);
     if ((s[1] & 0x7FFF) == 0) s[1] = 0x3C00;  // 1
     const float by = effllm::kv::of_half(s[1]);
+    const int32_t sign = 1 << (bits - 1);
+#pragma omp simd
     for (int64_t c = 0; c < dim; ++c) {
-      const float v = x[static_cast<size_t>(c)];
-      float level = std::nearbyint((std::fabs(v) - low) / by);
-      level = level != level || level < 0.f ? 0.f : level > top ? top : level;
-      to[c] = static_cast<uint8_t>(static_cast<int32_t>(level)) | static_cast<uint8_t>((v < 0.f) << (bits - 1));
+      const float r = std::nearbyint((std::fabs(v[c]) - low) / by), level = r != r || r < 0.f ? 0.f : r > top ? top : r;
+      to[c] = static_cast<uint8_t>(static_cast<int32_t>(level) | (v[c] < 0.f ? sign : 0));
     }
   }
 
