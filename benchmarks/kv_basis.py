@@ -64,8 +64,9 @@ def main() -> None:
 
 
 def write(path: str, bases: dict[str, dict[int, list[torch.Tensor]]], about: dict[str, str]) -> None:
-    """NAME.LAYER.i for every table."""
-    save_file({f"{name}.{layer}.{i}": t.contiguous() for name, part in bases.items() for layer, ts in part.items() for i, t in enumerate(ts)}, path, about)
+    """NAME.LAYER.i for every table; copies, since bases share their means."""
+    held = {f"{name}.{layer}.{i}": t.clone().contiguous() for name, part in bases.items() for layer, ts in part.items() for i, t in enumerate(ts)}
+    save_file(held, path, about)
 
 
 if __name__ == "__main__":

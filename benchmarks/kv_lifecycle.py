@@ -13,6 +13,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,17 @@ BUDGETS = (128, 256, 512)
 
 
 def caches(model: Any, calibration: list[torch.Tensor]) -> dict[str, Callable[[], Any]]:
-    """Empty caches by name; statistics are of other sessions."""
-    states = collect(model, calibration)
-    tables = {"bfp-4-sorted": sort_tables(states, values=True), "matryoshka-50": weighted_tables(states)}
-    made: dict[str, Callable[[], Any]] = {n: lambda n=n, s=s: CompressedCache(model, s, tables=tables.get(n)) for n, s in SPECS.items()}  # type: ignore[misc]
+    """Empty caches by name; statistics are of other sessions, gathered where a cache needs them."""
+
+    @lru_cache
+    def tables(name: str) -> dict[int, list[torch.Tensor]] | None:
+        if name not in ("bfp-4-sorted", "matryoshka-50"):
+            return None
+        with torch.no_grad():
+            states = collect(model, calibration)
+            return sort_tables(states, values=True) if name == "bfp-4-sorted" else weighted_tables(states)
+
+    made: dict[str, Callable[[], Any]] = {n: lambda n=n, s=s: CompressedCache(model, s, tables=tables(n)) for n, s in SPECS.items()}  # type: ignore[misc]
     return made | {f"ems-{b}": lambda b=b: EvictingCache(model, Ems(budget=b)) for b in BUDGETS}  # type: ignore[misc]
 
 
@@ -64,8 +72,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     model, tokenizer = load_demo(torch.float32) if args.model == "demo" else (induction_model(), None)
-    with torch.no_grad():
-        known = caches(model, [s.context for s in sessions(args.model, tokenizer, args.length, 1, args.turns, 1000)])
+    known = caches(model, [s.context for s in sessions(args.model, tokenizer, args.length, 1, args.turns, 1000)])
     asked = sessions(args.model, tokenizer, args.length, args.sessions, args.turns, 0)
     rows = {(r["model"], r["length"], r["cache"], r["task"]): r for r in (json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else [])}
     for name in [n for n in args.only.split(",") if n] or list(known):

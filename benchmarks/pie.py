@@ -173,11 +173,13 @@ def quality(a: argparse.Namespace) -> Iterator[dict[str, Any]]:
             continue
         with EDITS.open("a") as file:
             file.write(json.dumps({**run, **row}) + "\n")
-        if i % 10 == 9 or i + 1 == a.edits:
+        if i % 10 == 9:
             print(f"{i + 1} edits, {time.perf_counter() - start:.0f} s, last {row}", flush=True)
             yield _summary("all", found, a)
-    for kind in sorted({f["kind"] for f in found} if not a.only else ()):
-        yield _summary(kind, [f for f in found if f["kind"] == kind], a)
+    if found and not a.only:
+        yield _summary("all", found, a)
+        for kind in sorted({f["kind"] for f in found}):
+            yield _summary(kind, [f for f in found if f["kind"] == kind], a)
 
 
 def compare(session: EditSession, state: dict[str, Any], ids: list[int], edits: Edits, tokenizer: Any, again: tuple[int, int]) -> dict[str, Any]:

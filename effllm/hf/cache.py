@@ -23,6 +23,7 @@ from effllm.errors import CacheError
 from effllm.hf.cache_layer import CompressedLayer
 from effllm.report import Decision
 from effllm.runtime.caches.base import CacheFormat, parse
+from effllm.runtime.caches.layer import Layer
 
 _KIND = "effllm-kv"
 
@@ -35,6 +36,7 @@ class CompressedCache(Cache):
 
     def __init__(self, model: Any, fmt: CacheFormat | str = "kivi", capacity: int | None = None, tables: dict[int, list[Tensor]] | None = None) -> None:
         self.format = parse(fmt) if isinstance(fmt, str) else fmt
+        Layer(self.format, capacity)  # refuses capacities that are none
         config = getattr(model, "config", model).get_text_config(decoder=True)
         plain: Cache = DynamicCache(config=config) if capacity is None else StaticCache(config=config, max_cache_len=capacity)
         self.decisions: list[Decision] = []
@@ -102,7 +104,10 @@ class CompressedCache(Cache):
         save_file(tensors, str(path), {"about": json.dumps(about)})
 
     def load(self, path: str | Path) -> CompressedCache:
-        """Take over a saved cache of the same model and format. Raises CacheError (E-KVC-FILE, E-KVC-METHOD, E-KVC-SHAPE)."""
+        """Take over a saved cache of the same model and format; a cache with a capacity keeps it, one without takes the file's.
+
+        Raises CacheError (E-KVC-FILE, E-KVC-METHOD, E-KVC-SHAPE, E-KVC-FULL).
+        """
         try:
             with safe_open(str(path), framework="pt") as f:
                 about = json.loads((f.metadata() or {}).get("about", "{}"))

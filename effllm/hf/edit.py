@@ -74,8 +74,11 @@ class EditSession:
             raise EditError("E-EDT-FORM", f"form={form!r}", f"form is one of {', '.join(FORMS)}")
         refresh = (REFRESH if cache == "dense" else 0) if refresh is None else refresh
         tail = (TAIL if cache == "dense" else 0) if tail is None else tail
-        if refresh < 0 or tail < 0 or (capacity is not None and capacity < 1):
-            raise EditError("E-EDT-FORM", f"refresh={refresh}, tail={tail}, capacity={capacity}", "refresh and tail are 0 or more, capacity 1 or more")
+        if not all(isinstance(n, int) and n >= least for n, least in ((refresh, 0), (tail, 0), (1 if capacity is None else capacity, 1))):
+            what = f"refresh={refresh!r}, tail={tail!r}, capacity={capacity!r}"
+            raise EditError("E-EDT-FORM", what, "refresh and tail are whole numbers from 0, capacity from 1")
+        if not hasattr(getattr(model, "config", None), "get_text_config"):
+            raise EditError("E-EDT-FORM", f"{type(model).__name__} is no causal language model of transformers", "give one, such as effllm.load_demo() loads")
         self.model, self.tokenizer, self.refresh, self.tail = model, tokenizer, refresh, tail
         config = model.config.get_text_config(decoder=True)
         self._vocabulary = int(config.vocab_size)

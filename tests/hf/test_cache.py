@@ -106,6 +106,25 @@ def test_saved_and_loaded_it_continues_bit_for_bit(model: Any, capacity: int | N
         CompressedCache(model, COARSE).save(tmp_path / "e")
 
 
+def test_a_capacity_outlives_loading(model: Any, tmp_path: Path) -> None:
+    small = CompressedCache(model, COARSE, 60)
+    logits(model, prompt(2, 45), small)
+    small.save(tmp_path / "c.safetensors")
+    larger = CompressedCache(model, COARSE, 200).load(tmp_path / "c.safetensors")
+    assert larger.get_max_length() == CompressedCache(model, COARSE, 200).get_max_length() > small.get_max_length()
+    assert int(larger.get_seq_length()) == 45
+    direct = CompressedCache(model, COARSE, 200)
+    logits(model, prompt(2, 45), direct)
+    more = prompt(2, 100)
+    assert torch.equal(logits(model, more, larger), logits(model, more, direct))
+    larger.save(tmp_path / "d.safetensors")
+    with pytest.raises(CacheError, match=r"E-KVC-FULL.*145 tokens are stored"):
+        small.load(tmp_path / "d.safetensors")
+    assert int(small.get_seq_length()) == 45  # unchanged
+    assert int(CompressedCache(model, COARSE, 200).load(tmp_path / "d.safetensors").get_seq_length()) == 145
+    assert CompressedCache(model, COARSE).load(tmp_path / "c.safetensors").get_max_length() == small.get_max_length()  # it says nothing: the file's
+
+
 def test_requests_from_a_snapshot_are_isolated(model: Any) -> None:
     cache = CompressedCache(model, COARSE, 100)
     logits(model, prompt(1, 40), cache)

@@ -149,3 +149,14 @@ def test_nan_keys_reach_the_output(fmt: str) -> None:
     hook.remove()
     assert states and int(cache.compressed[1].lens[1]) > 3
     assert y[1].isnan().any() and y[0].isfinite().all()
+
+
+def test_tables_and_sizes_that_make_no_sense(model: Any) -> None:
+    for fmt, given in (("bfp(bits=4,block=16)", {0: [torch.arange(16)]}), ("matryoshka(k=0.5,v=0.5)", {0: []}), ("kivi", {0: [torch.zeros(3)]})):
+        with pytest.raises(CacheError, match=r"E-KVC-BASIS.*takes tables of shapes"):
+            model(ids(5), past_key_values=CompressedCache(model, fmt, tables=given))
+    for capacity in (0, -3, 1.5, "4k"):
+        with pytest.raises(CacheError, match="E-KVC-VALUE"):
+            CompressedCache(model, "kivi", capacity)  # type: ignore[arg-type]
+    with pytest.raises(CacheError, match=r"(?s)E-KVC-NAME.*EvictingCache"):
+        CompressedCache(model, "ems(budget=256)")

@@ -232,7 +232,9 @@ def test_the_session_is_unchanged_after_any_error(form: str, monkeypatch: pytest
         (lambda m: opened(m, "w1"), "E-EDT-TEXT"),
         (lambda m: opened(m, [3]).text, "E-EDT-TEXT"), (lambda m: opened(m, [3]).generate(0), "E-EDT-FORM"),
         (lambda m: opened(m, [3], refresh=-1), "E-EDT-FORM"),
-        (lambda m: EditSession(m, [3], tail=-1), "E-EDT-FORM"),
+        (lambda m: EditSession(m, [3], tail=-1), "E-EDT-FORM"), (lambda m: EditSession(m, [3], tail="a"), "E-EDT-FORM"),
+        (lambda m: opened(m, [3], refresh=1.5), "E-EDT-FORM"), (lambda m: opened(m, [3], capacity=0), "E-EDT-FORM"),
+        (lambda m: EditSession(torch.nn.Linear(3, 3), [3]), "E-EDT-FORM"),
     ],
 )  # fmt: skip
 def test_bad_input_is_named(make: Callable[[Any], Any], code: str) -> None:

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from effllm.kernels.cpu import kv_pack
 from effllm.kernels.cpu.build import Isa
+from effllm.kernels.cpu.kv_formats import PLAIN
 from effllm.kernels.cpu.verdict import supports
 from effllm.lowering.op import OPS, Problem, Provider, Verdict
 from effllm.runtime.caches.base import CacheFormat, parse
@@ -16,18 +18,12 @@ from effllm.runtime.caches.gear import Gear
 from effllm.runtime.caches.kivi import Kivi
 
 
-def kv_append(pages, ring, lens, start, k, v, tables, spec, page) -> None:  # type: ignore[no-untyped-def]
-    """The op's fake."""
-    return None
-
-
 def kv_kivi(q, pages, ring, lens, mask, scale, page, bits, group, rank, kout, vout, factors, row, cos, sin, half):  # type: ignore[no-untyped-def]
     """The op's fake."""
     return q.new_empty(q.shape)
 
 
-PLAIN = (None, None, None, False)  # keys are read at the positions that they were stored for
-FAKES: dict[str, Callable[..., Any]] = {f.__name__: f for f in (kv_append, kv_kivi)}
+FAKES: dict[str, Callable[..., Any]] = {kv_kivi.__name__: kv_kivi, **kv_pack.FAKES}
 
 
 def settings(fmt: CacheFormat, dim: int) -> tuple[int, ...]:
@@ -48,7 +44,7 @@ def register(isa: Isa, rank: int, ensure: Callable[[Isa], None]) -> None:
 
     def append(pages: Tensor, ring: Tensor, lens: Tensor, start: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], spec: str) -> None:
         ensure(isa)
-        getattr(torch.ops, isa.namespace).kv_append(pages, ring, lens, start, k, v, tables, spec, parse(spec).page)
+        kv_pack.append(getattr(torch.ops, isa.namespace), pages, ring, lens, start, k, v, tables, spec)
 
     def attend(q: Tensor, pages: Tensor, ring: Tensor, lens: Tensor, tables: list[Tensor], mask: Tensor | None, scale: float, spec: str) -> Tensor:
         ensure(isa)

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from effllm.kernels.cpu.build import Isa, missing
-from effllm.kernels.cpu.kv import PLAIN
 from effllm.lowering.op import OPS, Problem, Provider, Verdict
 from effllm.runtime.caches.base import parse
 from effllm.runtime.caches.bfp import Bfp
@@ -22,6 +21,7 @@ from effllm.runtime.caches.mustafar import Mustafar
 from effllm.runtime.formats.kv import bitmap
 
 Turn = tuple[Tensor | None, Tensor | None, Tensor | None, bool]  # row, cos, sin, half
+PLAIN: Turn = (None, None, None, False)  # keys are read at the positions that they were stored for
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 MAX_QUERIES = 8  # beyond, dense products on decoded keys and values win
 
@@ -45,7 +45,8 @@ FAKES: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (kv_attend_bit
 
 
 @lru_cache(maxsize=256)
-def _mustafar(spec: str, heads: int, dim: int, dtype: torch.dtype) -> tuple[int, ...]:
+def mustafar(spec: str, heads: int, dim: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """page, kept channels, bits, and the byte offsets kval, kmap, vval, vmap, kscale, vscale."""
     fmt = parse(spec)
     assert isinstance(fmt, Mustafar)
     at = fmt.layout(heads, dim, dtype).offsets()
@@ -54,7 +55,8 @@ def _mustafar(spec: str, heads: int, dim: int, dtype: torch.dtype) -> tuple[int,
 
 
 @lru_cache(maxsize=256)
-def _bfp(spec: str, heads: int, dim: int, dtype: torch.dtype) -> tuple[int, ...]:
+def bfp(spec: str, heads: int, dim: int, dtype: torch.dtype) -> tuple[int, ...]:
+    """page, block, bits of keys and of values, and the byte offsets kcodes, kexp, vcodes, vexp."""
     fmt = parse(spec)
     assert isinstance(fmt, Bfp)
     at = fmt.layout(heads, dim, dtype).offsets()
@@ -72,14 +74,14 @@ def _matryoshka(spec: str, heads: int, dim: int, dtype: torch.dtype) -> tuple[in
 def _call_mustafar(
     ops: Any, q: Tensor, pages: Tensor, ring: Tensor, lens: Tensor, tables: list[Tensor], mask: Tensor | None, scale: float, spec: str, turn: Turn
 ) -> Tensor:  # fmt: skip
-    y: Tensor = ops.kv_attend_bitmap(q, pages, ring, lens, mask, scale, *_mustafar(spec, ring.shape[2], ring.shape[4], ring.dtype), *turn)
+    y: Tensor = ops.kv_attend_bitmap(q, pages, ring, lens, mask, scale, *mustafar(spec, ring.shape[2], ring.shape[4], ring.dtype), *turn)
     return y
 
 
 def _call_bfp(
     ops: Any, q: Tensor, pages: Tensor, ring: Tensor, lens: Tensor, tables: list[Tensor], mask: Tensor | None, scale: float, spec: str, turn: Turn
 ) -> Tensor:  # fmt: skip
-    y: Tensor = ops.kv_attend_bfp(q, pages, ring, lens, tables[0], tables[1], mask, scale, *_bfp(spec, ring.shape[2], ring.shape[4], ring.dtype), *turn)
+    y: Tensor = ops.kv_attend_bfp(q, pages, ring, lens, tables[0], tables[1], mask, scale, *bfp(spec, ring.shape[2], ring.shape[4], ring.dtype), *turn)
     return y
 
 

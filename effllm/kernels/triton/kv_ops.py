@@ -88,8 +88,6 @@ def supports_attend(problem: Problem) -> Verdict:
         return Verdict(False, f"{problem.m} queries of {heads // max(1, problem.n)} heads for each key head: a program holds {COLUMNS}")
     if isinstance(fmt, Gear) and (fmt.rank > RANK or max(fmt.counts(problem.k)) > EXACT):
         return Verdict(False, f"rank {fmt.rank} and {fmt.counts(problem.k)} outliers a vector, the kernel takes {RANK} and {EXACT}")
-    if isinstance(fmt, Gear) and fmt.factors != 16:
-        return Verdict(False, f"factors of {fmt.factors} bits, the kernel reads 16")
     return _tiles(fmt, problem.k)
 
 

@@ -21,6 +21,9 @@ from effllm.errors import CacheError, nearest
 from effllm.runtime.caches.layout import Layout
 
 FORMATS: dict[str, type[CacheFormat]] = {}
+_ELSEWHERE = {  # what is named like a format and is none: cause, next step
+    "ems": ("ems keeps a budget of tokens and no pages", "use effllm.hf.kv_evict: EvictingCache(model, Ems(budget=...)) inside observing(model)"),
+}
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,11 @@ class CacheFormat(ABC):
         del heads, dim, device
         return []
 
+    def table_shapes(self, heads: int, dim: int) -> Sequence[tuple[int, ...]]:
+        """What given tables must look like."""
+        del heads, dim
+        return ()
+
     def bytes_per_token(self, heads: int, dim: int, dtype: torch.dtype) -> float:
         """Stored bytes of a packed token, keys and values of all heads together, without alignment."""
         return self.layout(heads, dim, dtype).payload / self.page
@@ -89,6 +97,8 @@ def parse(spec: str) -> CacheFormat:
 def make(name: str, values: Mapping[str, Any]) -> CacheFormat:
     """A format by name and settings (texts are converted to the settings' types). Raises CacheError as `parse` does."""
     known = formats()
+    if name in _ELSEWHERE:
+        raise CacheError("E-KVC-NAME", *_ELSEWHERE[name])
     if name not in known:
         raise CacheError("E-KVC-NAME", f"unknown cache {name!r}", nearest(name, known))
     own = {f.name: f for f in fields(known[name])}

@@ -72,3 +72,7 @@ class Bfp(CacheFormat):
     def tables(self, heads: int, dim: int, device: torch.device) -> list[Tensor]:
         """No sorting."""
         return [torch.arange(dim, device=device).repeat(heads, 1) for _ in range(2)]
+
+    def table_shapes(self, heads: int, dim: int) -> Sequence[tuple[int, ...]]:
+        """The orders of key and of value channels."""
+        return [(heads, dim)] * 2

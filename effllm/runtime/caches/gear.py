@@ -80,15 +80,19 @@ class Gear(Kivi):
         return self.packed(kc, vc) | more
 
     def _compress(self, x: Tensor, group: int, count: int) -> tuple[Quantized, Tensor, Tensor, Tensor, Tensor]:
-        """x (..., M, N), vectors along M: quantized, factors (..., r, M) and (..., r, N), indices and corrections (..., N, count)."""
+        """x (..., M, N), vectors along M: quantized, factors (..., r, M) and (..., r, N), indices and corrections (..., N, count).
+
+        What is summed is summed in fp64, so that its order does not show in the halves that are stored: a kernel packs the same bytes.
+        """
         index = extremes(x, count)
         low = torch.zeros_like(x)
         for _ in range(self.rounds):
-            quantized = quantize(fill(x - low, index), self.bits, group)
+            quantized = quantize(fill((x - low).float(), index), self.bits, group)
             held = dequantize(*quantized, group)
-            a, b = (t.to(self.factor) for t in power_iteration((x - held).scatter(-2, index, 0.0), self.rank, self.loops))
-            low = a.float() @ b.float().transpose(-1, -2)
-        exact = (x - low - held).gather(-2, index)
+            rest = (x - held).scatter(-2, index, 0.0).double()
+            a, b = (t.float().to(self.factor) for t in power_iteration(rest, self.rank, self.loops))
+            low = a.double() @ b.double().transpose(-1, -2)
+        exact = (x - low - held).gather(-2, index).float()
         return quantized, a.transpose(-1, -2), b.transpose(-1, -2), index.transpose(-1, -2).to(torch.uint8), exact.transpose(-1, -2)
 
     def decode(self, held: Mapping[str, Tensor], tables: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -115,23 +119,31 @@ def fill(x: Tensor, index: Tensor) -> Tensor:
     """x (..., M, N) with the entries at `index` (..., count, N) replaced by their vector's mean."""
     if index.shape[-2] == 0:
         return x
-    return x.scatter(-2, index, x.mean(-2, keepdim=True).expand(index.shape).contiguous())
+    return x.scatter(-2, index, x.double().mean(-2, keepdim=True).float().expand(index.shape).contiguous())
 
 
 def power_iteration(e: Tensor, rank: int, loops: int) -> tuple[Tensor, Tensor]:
     """Factors A (..., M, r) with orthonormal columns and B (..., N, r) of e (..., M, N) ~ A B^T, each matrix by itself.
 
-    Starts from the same seeded matrix each time, so a page's bytes depend on the page alone. Zero where e is zero.
+    Starts from the same matrix each time, so a page's bytes depend on the page alone. Zero where e is zero.
     """
     n = e.shape[-1]
     if rank == 0:
         return e.new_zeros(*e.shape[:-1], 0), e.new_zeros(*e.shape[:-2], n, 0)
-    p = torch.randn(n, rank, generator=torch.Generator().manual_seed(0)).to(e).expand(*e.shape[:-2], n, rank)
+    p = first(n, rank, e.device).to(e).expand(*e.shape[:-2], n, rank)
     q = e.new_zeros(*e.shape[:-1], rank)
     for _ in range(loops):
         q = orthonormal(e @ orthonormal(p))
         p = e.transpose(-1, -2) @ q
     return q, p
+
+
+def first(n: int, rank: int, device: torch.device) -> Tensor:
+    """Where the iteration starts: fp64 (n, rank), numbers without a pattern in -1 to 1 that a kernel makes alike: a hash of row and column in 32 bits."""
+    row, column = (torch.arange(1, size + 1, device=device) for size in (n, rank))
+    h = (row[:, None] * 2654435761 + column * 2246822519) & 0xFFFFFFFF
+    h = ((h ^ (h >> 15)) * 2246822519) & 0xFFFFFFFF
+    return (h ^ (h >> 13)).double() / 2.0**31 - 1.0
 
 
 def orthonormal(x: Tensor) -> Tensor:

@@ -45,8 +45,8 @@ class Layer:
         self.capacity = capacity
         self.tables = None if tables is None else list(tables)
         self.ready = False
-        if capacity is not None and capacity < 1:
-            raise CacheError("E-KVC-VALUE", f"a capacity of {capacity} tokens", "give a positive number, or None to let the cache grow")
+        if capacity is not None and (not isinstance(capacity, int) or capacity < 1):
+            raise CacheError("E-KVC-VALUE", f"a capacity of {capacity!r} tokens", "give a positive number, or None to let the cache grow")
         providers.load("cpu")  # defines the ops
 
     # ---- allocation
@@ -60,8 +60,15 @@ class Layer:
         self._like(batch, heads, dim, k.dtype, k.device, paging.pages_for(self.format, self.capacity or 0))
         if self.tables is None:
             self.tables = self.format.tables(heads, dim, k.device)
+        self._need_tables(self.tables, heads, dim)
         self.tables = [t.to(k.device) for t in self.tables]
         self.ready = True
+
+    def _need_tables(self, tables: Sequence[Tensor], heads: int, dim: int) -> None:
+        given, taken = [tuple(t.shape) for t in tables], [tuple(s) for s in self.format.table_shapes(heads, dim)]
+        if given != taken:
+            what = f"{self.format.name} takes tables of shapes {taken} in a layer of {heads} heads of {dim} channels; these are {given}"
+            raise CacheError("E-KVC-BASIS", what, "make them for this model, as effllm.hf.kv_calibrate does")
 
     def _like(self, batch: int, heads: int, dim: int, dtype: torch.dtype, device: torch.device, pages: int) -> None:
         size = self.format.layout(heads, dim, dtype).page
@@ -211,17 +218,31 @@ class Layer:
         return {name: getattr(self, name) for name in _PARTS} | tables
 
     def load(self, about: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-        """Take over what `about` and `tensors` of another layer gave. Raises CacheError (E-KVC-METHOD) where the format differs."""
+        """Take over what `about` and `tensors` of another layer gave; a layer with a capacity keeps it, one without takes the other's.
+
+        Raises CacheError (E-KVC-METHOD) where the format differs, E-KVC-FULL where the tokens do not fit the capacity.
+        """
         own = {"format": self.format.spec, "version": self.format.version}
         if about.get("version") != self.format.version or not self._means(about.get("format")):
             step = "load it into a cache of the same format and settings"
             raise CacheError("E-KVC-METHOD", f"the file holds {about.get('format')!r}, version {about.get('version')!r}, this cache is {own}", step)
+        pages = self._sized(tensors["pages"], int(tensors["lens"][0]))
         for name in _PARTS:
-            setattr(self, name, tensors[name].clone())
+            setattr(self, name, (pages if name == "pages" else tensors[name]).clone())
         self.tables = [tensors[f"tables.{i}"].clone() for i in range(sum(n.startswith("tables.") for n in tensors))]
-        self.capacity = about["capacity"]
+        self.capacity = about["capacity"] if self.capacity is None else self.capacity
         self.ready = True
         self._static()
+
+    def _sized(self, pages: Tensor, total: int) -> Tensor:
+        """Stored pages (B, P, bytes) of `total` tokens, cut or filled up to this layer's capacity."""
+        if self.capacity is None:
+            return pages
+        count = paging.pages_for(self.format, self.capacity)
+        if total > paging.capacity(self.format, count):
+            what = f"{total} tokens are stored, and the cache holds {paging.capacity(self.format, count)}"
+            raise CacheError("E-KVC-FULL", what, "load them into a larger cache, or one that grows; this one is unchanged")
+        return torch.nn.functional.pad(pages, (0, 0, 0, count - pages.shape[1]))
 
     def _means(self, text: object) -> bool:
         """Whether a text is this format; settings that it does not name have their defaults."""

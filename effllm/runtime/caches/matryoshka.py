@@ -68,6 +68,10 @@ class Matryoshka(CacheFormat):
             raise CacheError("E-KVC-BASIS", f"{self.spec} needs a basis of the model's keys and values", "pass tables, as effllm.hf.kv_calibrate makes them")
         return pack_tables(*(t for _ in range(2) for t in (torch.eye(dim, device=device).repeat(heads, 1, 1), torch.zeros(heads, dim, device=device))))
 
+    def table_shapes(self, heads: int, dim: int) -> Sequence[tuple[int, ...]]:
+        """Basis and mean of keys, then of values."""
+        return [(heads, dim, dim), (heads, dim)] * 2
+
 
 def pack_tables(uk: Tensor, mk: Tensor, uv: Tensor, mv: Tensor) -> list[Tensor]:
     """The tables of a layer from bases (heads, D, D) and means (heads, D). Raises CacheError (E-KVC-BASIS) where a basis is not orthogonal."""

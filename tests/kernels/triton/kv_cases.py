@@ -18,6 +18,8 @@ ATTEND: tuple[tuple[str, int, int, int, int, int, str, str, int], ...] = (
     ("gear(bits=2)", 2, 4, 64, 200, 2, "float32", "padded-added", 2),
     ("gear(bits=4,rank=4,outliers=0.1,group=32)", 1, 5, 96, 200, 1, "float16", "none", 2),
     ("gear(bits=4,rank=3,outliers=0)", 1, 6, 64, 190, 4, "float32", "holes", 2),
+    ("gear(bits=2,factors=8)", 2, 3, 64, 200, 1, "float32", "padded", 2),
+    ("gear(bits=4,rank=3,factors=8,page=48,group=16)", 1, 2, 80, 150, 2, "float16", "none", 2),
     ("mustafar(page=64,window=8,sparsity=0.7)", 2, 3, 64, 200, 1, "float32", "padded", 2),
     ("mustafar(page=64,window=8,sparsity=0.5,bits=8)", 1, 1, 40, 150, 2, "float16", "none", 2),
     ("mustafar(page=128,window=0,sparsity=0.7,bits=4)", 1, 4, 96, 300, 1, "float32", "holes", 2),

@@ -98,7 +98,7 @@ def problem(op: str, spec: str, dim: int = 128, heads: int = 32, n: int | None =
 
 def test_every_format_has_attention_and_two_have_packing() -> None:
     kernels.register()
-    for spec in ("kivi", "gear(bits=2)", "mustafar(bits=4)", "bfp(bits=3,block=64)", "matryoshka"):
+    for spec in ("kivi", "gear(bits=2)", "gear(bits=2,factors=8)", "mustafar(bits=4)", "bfp(bits=3,block=64)", "matryoshka"):
         assert kv_ops.supports_attend(problem("kv_attend", spec)), spec
         assert bool(kv_ops.supports_append(problem("kv_append", spec))) == spec.startswith(("kivi", "mustafar"))
     assert (OPS["kv_attend"].providers["triton"].rank, OPS["kv_append"].providers["triton"].device) == (10, "cuda")
@@ -115,7 +115,6 @@ def test_every_format_has_attention_and_two_have_packing() -> None:
         ("kv_attend", "kivi", {"heads": 71, "groups": 1}, "71 heads"),
         ("kv_attend", "gear(outliers=0.5)", {}, "outliers"),
         ("kv_attend", "gear(rank=12)", {}, "rank 12"),
-        ("kv_attend", "gear(factors=8)", {}, "factors of 8"),
         ("kv_attend", "bfp(page=8,window=8)", {}, "pages of 8"),
         ("kv_attend", "bfp(block=16)", {"dim": 80}, "straddles"),
         ("kv_attend", "bfp(bits=8,vbits=8,block=48)", {"dim": 96}, "powers of two"),
