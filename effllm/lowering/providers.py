@@ -14,6 +14,7 @@ _FAMILIES = (
     "rotate",
     "bipolar_linear",
     "attention",
+    "prompt_attention",
     "lowrank_linear",
     "lowrank_bipolar_linear",
     "monarch_linear",

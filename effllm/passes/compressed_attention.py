@@ -17,7 +17,7 @@ from effllm import compat
 from effllm.autotune import kv_cost
 from effllm.lowering import kv_cache, providers
 from effllm.passes.base import Context, call, is_op, replace
-from effllm.passes.decode_attention import MAX_QUERIES, NAMES, grouped
+from effllm.passes.attention import MAX_QUERIES, NAMES, grouped
 from effllm.report import Decision, PassReport
 from effllm.runtime.caches.base import parse
 
@@ -88,7 +88,7 @@ def _read(graph: fx.Graph, read: fx.Node, context: Context) -> Decision:
     expected = compat.example_value(node)
     if tuple(compat.example_value(new).stride()) == tuple(expected.stride()):
         replace(context, node, new)
-    else:  # as in decode_attention: consumers reshape, which takes either
+    else:  # as in attention: consumers reshape, which takes either
         context.changed.append(new)
         node.replace_all_uses_with(new)
         graph.erase_node(node)

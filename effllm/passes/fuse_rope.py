@@ -20,7 +20,7 @@ class FuseRope:
 
     name = "fuse_rope"
     requires: tuple[str, ...] = ()
-    after: tuple[str, ...] = ("packed_linear", "query_rotation", "compressed_attention", "decode_attention")
+    after: tuple[str, ...] = ("packed_linear", "query_rotation", "compressed_attention", "attention")
 
     def run(self, graph: fx.Graph, context: Context) -> PassReport:
         """Rewrite sums of a product and the product of the same values, turned."""

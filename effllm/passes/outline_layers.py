@@ -38,7 +38,7 @@ class OutlineLayers:
 
     name = "outline_layers"
     requires: tuple[str, ...] = ()
-    after: tuple[str, ...] = ("packed_linear", "share_activation", "merge_linear", "merge_lowrank", "sparse_gate", "decode_attention",
+    after: tuple[str, ...] = ("packed_linear", "share_activation", "merge_linear", "merge_lowrank", "sparse_gate", "attention",
                               "fuse_norm", "fuse_glu", "fuse_rope", "step_program")  # fmt: skip
 
     def run(self, graph: fx.Graph, context: Context) -> PassReport:

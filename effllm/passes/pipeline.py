@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from effllm.passes.base import Pass
 from effllm.passes.compressed_attention import CompressedAttention
-from effllm.passes.decode_attention import DecodeAttention
+from effllm.passes.attention import Attention
 from effllm.passes.fuse_glu import FuseGlu
 from effllm.passes.fuse_norm import FuseNorm
 from effllm.passes.fuse_rope import FuseRope
@@ -21,6 +21,6 @@ from effllm.passes.step_program import StepPrograms
 def default() -> list[Pass]:
     """A fresh list of every pass."""
     weights: list[Pass] = [PackLinear(), ShareActivation(), MergeLinear(), MergeLowRank(), SparseGate()]
-    attention: list[Pass] = [QueryRotation(), CompressedAttention(), DecodeAttention()]
+    attention: list[Pass] = [QueryRotation(), CompressedAttention(), Attention()]
     fused: list[Pass] = [FuseNorm(), FuseGlu(), FuseRope()]
     return [*weights, *attention, *fused, StepPrograms(), OutlineLayers()]

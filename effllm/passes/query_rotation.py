@@ -15,7 +15,7 @@ from effllm import compat
 from effllm.lowering import providers
 from effllm.lowering.pie import attention_problem
 from effllm.passes.base import Context, call, is_op, replace
-from effllm.passes.decode_attention import MAX_QUERIES, NAMES, grouped
+from effllm.passes.attention import MAX_QUERIES, NAMES, grouped
 from effllm.report import Decision, PassReport
 
 

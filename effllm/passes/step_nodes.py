@@ -226,6 +226,8 @@ def _fits(node: fx.Node) -> bool:
         return False
     if _op(node) in PACKED:
         return True
+    if _op(node) == "prompt_attention":
+        return not arguments(node)[4] and flat[2].shape == flat[3].shape
     what = name(node)
     if what in BINARY or what in ("add_", "mul_"):
         dtypes = {t.dtype for t in flat}
@@ -444,17 +446,22 @@ def _dense(e: Emitter, node: fx.Node) -> None:
 
 
 def _attend(e: Emitter, node: fx.Node) -> None:
-    q, k, v, mask, scale, kernel = arguments(node)
+    q, k, v, mask, *rest = arguments(node)
+    *_, scale, kernel = rest
     e.use_kernel(node, plain(kernel))
     values = [e.value(n) for n in (q, k, v)]
     if any(x.meta.stride(-1) != 1 for x in values) or len({x.meta.dtype for x in values}) > 1:
         raise Unsupported(node, "its operands have gaps or differ in dtype")
     masked = None if mask is None else e.value(mask)
-    e.builder.emit("attend", [e.produce(node), *values, masked], (e.builder.number(scale),))
+    made = e.produce(node)
+    if _op(node) == "prompt_attention":  # (B, Q, H, D): heads before queries, as the instruction counts them
+        made = made.like(made.meta.transpose(1, 2))
+    e.builder.emit("attend", [made, *values, masked], (e.builder.number(scale),))
 
 
 _OURS: dict[str, _Handler] = {
-    "rms_norm": _rms_norm, "glu": _glu, "rotate": _rotate, "quantize_activation": _quantize, "decode_attention": _attend, **dict.fromkeys(PACKED, _packed),
+    "rms_norm": _rms_norm, "glu": _glu, "rotate": _rotate, "quantize_activation": _quantize, "decode_attention": _attend,
+    "prompt_attention": _attend, **dict.fromkeys(PACKED, _packed),
 }  # fmt: skip
 _PLAIN: dict[str, _Handler] = {
     "pow": _pow, "roll": _roll, "setitem": _set, "copy_": _into, "tensor": _constant,

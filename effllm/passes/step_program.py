@@ -32,7 +32,7 @@ class StepPrograms:
     name = "step_program"
     requires: tuple[str, ...] = ()
     after: tuple[str, ...] = ("packed_linear", "share_activation", "merge_linear", "merge_lowrank", "sparse_gate", "query_rotation",
-                              "compressed_attention", "decode_attention", "fuse_norm", "fuse_glu", "fuse_rope")  # fmt: skip
+                              "compressed_attention", "attention", "fuse_norm", "fuse_glu", "fuse_rope")  # fmt: skip
 
     def run(self, graph: fx.Graph, context: Context) -> PassReport:
         """Replace the program's nodes by one call."""

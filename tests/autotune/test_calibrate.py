@@ -12,8 +12,8 @@ import torch
 from effllm.autotune import calibrate, machines
 from effllm.autotune.cost import M, Model, N, crossovers
 from effllm.errors import KernelError, TuneError
-from effllm.kernels.cpu.choose import CpuTuning, thresholds
-from effllm.lowering import providers
+from effllm.kernels.cpu.nm_choose import thresholds
+from effllm.lowering import nm_linear, providers
 from effllm.lowering.op import Problem
 
 
@@ -32,9 +32,9 @@ def test_constants_are_measured_in_time_and_used() -> None:
             calibrate.measure(allow_load=True)
         return
     assert not machines.is_calibrated()
-    start = time.perf_counter()
+    start = time.process_time()  # of all threads: the machine may be busy with something else
     found = calibrate.measure(allow_load=True)
-    assert time.perf_counter() - start < 30
+    assert time.process_time() - start < 60
     assert set(found) == set(machines.NAMES)
     assert all(v > 0 for name, v in found.items() if name != "wake") and found["wake"] >= 0
     # a vector unit issues between a tenth of an instruction and ten a cycle
@@ -83,14 +83,12 @@ def test_load_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_faster_products_move_the_crossover(tmp_path: Path) -> None:
-    problem = Problem("bipolar_linear", 1024, 1024, 4, 32, True, "a16", None, torch.bfloat16)
-    if not CpuTuning("avx512").legal(problem, {"path": "expand", "threads": 0}):
-        pytest.skip("no bf16 products here")
+    problem = nm_linear.problem("nm_linear", 1024, 1024, 2, 4, dtype=torch.bfloat16, values=torch.bfloat16)
     found = {}
     for factor in (0.3, 3.0):
         machines.keep(machines.DEFAULTS | {"product": factor * machines.DEFAULTS["product"]})
         thresholds.cache_clear()
-        found[factor] = thresholds(problem, "avx512")["expand_from"]
+        found[factor] = thresholds(problem, "avx512", False)["expand_from"]
     thresholds.cache_clear()
     assert 0 < found[3.0] < (found[0.3] or 1 << 40)
 

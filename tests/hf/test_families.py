@@ -148,7 +148,7 @@ def row(run: Run) -> tuple[int, ...]:
     assert codes(run.a8[0], "share_activation") == codes(run.a8[-1], "share_activation")
     counts = [linear.get("applied", 0), linear.get("other-op", 0), *(merge.get(c, 0) for c in ("merged", "not-mergeable", "alone"))]
     shared = codes(run.a8[-1], "share_activation").get("shared", 0)
-    return (*counts, shared, codes(last, "decode_attention").get("applied", 0), len(run.reports))
+    return (*counts, shared, codes(last, "attention").get("applied", 0), len(run.reports))
 
 
 @pytest.mark.skipif(bool(providers.load("cpu")), reason="the reference kernel merges nothing")
@@ -156,8 +156,8 @@ def row(run: Run) -> tuple[int, ...]:
 def test_what_is_rewritten(family: str) -> None:
     run = compiled(family)
     assert row(run) == GOLDEN[family]
-    # prefill has too many queries for the decode kernel, and says so
-    assert set(codes(run.reports[0], "decode_attention")) <= {"many-queries"}
+    # prefill has its own kernel: as many calls
+    assert codes(run.reports[0], "attention").get("applied", 0) == codes(run.reports[-1], "attention").get("applied", 0)
 
 
 @pytest.mark.parametrize("family", DECODERS)
@@ -202,7 +202,7 @@ def test_encoder_equals_the_dequantized_model() -> None:
     ids = ids_of(24).view(2, 12)
     got = output(torch.compile(tiny("bert"), fullgraph=True, backend="effllm", options={"recipe": W8, "inner": "eager", "max_slowdown": 1e9}), ids)
     report = backend.last_report()
-    assert codes(report, "packed_linear") == {"applied": 3 + 2 * 6 + 1} and codes(report, "decode_attention") == {"many-queries": 2}
+    assert codes(report, "packed_linear") == {"applied": 3 + 2 * 6 + 1} and codes(report, "attention") == {"applied": 2}
     assert relative(got, output(dequantized("bert", report), ids)) < ROUNDING < relative(got, output(tiny("bert"), ids)) < 0.05
 
 

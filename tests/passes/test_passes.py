@@ -132,16 +132,16 @@ class Attention(nn.Module):
         return nn.functional.scaled_dot_product_attention(q, k, v, **self.options)
 
 
-@pytest.mark.parametrize(("queries", "options", "code"), [(1, {}, "applied"), (2, {}, "applied"), (9, {}, "many-queries"), (1, {"dropout_p": 0.5}, "options")])
-def test_decode_attention(queries: int, options: dict[str, object], code: str) -> None:
+@pytest.mark.parametrize(("queries", "options", "code"), [(1, {}, "applied"), (2, {}, "applied"), (9, {}, "applied"), (9, {"is_causal": True}, "applied"), (1, {"dropout_p": 0.5}, "options")])
+def test_attention(queries: int, options: dict[str, object], code: str) -> None:
     q, kv = torch.randn(2, 6, queries, 16), torch.randn(2, 2, 40, 16)
 
     def look(graph: fx.Graph) -> None:
         reports = {r.name: r for r in manager.run(pipeline.default(), graph, context("w8"))}
-        (decision,) = reports["decode_attention"].decisions
+        (decision,) = reports["attention"].decisions
         assert decision.code == code
         if code == "applied":
-            node = next(n for n in graph.nodes if is_op(n, "decode_attention"))
+            node = next(n for n in graph.nodes if is_op(n, "decode_attention" if queries < 5 else "prompt_attention"))
             assert tuple(compat.example_value(node.args[1]).shape) == (2, 2, 40, 16)  # the repetition is gone
 
     on_graph(Attention(options), (q, kv, kv), look)

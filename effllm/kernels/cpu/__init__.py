@@ -9,13 +9,13 @@ from __future__ import annotations
 import torch
 
 from effllm.errors import KernelError
-from effllm.kernels.cpu import bipolar, build, kv, kv_formats, lowrank, lowrank_bipolar, monarch, nm, pie, segments, skip
+from effllm.kernels.cpu import bipolar, build, kv, kv_formats, lowrank, lowrank_bipolar, monarch, nm, pie, prompt, segments, skip
 from effllm.kernels.cpu.build import ISAS, Isa
 from effllm.kernels.cpu.verdict import supports
 
 __all__ = ["FAMILIES", "ensure", "register", "supports"]
 
-FAMILIES = (bipolar, kv, kv_formats, lowrank, lowrank_bipolar, monarch, nm, pie, segments, skip)
+FAMILIES = (bipolar, kv, kv_formats, lowrank, lowrank_bipolar, monarch, nm, pie, prompt, segments, skip)
 _loaded: set[str] = set()
 
 

@@ -16,6 +16,7 @@
 namespace effllm {
 
 enum class Type { f32, bf16, f16 };
+inline int64_t size_of(Type t) { return t == Type::f32 ? 4 : 2; }
 
 inline float bf16_to_float(uint16_t h) { uint32_t u = static_cast<uint32_t>(h) << 16; float f; std::memcpy(&f, &u, 4); return f; }
 inline uint16_t float_to_bf16(float f) {
@@ -59,13 +60,15 @@ struct Activations {
   }
 
   // One token of int8 codes. `factor` turns a sum of x into the correction term.
-  void take_int8(int64_t i, const int8_t* src, float factor) {
+  template <class V> void take_int8(int64_t i, const int8_t* src, float factor) {
     int8_t* dst = x.data() + i * stride();
     std::memcpy(dst, src, static_cast<size_t>(k));
     for (int64_t s = 0; s < segs; ++s) {
       int32_t sum = 0;
+      int64_t c = s * seg;
       const int64_t end = std::min(kp, (s + 1) * seg);
-      for (int64_t c = s * seg; c < end; ++c) sum += dst[c];
+      for (; c + 32 <= end; c += 32) sum += V::sum32(dst + c);
+      for (; c < end; ++c) sum += dst[c];
       corr[static_cast<size_t>(i * segs + s)] = factor * static_cast<float>(sum);
     }
   }

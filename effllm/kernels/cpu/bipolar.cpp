@@ -55,7 +55,7 @@ void prepare_int8(Activations& a, const int8_t* src, int64_t m, int64_t k, const
   a.shape(m, k, kp, w.group == 0 ? kp : w.group, 1);
   const float factor = w.minimum ? 0.5f : -static_cast<float>(zero);
   torch::stable::parallel_for(0, m, 16, [&](int64_t from, int64_t to) {
-    for (int64_t i = from; i < to; ++i) a.take_int8(i, src + i * k, factor);
+    for (int64_t i = from; i < to; ++i) a.take_int8<V>(i, src + i * k, factor);
   });
   a.tables.clear();
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
@@ -77,34 +77,35 @@ void prepare_float(Activations& a, const void* x, int64_t m, int64_t k, const We
 }
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
-template <int BITS> void expand(const Weight& w, int64_t k, float zero, int64_t from, int64_t to, int64_t origin, uint16_t* out, int64_t ld) {
-  effllm::expand_tiles<V, BITS>(w, k, zero, from, to, origin, out, ld);
-}
-
-// x (m, k) bf16 times the weights, chunk by chunk of expanded columns (expand.h).
-void multiply_expanded(const Tensor& x, const std::vector<Weight>& weights, int64_t bits, float zero, const float* bias, uint16_t* y) {
-  static constexpr void (*table[8])(const Weight&, int64_t, float, int64_t, int64_t, int64_t, uint16_t*, int64_t) = {expand<1>, expand<2>, expand<3>, expand<4>, expand<5>, expand<6>, expand<7>, expand<8>};
+using Expand = void (*)(const Weight&, const uint16_t*, int64_t, int64_t, int64_t, float, int64_t, int64_t, const float*, void*, Type);
+void run_expanded(const Tensor& x, const std::vector<Weight>& weights, int64_t bits, float zero, const float* bias, void* y, int64_t threads) {
+  static constexpr Expand table[8] = {effllm::multiply_expanded<V, 1>, effllm::multiply_expanded<V, 2>, effllm::multiply_expanded<V, 3>, effllm::multiply_expanded<V, 4>,
+                                      effllm::multiply_expanded<V, 5>, effllm::multiply_expanded<V, 6>, effllm::multiply_expanded<V, 7>, effllm::multiply_expanded<V, 8>};
+  STD_TORCH_CHECK(bits >= 1 && bits <= 8, "effllm: bits must be 1 to 8");
   const int64_t m = x.size(0), k = x.size(1);
-  for (const auto& w : weights) {
-    const int64_t chunk = std::max<int64_t>(8, effllm::kExpandBytes / (32 * k) / 8 * 8);
-    for (int64_t t0 = 0; t0 < w.tiles; t0 += chunk) {
-      const int64_t t1 = std::min(w.tiles, t0 + chunk), ld = (t1 - t0) * 16;
-      const Tensor dense = torch::stable::new_empty(x, {k, ld});
-      auto* out = static_cast<uint16_t*>(dense.mutable_data_ptr());
-      torch::stable::parallel_for(t0, t1, 2, [&](int64_t a, int64_t b) { table[bits - 1](w, k, zero, a, b, t0, out, ld); });
-      const Tensor part = torch::stable::matmul(x, dense);
-      const auto* from = static_cast<const uint16_t*>(part.const_data_ptr());
-      const int64_t count = std::min(ld, w.n - t0 * 16), col = w.col + t0 * 16;
-      torch::stable::parallel_for(0, m, 16, [&](int64_t a, int64_t b) {
-        for (int64_t i = a; i < b; ++i) {
-          uint16_t* to = y + i * w.ldy + col;
-          std::memcpy(to, from + i * ld, static_cast<size_t>(count) * 2);
-          if (bias)
-            for (int64_t j = 0; j < count; ++j) to[j] = effllm::float_to_bf16(effllm::bf16_to_float(to[j]) + bias[t0 * 16 + j]);
-        }
-      });
-    }
+  const auto* rows = static_cast<const uint16_t*>(x.const_data_ptr());
+  int64_t ld = k;
+  static thread_local std::vector<uint16_t> copy;
+  if (k % 2 || 2 * k % 2048 == 0) {  // a column after the last one that counts as zero; rows a power of two apart would share sets of the cache
+    ld = k + k % 2 + 32;
+    copy.resize(static_cast<size_t>(m * ld));
+    torch::stable::parallel_for(0, m, std::max<int64_t>(1, 65536 / k), [to = copy.data(), rows, ld, k](int64_t from, int64_t end) {
+      for (int64_t i = from; i < end; ++i) std::memcpy(to + i * ld, rows + i * k, static_cast<size_t>(k) * 2), to[i * ld + k] = 0;
+    });
+    rows = copy.data();
   }
+  int64_t pairs = 0;
+  for (const auto& w : weights) pairs += (w.tiles + 1) / 2;
+  const int64_t each = threads > 0 ? (pairs + threads - 1) / threads : grain(pairs, 2 * weights[0].blocks, bits, m, 2);
+  torch::stable::parallel_for(0, pairs, each, [&](int64_t from, int64_t to) {
+    int64_t first = 0;
+    for (const auto& w : weights) {
+      const int64_t count = (w.tiles + 1) / 2, a = std::max(from, first), b = std::min(to, first + count);
+      const float* own = bias ? bias + w.col : nullptr;
+      if (a < b) table[bits - 1](w, rows, m, k, ld, zero, 2 * (a - first), std::min(w.tiles, 2 * (b - first)), own, y, Type::bf16);
+      first += count;
+    }
+  });
 }
 #endif
 
@@ -127,7 +128,7 @@ Tensor multiply(const Tensor& x_in, const float* xs, const std::vector<Tensor>& 
   const std::vector<float> b = effllm::floats_of(bias, total);
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
   if (V::fast_bf16 && !xs && how.expand_from > 0 && m >= how.expand_from && x.scalar_type() == ScalarType::BFloat16) {
-    multiply_expanded(torch::stable::view(x, {m, k}), weights, bits, static_cast<float>(zero), bias ? b.data() : nullptr, static_cast<uint16_t*>(y.mutable_data_ptr()));
+    run_expanded(torch::stable::view(x, {m, k}), weights, bits, static_cast<float>(zero), bias ? b.data() : nullptr, y.mutable_data_ptr(), how.threads);
     return y;
   }
 #endif

@@ -86,29 +86,21 @@ template <class V, int D> inline typename V::F fold(typename V::I a0, typename V
     if constexpr (D > 1) a = V::axpb(a, step, 0.f);
     return V::fma1(minimum, corr, V::fma(scale, a, sum));
   }
-  return V::fma(scale, V::axpb(a, D > 1 ? step : 1.f, corr), sum);
+  if constexpr (D == 1) return V::fma(scale, V::plus(a, corr), sum);  // no multiply-add: those units have the dot products to do
+  else return V::fma(scale, V::axpb(a, step, corr), sum);
 }
 
 template <class V> inline void finish(typename V::F sum, float factor, const float* bias, void* y, int64_t at, int64_t count, Type type) {
-  float out[16];
-  V::store_f(out, sum);
   if (count < 16) {
+    float out[16];
+    V::store_f(out, sum);
     for (int64_t r = 0; r < count; ++r) store_from_float(y, at + r, type, out[r] * factor + (bias ? bias[r] : 0.f));
     return;
   }
-#pragma omp simd
-  for (int r = 0; r < 16; ++r) out[r] *= factor;
-  if (bias)
-#pragma omp simd
-    for (int r = 0; r < 16; ++r) out[r] += bias[r];
-  if (type == Type::f32) { std::memcpy(static_cast<float*>(y) + at, out, 64); return; }
-  uint16_t h[16];
-  if (type == Type::bf16)
-#pragma omp simd
-    for (int r = 0; r < 16; ++r) h[r] = float_to_bf16(out[r]);
-  else
-    for (int r = 0; r < 16; ++r) { const _Float16 v = static_cast<_Float16>(out[r]); std::memcpy(h + r, &v, 2); }
-  std::memcpy(static_cast<uint16_t*>(y) + at, h, 32);
+  const auto f = V::fma1(sum, factor, bias ? V::load_f(bias) : V::zero_f());
+  if (type == Type::f32) V::store_f(static_cast<float*>(y) + at, f);
+  else if (type == Type::bf16) V::store_bf16(static_cast<uint16_t*>(y) + at, f);
+  else V::store_h(static_cast<uint16_t*>(y) + at, f);
 }
 
 // Where the scales of a segment are: groups of 16 give two segments per block.
@@ -185,7 +177,9 @@ template <class V, int BITS, int STEP> inline void unpack_steps(const uint8_t* b
 template <class V, bool WIDE, int D, int MR, int T>
 void gemm_block(const Weight& w, const Activations& x, const uint8_t* flat, int64_t tile, int tiles, int64_t m0, const float* out_scale, const float* bias, void* y, Type type) {
   typename V::F sum[MR][T];
+#pragma GCC unroll 8
   for (int m = 0; m < MR; ++m)
+#pragma GCC unroll 4
     for (int t = 0; t < T; ++t) sum[m][t] = V::zero_f();
   const int64_t steps = w.blocks * 8, per = x.seg / 4;
   const int8_t* row = x.row(m0, 0);
@@ -227,8 +221,11 @@ void gemm_block(const Weight& w, const Activations& x, const uint8_t* flat, int6
       }
     }
   }
-  for (int t = 0; t < tiles; ++t) {
+#pragma GCC unroll 4
+  for (int t = 0; t < T; ++t) {
+    if (t >= tiles) break;
     const int64_t first = (tile + t) * 16, count = std::min<int64_t>(16, w.n - first);
+#pragma GCC unroll 8
     for (int m = 0; m < MR; ++m)
       finish<V>(sum[m][t], out_scale ? 2.f * out_scale[m0 + m] : 2.f, bias ? bias + first : nullptr, y, (m0 + m) * w.ldy + w.col + first, count, type);
   }

@@ -8,7 +8,7 @@ segment a few to fold the sums with scale and offset.
     registers  extracts again for every `rows` tokens
     single     one token of int8: masks without shifting, sums of each field joined once a segment
     unpack     extracts once for as many tokens as `chunk` holds, writes bytes and reads them for every `rows` tokens, `tiles` side by side
-    expand     extracts once, writes bf16; PyTorch's product does the rest
+    expand     extracts once for as many tokens as stay in cache, writes bf16, which tokens multiply without further steps
 """
 
 from __future__ import annotations
@@ -58,18 +58,18 @@ def _model(path: str, isa: str) -> Model:
         masks = 1.2 * PARTS + sympy.Piecewise((4, sympy.Eq(sympy.Mod(BITS, 2), 1)), (0, True))
         instructions = (steps * (masks + 1) + fold * (6 + 4 * PARTS)) * sympy.Piecewise((1, TILES <= 1), (1.3, True)) + take
     else:
-        instructions = steps * (extract + 40 * width)
+        held = sympy.Max(56, 14 * sympy.floor(512 * 1024 / (2 * K) / 14))
+        rows = sympy.Min(M, 14)
+        each = 0.85 + 0.45 * (2 + rows) / (2 * rows)
+        instructions = steps * ((extract + 16) * sympy.ceiling(M / held) + 2 * each * M) + 4 * M * N / 16
     nbytes = WEIGHT_BYTES + M * (K * ACT + N * OUT)
     flops = 2 * M * N * K
     rate = sympy.Min(THREADS * SINGLE, BANDWIDTH)
     busy = instructions / (ISSUE * THREADS)
     seconds = sympy.Max(nbytes / rate, busy) + CALL + sympy.Piecewise((0, THREADS <= 1), (WAKE, True))
     # the products alone, 64 (expand: 32) multiply-adds an instruction
-    bound = sympy.Max(nbytes / BANDWIDTH, M * N * K * DIGITS * dot / 64 / (ISSUE * THREADS))
-    if path == "expand":
-        copies = 2 * M * N * OUT / (4 * BANDWIDTH)  # products are copied into place, in cache
-        seconds = seconds + M * N * K / (0.94 * PRODUCT * THREADS)  + copies + 3 * CALL + 2 * WAKE
-        bound = sympy.Max(nbytes / BANDWIDTH, M * N * K / (PRODUCT * THREADS))
+    products = M * N * K / 32 if path == "expand" else M * N * K * DIGITS * dot / 64
+    bound = sympy.Max(nbytes / BANDWIDTH, products / (ISSUE * THREADS))
     return Model(nbytes, flops, instructions, seconds, bound)
 
 

@@ -15,7 +15,6 @@ namespace effllm {
 
 inline int64_t padded32(int64_t k) { return (k + 31) / 32 * 32; }
 inline int64_t place(int64_t i, Type t) { return t == Type::bf16 ? (i & ~int64_t{31}) + (i & 1) * 16 + (i & 31) / 2 : i; }
-inline int64_t size_of(Type t) { return t == Type::f32 ? 4 : 2; }
 
 // Even and odd columns of 32 bf16 values as floats.
 inline void widen_bf16(const uint16_t* p, Portable::F& even, Portable::F& odd) {

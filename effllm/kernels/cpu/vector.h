@@ -5,8 +5,7 @@
 // dp<WIDE>(acc, w, x4) adds sum_i w[r][i] * x4[i] to row r; WIDE says that codes may exceed 127, which AVX2's saturating
 // 16-bit pair sums cannot take in one go.
 #pragma once
-#include <cstdint>
-#include <cstring>
+#include "activation.h"
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -47,7 +46,11 @@ struct Portable {
   static F load_h(const uint16_t* p) {
     F f; for (int i = 0; i < 16; ++i) { _Float16 h; std::memcpy(&h, p + i, 2); f.v[i] = static_cast<float>(h); } return f;
   }
+  static int32_t sum32(const int8_t* p) { int32_t s = 0; for (int i = 0; i < 32; ++i) s += p[i]; return s; }
+  static F plus(F a, float b) { for (int i = 0; i < 16; ++i) a.v[i] += b; return a; }
   static void store_f(float* p, const F& f) { std::memcpy(p, f.v, 64); }
+  static void store_bf16(uint16_t* p, const F& f) { for (int i = 0; i < 16; ++i) p[i] = float_to_bf16(f.v[i]); }
+  static void store_h(uint16_t* p, const F& f) { for (int i = 0; i < 16; ++i) store_from_float(p, i, Type::f16, f.v[i]); }
 };
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
@@ -106,7 +109,25 @@ struct Avx2 {
   static F load_h(const uint16_t* p) {
     auto q = reinterpret_cast<const __m128i*>(p); return {_mm256_cvtph_ps(_mm_loadu_si128(q)), _mm256_cvtph_ps(_mm_loadu_si128(q + 1))};
   }
+  static int32_t sum32(const int8_t* p) { return lanes(dot(_mm256_setzero_si256(), _mm256_set1_epi8(1), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))); }
+  static int32_t lanes(__m256i v) {
+    const __m128i h = _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)), q = _mm_add_epi32(h, _mm_unpackhi_epi64(h, h));
+    return _mm_cvtsi128_si32(_mm_add_epi32(q, _mm_shuffle_epi32(q, 1)));
+  }
+  static F plus(const F& x, float y) {
+    const __m256 b = _mm256_set1_ps(y); return {_mm256_add_ps(x.a, b), _mm256_add_ps(x.b, b)};
+  }
   static void store_f(float* p, const F& f) { _mm256_storeu_ps(p, f.a); _mm256_storeu_ps(p + 8, f.b); }
+  static void store_bf16(uint16_t* p, const F& f) {
+    float v[16];
+    store_f(v, f);
+#pragma omp simd
+    for (int i = 0; i < 16; ++i) p[i] = float_to_bf16(v[i]);
+  }
+  static void store_h(uint16_t* p, const F& f) {
+    auto q = reinterpret_cast<__m128i*>(p);
+    _mm_storeu_si128(q, _mm256_cvtps_ph(f.a, _MM_FROUND_TO_NEAREST_INT)), _mm_storeu_si128(q + 1, _mm256_cvtps_ph(f.b, _MM_FROUND_TO_NEAREST_INT));
+  }
 };
 #endif
 
@@ -147,9 +168,29 @@ struct Avx512 {
   static F load_f(const float* p) { return _mm512_loadu_ps(p); }
   static F load_h(const uint16_t* p) { return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
   static void store_f(float* p, F f) { _mm512_storeu_ps(p, f); }
+  static int32_t sum32(const int8_t* p) { return Avx2::lanes(_mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))); }
+  static F plus(F a, float b) { return _mm512_add_ps(a, _mm512_set1_ps(b)); }
+  static void store_h(uint16_t* p, F f) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT)); }
 #if defined(__AVX512BF16__)
   template <int C> static F column(W w) { return _mm512_cvtepi32_ps(_mm512_and_si512(C ? _mm512_srli_epi32(w, 8 * C) : w, _mm512_set1_epi32(255))); }
   static void store_bf16(uint16_t* p, F f) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(f))); }
+  // Two columns of 16 rows as bf16, side by side in every lane; and the product of such pairs with the two values at p.
+  static void store_pairs(uint8_t* p, F even, F odd) {
+    const __m512i both = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));  // even in the lower half
+    const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi16(order, both));
+  }
+  static F dot_pairs(F acc, W w, const uint16_t* p) {
+    int32_t two; std::memcpy(&two, p, 4);
+    return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(w), reinterpret_cast<__m512bh>(_mm512_set1_epi32(two)));
+  }
+#else
+  static void store_bf16(uint16_t* p, F f) {
+    const __m512i u = _mm512_castps_si512(f), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
+    const __m512i rounded = _mm512_srli_epi32(_mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF))), 16);
+    const __m512i nan = _mm512_or_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(0x40));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(f, f, _CMP_UNORD_Q), nan)));
+  }
 #endif
 };
 #endif

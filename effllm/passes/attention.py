@@ -1,4 +1,4 @@
-"""Scaled dot product attention of a few queries (decoding) goes to one kernel that reads grouped keys without repeating them."""
+"""Scaled dot product attention goes to kernels that read grouped keys without repeating them: one for a few queries (decoding), one for prompts."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from effllm.lowering.op import Problem
 from effllm.passes.base import Context, call, replace
 from effllm.report import Decision, PassReport
 
-MAX_QUERIES = 4  # beyond a few queries the tiled kernels of torch win
+MAX_QUERIES = 4  # beyond a few queries tiles of keys are worth transposing
 NAMES = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
 
 
-class DecodeAttention:
+class Attention:
     """One Decision per attention node."""
 
-    name = "decode_attention"
+    name = "attention"
     requires: tuple[str, ...] = ()
     after: tuple[str, ...] = ("query_rotation", "compressed_attention")
 
     def run(self, graph: fx.Graph, context: Context) -> PassReport:
-        """Replace where the number of queries is static and small and a kernel exists for the device."""
+        """Replace where a kernel exists for the device and the number of queries."""
         report = PassReport(self.name)
         for node in list(graph.nodes):
             if node.op == "call_function" and node.target in compat.ATTENTION:
@@ -45,35 +45,44 @@ def _site(graph: fx.Graph, node: fx.Node, context: Context) -> Decision:
     query = compat.example_value(q)
     if torch.is_grad_enabled() and any(compat.example_value(t).requires_grad for t in (q, k, v)):
         return kept("grad", "gradients are recorded and the op is for inference only")
-    if query.dim() != 4 or not isinstance(query.shape[2], int) or query.shape[2] > MAX_QUERIES:
-        return kept("many-queries", f"{query.shape[-2]} queries: torch's own kernels are for that")
-    if given.get("dropout_p") or given.get("is_causal"):
-        return kept("options", "dropout or is_causal is set")
+    mask, causal = given.get("attn_mask"), given.get("is_causal") or False
+    if given.get("dropout_p") or not isinstance(causal, bool) or (causal and mask is not None):
+        return kept("options", "dropout is set, or is_causal beside a mask or computed in the graph")
     if isinstance(given.get("scale"), fx.Node):
         return kept("scale", "the scale is computed in the graph, where shapes are dynamic")
-    mask = given.get("attn_mask")
+    if query.dim() != 4:
+        return kept("shapes", f"queries have {query.dim()} dimensions, not 4")
     if mask is not None and compat.example_value(mask).dim() != 4:
         return kept("mask", "the mask is not 4-dimensional")
     k, v = grouped(k), grouped(v)
-    if compat.example_value(k).shape != compat.example_value(v).shape:
+    keys, values = compat.example_value(k), compat.example_value(v)
+    if keys.shape[:-1] != values.shape[:-1]:
         return kept("shapes", "keys and values differ in shape")
-    problem = Problem("decode_attention", query.shape[1], query.shape[3], 0, 0, False, m=query.shape[2], dtype=query.dtype, device=query.device.type)
+    queries = query.shape[2]
+    few = isinstance(queries, int) and queries <= MAX_QUERIES and not causal and keys.shape == values.shape
+    op = "decode_attention" if few else "prompt_attention"
+    problem = Problem(op, query.shape[1], query.shape[3], 0, 0, False, m=queries if isinstance(queries, int) else None, dtype=query.dtype, device=query.device.type)
     provider, why = providers.select(problem)
     if provider.name == "reference":
         return kept("no-kernel", why)
     scale = given.get("scale")
     scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     with graph.inserting_before(node):
-        new = call(graph, torch.ops.effllm.decode_attention.default, (q, k, v, mask, scale, provider.name), node)
+        if few:
+            new = call(graph, torch.ops.effllm.decode_attention.default, (q, k, v, mask, scale, provider.name), node)
+            made = new
+        else:
+            new = call(graph, torch.ops.effllm.prompt_attention.default, (q, k, v, mask, causal, scale, provider.name), node)
+            made = call(graph, torch.transpose, (new, 1, 2), node)
     context.changed.append(new)
     expected = compat.example_value(node)
-    if tuple(compat.example_value(new).stride()) == tuple(expected.stride()):
-        replace(context, node, new)
+    if tuple(compat.example_value(made).stride()) == tuple(expected.stride()):
+        replace(context, node, made)
     else:  # torch's kernel may leave heads innermost; consumers reshape, which takes either
-        node.replace_all_uses_with(new)
+        node.replace_all_uses_with(made)
         graph.erase_node(node)
-    groups = query.shape[1] // compat.example_value(k).shape[1]
-    return Decision(new.name, module, "applied", "applied", why, kernel=provider.name, config={"queries": query.shape[2], "heads_per_key_head": groups})
+    groups = query.shape[1] // keys.shape[1]
+    return Decision(new.name, module, "applied", "applied", why, kernel=provider.name, config={"queries": str(queries), "heads_per_key_head": groups})
 
 
 def grouped(node: fx.Node) -> fx.Node:
