@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from effllm.kernels.cpu import verdict
+from effllm.kernels.cpu import plain, verdict
 from effllm.kernels.cpu.build import Isa
-from effllm.lowering.op import OPS, Problem, Provider, Verdict
+from effllm.lowering.op import Problem, Verdict
 
 
 def fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, scale: float) -> Tensor:
@@ -30,12 +28,4 @@ def supports(problem: Problem, isa: Isa) -> Verdict:
 
 def register(isa: Isa, rank: int, ensure: Callable[[Isa], None]) -> None:
     """Add the provider of an instruction set; `ensure` builds and loads it on first use."""
-
-    def call(*args: Any) -> Tensor:
-        ensure(isa)
-        y: Tensor = getattr(torch.ops, isa.namespace).prompt_attention(*args)
-        return y
-
-    OPS["prompt_attention"].register(
-        Provider(f"cpu-{isa.name}", "prompt_attention", "cpu", "dense", lambda p: supports(p, isa), call, prepare=lambda: ensure(isa), rank=rank)
-    )
+    plain.register("prompt_attention", isa, rank, ensure, supports)

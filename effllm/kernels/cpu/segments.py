@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from effllm.kernels.cpu import plain
 from effllm.kernels.cpu.build import Isa, missing
-from effllm.lowering.op import OPS, Problem, Provider, Verdict
+from effllm.lowering.op import Problem, Verdict
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -32,12 +32,4 @@ def supports(problem: Problem, isa: Isa) -> Verdict:
 
 def register(isa: Isa, rank: int, ensure: Callable[[Isa], None]) -> None:
     """Add the provider of an instruction set; `ensure` builds and loads it on first use."""
-
-    def call(*args: Any) -> Tensor:
-        ensure(isa)
-        y: Tensor = getattr(torch.ops, isa.namespace).packed_attention(*args)
-        return y
-
-    OPS["packed_attention"].register(
-        Provider(f"cpu-{isa.name}", "packed_attention", "cpu", "dense", lambda p: supports(p, isa), call, prepare=lambda: ensure(isa), rank=rank)
-    )
+    plain.register("packed_attention", isa, rank, ensure, supports)
