@@ -20,6 +20,7 @@ import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -201,11 +202,14 @@ class Engine:
     def __init__(self, spec: str) -> None:
         own = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], "--serve", spec]
         self.name = spec.removeprefix("effllm ").removeprefix("torch ")
-        self.process = subprocess.Popen(own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - as long as the worker
+        self.process = subprocess.Popen(own, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True)
         first = self._answer()
         self.calls: list[str] = first["calls"] if first else []
         self.size: int = first["size"] if first else 0
-        print(f"{self.name}: {'ready' if first else 'cannot run here, left out'}", file=sys.stderr, flush=True)
+        said.seek(0)
+        why = "ready" if first else "left out: " + (said.read().strip().splitlines() or ["no answer"])[-1]
+        print(f"{self.name}: {why}", file=sys.stderr, flush=True)
 
     def measure(self, what: str) -> float:
         """Tokens a second."""

@@ -1,6 +1,6 @@
 """Attention of prompts: our kernel against torch's, interleaved, on shapes of real models; both against fp64 first.
 
-    python -m benchmarks.prompt_attention [--threads 2] [--rounds 9]
+    python -m benchmarks.prompt_attention [--threads 2] [--rounds 9] [--kernel cpu-avx2]
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--kernel", help="a provider's name; the best one here without it (results have its name)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = []
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
-        provider = providers.select(Problem("prompt_attention", 8, 64, 0, 0, False, m=512, dtype=dtype))[0]
+        provider = providers.select(Problem("prompt_attention", 8, 64, 0, 0, False, m=512, dtype=dtype), args.kernel)[0]
         for name, batch, heads, groups, queries, keys, size, kind in SHAPES:
             g = torch.Generator().manual_seed(0)
             q = torch.randn(batch, queries, heads, size, generator=g).to(dtype).transpose(1, 2)
@@ -58,7 +59,7 @@ def main() -> None:
                 times = interleaved(calls, args.rounds)
             rows.append({"shape": name, "dtype": str(dtype).removeprefix("torch."), "ms": times[1] * 1e3, "torch_ms": times[0] * 1e3,
                          "faster": times[0] / times[1], "error": errors[1], "torch_error": errors[0]})  # fmt: skip
-    save("prompt-attention", rows)
+    save("prompt-attention" if args.kernel is None else f"prompt-attention-{args.kernel}", rows)
 
 
 if __name__ == "__main__":

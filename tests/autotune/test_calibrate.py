@@ -32,9 +32,9 @@ def test_constants_are_measured_in_time_and_used() -> None:
             calibrate.measure(allow_load=True)
         return
     assert not machines.is_calibrated()
-    start = time.process_time()  # of all threads: the machine may be busy with something else
+    start = time.process_time()  # of all threads: a machine that is busy with something else is not slower by this clock
     found = calibrate.measure(allow_load=True)
-    assert time.process_time() - start < 60
+    assert (time.process_time() - start) / torch.get_num_threads() < 30
     assert set(found) == set(machines.NAMES)
     assert all(v > 0 for name, v in found.items() if name != "wake") and found["wake"] >= 0
     # a vector unit issues between a tenth of an instruction and ten a cycle
