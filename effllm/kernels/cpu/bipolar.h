@@ -301,6 +301,9 @@ void multiply_tiles(const Weight& w, const Activations& x, int64_t from, int64_t
 #endif
   if (plan.unpack_from > 0 ? x.m < plan.unpack_from : !prefer_gemm<V, BITS, D>(x.m)) {
     int64_t t = from;
+    if constexpr (V::gemm_rows >= 6 && D < 3)
+      if (plan.rows == 8)
+        for (; t < to; ++t) gemv_rows<V, BITS, D, 8, 1>(w, x, t, 0, out_scale, bias, y, type);
     if constexpr (V::gemm_rows >= 6 && D == 2)  // eight rows of digits: their broadcasts are worth sharing, and two tiles fill 32 registers
       if (x.m > 2)
         for (; t + 2 <= to; t += 2) gemv_rows<V, BITS, D, 4, 2>(w, x, t, 0, out_scale, bias, y, type);

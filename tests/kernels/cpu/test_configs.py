@@ -67,6 +67,18 @@ def test_many_tokens_of_long_rows_take_several_chunks() -> None:
         assert measure.verify(found, problem, config, made, expected).status == "ok", config
 
 
+@pytest.mark.parametrize("k", [1024, 96, 33, 4096])  # rows a power of two apart and odd ones are copied; of the last, not all tokens stay in cache
+@pytest.mark.parametrize(("n", "bits", "affine"), [(40, 3, True), (16, 8, False), (65, 4, False)])
+def test_expanded_weights_times_many_tokens(k: int, n: int, bits: int, affine: bool) -> None:
+    problem = Problem("bipolar_linear", n, k, bits, 32, affine, "a16", 131, torch.bfloat16)
+    config = {"path": "expand", "threads": 2}
+    if not CpuTuning("avx512").legal(problem, config):
+        pytest.skip("no bf16 products here")
+    found = provider(problem.op, "avx512")
+    made = inputs.make(problem, found.layout, copies=1)
+    assert measure.verify(found, problem, config, made, made.expected()).status == "ok"
+
+
 @pytest.mark.parametrize("isa", [i.name for i in build.ISAS])
 def test_legal_is_what_configs_yields_and_prices_are_positive(isa: str) -> None:
     tuning = CpuTuning(isa)
