@@ -3,8 +3,8 @@
 Maths      runtime/caches/gear.py, of X (M, N), vectors along M: keys (page, D), values turned to (D, page). S: each vector's COUNT / 2 smallest and largest
            entries. Y: X - A B^T with S replaced by the vector's mean; H: the dequantized codes of Y (kv_flush.py); E = X - H, 0 at S; A, B: kv_power.py.
            ROUNDS times; then X - A B^T - H at S.
-Ranking    a number and its row are one integer of 64 bits, ordered as the numbers are, so a vector's next extreme is one reduction, and whether an entry
-           is in S two compares with the last ones of either end. A NaN is the largest, of two extremes both ends, as torch's argmin and argmax have it.
+Ranking    a number and its row are one integer of 64 bits, ordered as the numbers are, so a vector's next extreme is one reduction, and an entry is in S
+           if it does not lie between the last ones of either end. A NaN is the largest, of two extremes both ends, as torch's argmin and argmax have it.
 Layout     the KIVI record, then factors, places and values at S. scratch: `errors` fp32 (M N + N) a program, E and the means, `sides` fp64 (RANK M).
 Grid       (pages of a launch, B * G, keys and values); programs of pages that stay in the ring leave at once.
 Bytes      the page's tokens 3 + COUNT / 2 times a round (from the caches after the first), E 1 + 2 LOOPS times, the page twice.
@@ -24,11 +24,23 @@ from effllm.kernels.triton.kv_ring import plan, taken
 
 
 @triton.jit
-def ranked(x, row, NAN: tl.constexpr):  # type: ignore[no-untyped-def]
-    """int64 ordered as fp32 x is, of equal numbers as their rows are; NAN takes the place of a NaN."""
+def ordered(x, NAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """int32 ordered as fp32 x is; NAN takes the place of a NaN."""
     bits = tl.where(x == 0.0, 0.0, x).to(tl.int32, bitcast=True)
-    order = tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), NAN)
-    return order.to(tl.int64) * 512 + row
+    return tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), NAN)
+
+
+@triton.jit
+def ranked(x, row, NAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """int64 ordered as fp32 x is, of equal numbers as their rows are."""
+    return ordered(x, NAN).to(tl.int64) * 512 + row
+
+
+@triton.jit
+def below(x, row, bound, NAN: tl.constexpr):  # type: ignore[no-untyped-def]
+    """ranked(x, row) <= bound, in 32 bits."""
+    size, last = ordered(x, NAN), (bound >> 9).to(tl.int32)[None, :]
+    return (size < last) | ((size == last) & (row <= (bound & 511).to(tl.int32)[None, :]))
 
 
 @triton.jit
@@ -62,7 +74,9 @@ def _matrix(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Keys or values of one page; words ... octets point at the record, CODES ... VALUE are byte offsets in it."""
     NAN: tl.constexpr = -0x80000000 if COUNT == 2 else 0x7FFFFFFF  # seen from the lower end
+    RB: tl.constexpr = GP if GP < 64 else 64  # rows of a tile that need not be a group
     m = tl.arange(0, GP)
+    s = tl.arange(0, RB)
     for turn in range(ROUNDS):
         for n0 in range(0, N, BN):
             n = n0 + tl.arange(0, BN)
@@ -75,13 +89,14 @@ def _matrix(  # type: ignore[no-untyped-def]
                 for i in range(COUNT // 2):
                     least = tl.full((BN,), 2**62, tl.int64)
                     most = tl.full((BN,), -(2**62), tl.int64)
-                    for m0 in range(0, M, SIZE):
-                        row = m0 + m[:, None] + n[None, :] * 0
-                        x = entries(ring, fresh, start, first, row, column, inside, total, b, g, G, W, fb, fg, ft, SIDE, D, PAGE)
+                    for m0 in range(0, M, RB):
+                        row = m0 + s[:, None] + n[None, :] * 0
+                        some = (row < M) & (n < N)[None, :]
+                        x = entries(ring, fresh, start, first, row, n[None, :] + s[:, None] * 0, some, total, b, g, G, W, fb, fg, ft, SIDE, D, PAGE)
                         key = ranked(x, row, NAN)
-                        least = tl.minimum(least, tl.min(tl.where(inside & (key > small[None, :]), key, 2**62), 0))
+                        least = tl.minimum(least, tl.min(tl.where(some & (key > small[None, :]), key, 2**62), 0))
                         key = ranked(x, row, 0x7FFFFFFF)
-                        most = tl.maximum(most, tl.max(tl.where(inside & (key < large[None, :]), key, -(2**62)), 0))
+                        most = tl.maximum(most, tl.max(tl.where(some & (key < large[None, :]), key, -(2**62)), 0))
                     small, large = least, most
                     tl.store(octets + INDEX + n * COUNT + i, (small & 511).to(tl.uint8), mask=n < N)
                     tl.store(octets + INDEX + n * COUNT + (COUNT - 1 - i), (large & 511).to(tl.uint8), mask=n < N)
@@ -90,13 +105,15 @@ def _matrix(  # type: ignore[no-untyped-def]
                     tl.store(octets + INDEX + n * COUNT + i, (tl.zeros((BN,), tl.int32) + i).to(tl.uint8), mask=n < N)
             if COUNT > 0:
                 whole = tl.zeros((BN,), tl.float64)
-                for m0 in range(0, M, SIZE):
-                    row = m0 + m[:, None] + n[None, :] * 0
-                    x = entries(ring, fresh, start, first, row, column, inside, total, b, g, G, W, fb, fg, ft, SIDE, D, PAGE)
+                for m0 in range(0, M, RB):
+                    row = m0 + s[:, None] + n[None, :] * 0
+                    wide = n[None, :] + s[:, None] * 0
+                    some = (row < M) & (n < N)[None, :]
+                    x = entries(ring, fresh, start, first, row, wide, some, total, b, g, G, W, fb, fg, ft, SIDE, D, PAGE)
                     if ROUNDS > 1 and RANK > 0:
-                        low = product(halves, octets, row, column, inside & (turn > 0), M, N, RANK, FACTOR, A, B)
+                        low = product(halves, octets, row, wide, some & (turn > 0), M, N, RANK, FACTOR, A, B)
                         x = (x.to(tl.float64) - low).to(tl.float32)
-                    whole += tl.sum(tl.where(inside, x, 0.0).to(tl.float64), 0)
+                    whole += tl.sum(tl.where(some, x, 0.0).to(tl.float64), 0)
                 mean = (whole / M).to(tl.float32)
                 tl.store(errors + M * N + n, mean, mask=n < N)
             for m0 in range(0, M, SIZE):
@@ -108,7 +125,7 @@ def _matrix(  # type: ignore[no-untyped-def]
                     y = (x.to(tl.float64) - low).to(tl.float32)
                 exact = row < M if COUNT == M else row < 0
                 if COUNT > 0 and COUNT < M:
-                    exact = (ranked(x, row, NAN) <= small[None, :]) | (ranked(x, row, 0x7FFFFFFF) >= large[None, :])
+                    exact = below(x, row, small, NAN) | ~below(x, row, large - 1, 0x7FFFFFFF)
                 y = tl.where(exact, mean[None, :], y)
                 step, zero = measured(y, inside, BITS)
                 u = tl.where(inside, coded(y, step[None, :], zero[None, :], BITS), 0)

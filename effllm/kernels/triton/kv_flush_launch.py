@@ -40,7 +40,7 @@ def constants(spec: str, heads: int, dim: int, dtype: torch.dtype) -> dict[str, 
 def warps_of(fmt: CacheFormat, dim: int) -> int:
     """Warps of a packing program."""
     if isinstance(fmt, Gear):
-        return 8 if max(dim, fmt.page) > 128 else 4
+        return 8 if fmt.page * dim > 8192 else 4
     return 8 if isinstance(fmt, Mustafar) or dim > 128 else 4
 
 

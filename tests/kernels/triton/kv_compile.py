@@ -31,7 +31,7 @@ COUNTED = (
 )  # fmt: skip
 FLUSH = (
     ("kivi(bits=4)", 128), ("kivi(bits=8,page=128,group=128)", 256), ("mustafar(sparsity=0.7)", 128), ("mustafar(bits=4)", 64),
-    ("gear(bits=4)", 128), ("gear(bits=2,page=256,group=256,rank=8,outliers=0.05,factors=8,rounds=2)", 256), ("bfp(bits=4)", 128),
+    ("gear(bits=4)", 128), ("gear(bits=2,page=128,group=128,rank=4,outliers=0.05,factors=8,rounds=2)", 128), ("bfp(bits=4)", 128),
     ("bfp(bits=8,vbits=3,block=16,rule=raise,page=48)", 80), ("matryoshka(k=0.5,v=0.5)", 128), ("matryoshka(k=full,v=0.5,page=48)", 256),
 )  # fmt: skip
 PACKING: dict[str, Any] = {
