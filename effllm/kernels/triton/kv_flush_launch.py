@@ -58,7 +58,7 @@ def _gear_sizes(fmt: CacheFormat, heads: int, dim: int, dtype: torch.dtype) -> d
     del sizes["BN"]
     page, channels = padded(fmt.page), padded(dim)
     sizes |= {name: min(wide, max(16, 2048 // sizes[group])) for name, wide, group in (("KN", channels, "GP"), ("VN", page, "VGP"))}
-    sizes |= {"PP": page, "DP": channels, "KROWS": min(page, max(1, 2048 // channels)), "VROWS": min(channels, max(1, 2048 // page))}
+    sizes |= {"PP": page, "DP": channels, "KROWS": min(page, max(1, 4096 // channels)), "VROWS": min(channels, max(1, 4096 // page))}
     more = {"RANK": fmt.rank, "RP": triton.next_power_of_2(max(1, fmt.rank)), "LOOPS": fmt.loops, "ROUNDS": fmt.rounds, "FACTOR": fmt.factors}
     return sizes | more | {"NK": nk, "NV": nv}
 
