@@ -20,7 +20,8 @@ SPECS = (
     "kivi(bits=4)", "kivi(bits=2)", "kivi(bits=8)", "gear(bits=4)", "gear(bits=2,outliers=0)", "mustafar(sparsity=0.7)", "mustafar(sparsity=0.7,bits=4)",
     "bfp(bits=4)", "matryoshka(k=0.5,v=0.5)",
 )  # fmt: skip
-PACKED = ("kivi(bits=4)", "kivi(bits=2,page=32,group=32,window=8)", "mustafar(page=64,window=8,sparsity=0.7)", "mustafar(page=64,sparsity=0.5,bits=4)")
+PACKED = ("kivi(bits=4)", "kivi(bits=2,page=32,group=32,window=8)", "mustafar(page=64,window=8,sparsity=0.7)", "mustafar(page=64,sparsity=0.5,bits=4)",
+          "gear(bits=4)", "gear(bits=2,factors=8,rank=4,page=32,group=32,window=8)", "bfp(bits=4)", "bfp(bits=8,vbits=3,block=16,window=8)")  # fmt: skip
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 WORST = {torch.bfloat16: 2e-2, torch.float16: 4e-3, torch.float32: 2e-5}  # whatever plain torch does
 HEADS, GROUPS, DIM = 32, 8, 128  # of the timed attention
@@ -108,8 +109,9 @@ def packing(device: str, dtypes: tuple[torch.dtype, ...], specs: tuple[str, ...]
                 layer.allocate(k, v)
             for a, b in ((0, 90), (90, 91), (91, 150)):
                 states = [tuple(getattr(x, n) for n in ("pages", "ring", "lens", "start")) for x in layers]
-                kv_append_launch.append(*states[0], k[:, :, a:b], v[:, :, a:b], [], layers[0].format.spec)
-                paging.append(layers[1].format, *states[1], k[:, :, a:b], v[:, :, a:b], [])
+                about = layers[0].tables or []
+                kv_append_launch.append(*states[0], k[:, :, a:b], v[:, :, a:b], about, layers[0].format.spec)
+                paging.append(layers[1].format, *states[1], k[:, :, a:b], v[:, :, a:b], about)
             if not all(torch.equal(getattr(layers[0], n), getattr(layers[1], n)) for n in ("ring", "lens")):
                 raise SystemExit(f"wrong ring or lengths: {spec} {dtype}")
             share = float((layers[0].pages != layers[1].pages).double().mean())
@@ -146,11 +148,11 @@ def captured(spec: str) -> dict[str, Any]:
     k, v, q = (torch.randn(1, h, 1, 64, device="cuda", dtype=torch.bfloat16) for h in (2, 2, 8))
     layer = Layer(spec, 200)
     layer.allocate(k, v)
-    state, name = (layer.pages, layer.ring, layer.lens), layer.format.spec
+    state, name, about = (layer.pages, layer.ring, layer.lens), layer.format.spec, layer.tables or []
 
     def step() -> Tensor:
-        kv_append_launch.append(*state, layer.start, k, v, [], name)
-        return kv_attend_launch.attend(q, *state, [], None, 0.125, name)
+        kv_append_launch.append(*state, layer.start, k, v, about, name)
+        return kv_attend_launch.attend(q, *state, about, None, 0.125, name)
 
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):

@@ -4,7 +4,8 @@
     compressed(T) = the same for the dense window, then for the packed tokens with their own bytes and rate, + call + start
 
 `products` are multiply-adds a token: 2 * query heads * head size. A thread's rate is a number of multiply-adds an instruction, taken from
-16k tokens of 32 query heads over 8 key heads of 128 (benchmarks/kv_attention.py): neither kernel is bound by memory alone there.
+16k tokens of 32 query heads over 8 key heads of 128 (benchmarks/kv_attention.py). The dense kernel was near its machine's bandwidth there, so on one
+with more of it the figure for `dense` is low.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from effllm.autotune import machines
 
 # multiply-adds; AVX-512, two threads of a Zen 4; "mustafar-coded" keeps levels of 8 or 4 bits
-_PER_INSTRUCTION = {"dense": 2.6, "kivi": 6.7, "gear": 4.2, "mustafar": 7.0, "mustafar-coded": 3.0, "bfp": 3.0}
+_PER_INSTRUCTION = {"dense": 6.5, "kivi": 6.4, "gear": 3.9, "mustafar": 6.9, "mustafar-coded": 3.0, "bfp": 2.1}
 _START = 5e-6  # s: splitting, the merge of the splits, digits of the query
 
 

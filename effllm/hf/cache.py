@@ -28,6 +28,14 @@ from effllm.runtime.caches.layer import Layer
 _KIND = "effllm-kv"
 
 
+
+def _sizes(config: Any) -> tuple[int, int]:
+    """Key heads and channels of a head; zeros where the config does not tell, or keys are not what is cached."""
+    heads: Any = getattr(config, "num_key_value_heads", None) or getattr(config, "num_attention_heads", 0)
+    size: Any = getattr(config, "head_dim", None) or (config.hidden_size // config.num_attention_heads if heads else 0)
+    return (0, 0) if getattr(config, "kv_lora_rank", None) else (heads, size)
+
+
 class CompressedCache(Cache):
     """`model` is a causal LM or its config, `fmt` a format or its text, `capacity` in tokens (None: the cache grows and is not compiled).
 
@@ -38,6 +46,11 @@ class CompressedCache(Cache):
         self.format = parse(fmt) if isinstance(fmt, str) else fmt
         Layer(self.format, capacity)  # refuses capacities that are none
         config = getattr(model, "config", model).get_text_config(decoder=True)
+        heads, size = _sizes(config)
+        if heads and size:
+            self.format.check(heads, size)
+            if tables is None:
+                self.format.tables(heads, size, torch.device("cpu"))  # refuses where the format needs given ones
         plain: Cache = DynamicCache(config=config) if capacity is None else StaticCache(config=config, max_cache_len=capacity)
         self.decisions: list[Decision] = []
         layers: list[Any] = []
@@ -80,8 +93,7 @@ class CompressedCache(Cache):
     def prepare(self, model: Any, batch: int = 1, attention_mask: Tensor | None = None) -> CompressedCache:
         """Allocate all layers, which a compiled prompt needs, and take over the padding of a left-padded batch (B, S)."""
         config = model.config.get_text_config(decoder=True)
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        heads, size = _sizes(config)
         device = next(t.device for t in (*model.parameters(), *model.buffers()))
         batch = batch if attention_mask is None else attention_mask.shape[0]
         self.early_initialization(batch, heads, size, model.dtype, device)

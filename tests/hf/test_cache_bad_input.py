@@ -160,3 +160,15 @@ def test_tables_and_sizes_that_make_no_sense(model: Any) -> None:
             CompressedCache(model, "kivi", capacity)  # type: ignore[arg-type]
     with pytest.raises(CacheError, match=r"(?s)E-KVC-NAME.*EvictingCache"):
         CompressedCache(model, "ems(budget=256)")
+
+
+@pytest.mark.parametrize(("fmt", "code", "says"), [
+    ("kivi(bits=4,page=48,group=48)", "E-KVC-SHAPE", "heads of 64 channels with groups of 48"), ("bfp(block=48)", "E-KVC-SHAPE", "a head of 64 channels"),
+    ("matryoshka(k=100,v=full)", "E-KVC-SHAPE", "heads of 64 channels"), ("matryoshka(k=0.5)", "E-KVC-BASIS", "needs a basis"),
+    ("bfp(block=0)", "E-KVC-SHAPE", "blocks of 0 channels"), ("gear(page=512)", "E-KVC-SHAPE", "pages of 512 tokens"),
+])  # fmt: skip
+def test_settings_that_do_not_fit_the_model_are_refused_when_the_cache_is_made(fmt: str, code: str, says: str) -> None:
+    config = LlamaConfig(hidden_size=256, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=2)
+    with pytest.raises(CacheError) as caught:
+        CompressedCache(config, fmt, 100)
+    assert caught.value.code == code and says in caught.value.cause and "heads of 0" not in str(caught.value)

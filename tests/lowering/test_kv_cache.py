@@ -28,6 +28,7 @@ SHAPES = [
     ("gear(bits=4,rank=3,outliers=0)", 1, 6, 64, 260, 4),
     ("gear(bits=2,rank=3,factors=8)", 2, 3, 128, 260, 1),
     ("gear(bits=4,factors=8,page=32,group=16)", 1, 2, 80, 300, 2),
+    ("kivi(bits=4,page=32,group=32)", 3, 2, 64, 2600, 1),  # long: pages first, heads within
 ]
 
 

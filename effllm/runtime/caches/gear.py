@@ -51,7 +51,8 @@ class Gear(Kivi):
         if self.factors not in (8, 16):
             raise CacheError("E-KVC-VALUE", f"gear: factors={self.factors}", "factors is 8 or 16")
         if max(self.page, dim) > 256:
-            raise CacheError("E-KVC-SHAPE", f"gear: pages of {self.page} tokens, heads of {dim} channels", "both are at most 256: outliers have 8-bit indices")
+            what = f"gear: pages of {self.page} tokens" + (f", heads of {dim} channels" if dim else "")
+            raise CacheError("E-KVC-SHAPE", what, "both are at most 256: outliers have 8-bit indices")
 
     def counts(self, dim: int) -> tuple[int, int]:
         """Exact entries of a key channel over a page and of a value over its channels; halves from either end, all of them at most."""

@@ -10,6 +10,7 @@ Bytes: 2 (sum of key ranks + sum of value ranks) a token of 16-bit numbers. Keys
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -91,7 +92,7 @@ def _ranks(key: str, text: str, heads: int, dim: int) -> list[int]:
         raise CacheError("E-KVC-VALUE", f"matryoshka: {key}={text!r}", step) from None
     if len(given) == 1 and 0 < given[0] < 1:
         given = [max(1.0, float(round(given[0] * dim)))] if dim else [1.0]
-    if any(r < 1 or r != int(r) for r in given):
+    if any(not (1 <= r < math.inf) or r != int(r) for r in given):
         raise CacheError("E-KVC-VALUE", f"matryoshka: {key}={text!r}", step)
     if dim and (len(given) not in (1, heads) or max(given) > dim):
         raise CacheError("E-KVC-SHAPE", f"matryoshka: {key}={text!r} for {heads} heads of {dim} channels", step)

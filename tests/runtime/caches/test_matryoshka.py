@@ -70,7 +70,7 @@ def test_bytes_are_the_ranks() -> None:
 
 
 def test_bad_input() -> None:
-    for spec, code in (("matryoshka(k=0)", "VALUE"), ("matryoshka(k=a)", "VALUE"), ("matryoshka(v=1.5)", "VALUE")):
+    for spec, code in (("matryoshka(k=0)", "VALUE"), ("matryoshka(k=a)", "VALUE"), ("matryoshka(k=nan)", "VALUE"), ("matryoshka(v=inf/2)", "VALUE"), ("matryoshka(v=1.5)", "VALUE")):
         with pytest.raises(CacheError) as caught:
             parse(spec)
         assert caught.value.code == f"E-KVC-{code}"

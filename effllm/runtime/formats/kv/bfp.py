@@ -36,7 +36,9 @@ def check(dim: int, mantissa: int, block: int, rule: str = "clip") -> None:
     """Raise CacheError (E-KVC-BITS, E-KVC-GROUP, E-KVC-RULE) for settings that the format does not have."""
     if not isinstance(mantissa, int) or not 2 <= mantissa <= 8:
         raise CacheError("E-KVC-BITS", f"bits={mantissa!r}", "a mantissa has 2 to 8 bits, sign included")
-    if not isinstance(block, int) or block < 1 or dim % block or dim % 2:
+    if not isinstance(block, int) or block < 1:
+        raise CacheError("E-KVC-GROUP", f"blocks of {block!r} channels", f"use one of {BLOCKS} that divides the head")
+    if dim % block or dim % 2:
         raise CacheError("E-KVC-GROUP", f"blocks of {block!r} do not divide a head of {dim} channels", f"use one of {BLOCKS} that divides it")
     if rule not in RULES:
         raise CacheError("E-KVC-RULE", f"rule={rule!r}", f"valid: {', '.join(RULES)}")
