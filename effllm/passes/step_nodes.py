@@ -11,16 +11,19 @@ from torch import Tensor, fx
 from effllm import compat
 from effllm.autotune import use
 from effllm.errors import EffllmError
-from effllm.lowering.bipolar_linear import plain, provider
+from effllm.lowering.bipolar_linear import layout_of, plain, provider
 from effllm.lowering.op import OPS
 from effllm.lowering.step_code import BINARY, DIMS, KINDS, UNARY, Builder, Code, Value
+from effllm.lowering.step_parts import RANGE
 from effllm.passes.match import arguments, cast, name
+from effllm.passes.step_views import MAYBE, applied, views
 
 PACKED = ("bipolar_linear", "bipolar_linear_many", "bipolar_linear_a8", "bipolar_linear_a8_many")
-_VIEWS = ("view", "transpose", "permute", "expand", "unsqueeze", "squeeze", "narrow", "select", "t", "chunk", "split", "unbind", "getitem",
-          "expand_as", "view_as")  # fmt: skip
-_MAYBE = ("reshape", "contiguous", "flatten", "unflatten")
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_UNARY = ("silu", "relu", "sigmoid", "tanh", "neg", "cos", "sin")
+_WHOLE = (torch.int64, torch.bool)
+_TRUTHS = {**{n: n for n in BINARY[BINARY.index("le") :]}, **dict.fromkeys(("and_", "__and__", "logical_and", "bitwise_and"), "and"),
+           **dict.fromkeys(("or_", "__or__", "logical_or", "bitwise_or"), "or")}  # fmt: skip
 
 
 class Unsupported(Exception):
@@ -29,56 +32,6 @@ class Unsupported(Exception):
     def __init__(self, node: fx.Node, reason: str) -> None:
         super().__init__(reason)
         self.node, self.reason = node, reason
-
-
-def views(node: fx.Node) -> bool:
-    """Whether a node's value is memory of its input: a view, an item of several values, or a cast to what it is already."""
-    found = node.meta.get("effllm_view")
-    if found is None:
-        found = node.meta["effllm_view"] = _views(node)
-    return bool(found)
-
-
-def _views(node: fx.Node) -> bool:
-    what = name(node)
-    if not what or not arguments(node) or not isinstance(arguments(node)[0], fx.Node):
-        return False
-    base = compat.example_value(arguments(node)[0])
-    if isinstance(base, tuple | list):
-        return what == "getitem"
-    if not isinstance(base, Tensor):
-        return False
-    if what == "getitem":
-        index = arguments(node)[1] if isinstance(arguments(node)[1], tuple) else (arguments(node)[1],)
-        return all(i is None or i is Ellipsis or isinstance(i, int | slice) for i in index) and not any(_symbolic(i) for i in index)
-    if what in _VIEWS:
-        return True
-    if what == "dropout":
-        return not node.kwargs.get("training", arguments(node)[2] if len(arguments(node)) > 2 else True)
-    if what in _MAYBE:
-        try:
-            like = _meta(base)
-            return compat.same_storage(_applied(node, like), like)
-        except (RuntimeError, TypeError):
-            return False
-    source = cast(node)
-    return source is not None and compat.example_value(source).dtype == compat.example_value(node).dtype and not node.kwargs.get("copy", False)
-
-
-def _symbolic(index: Any) -> bool:
-    return isinstance(index, slice) and any(isinstance(i, fx.Node | torch.SymInt) for i in (index.start, index.stop, index.step))
-
-
-def _meta(value: Tensor) -> Tensor:
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-
-
-def _applied(node: fx.Node, base: Tensor) -> Any:
-    """The node's operation on a meta tensor."""
-    args = fx.node.map_arg(arguments(node)[1:], lambda n: _meta(compat.example_value(n)))
-    if isinstance(node.target, str):
-        return getattr(base, node.target)(*args, **node.kwargs)
-    return node.target(base, *args, **node.kwargs)
 
 
 def kernel_of(node: fx.Node) -> str:
@@ -123,13 +76,13 @@ class Emitter:
         """The program that gives these nodes' values."""
         return self.builder.finish([self.value(n) for n in wanted])
 
-    def run(self, *args: Any) -> None:
-        """Call the kernel."""
-        isa = self.kernel.removeprefix("cpu-")
-        getattr(torch.ops, f"effllm_cpu_{isa}").step_program(*args)
+    @property
+    def namespace(self) -> str:
+        """Of the torch ops that run the program."""
+        return f"effllm_cpu_{self.kernel.removeprefix('cpu-')}"
 
-    def value(self, node: fx.Node) -> Value:
-        """A node's value: made here, a view of one, or an input."""
+    def value(self, node: fx.Node, ranges: bool = False) -> Value:
+        """A node's value: made here, a view of one, or an input; stored, unless the instruction takes `ranges`."""
         found = self.values.get(node)
         if found is None:
             if views(node):
@@ -145,6 +98,10 @@ class Emitter:
             self.values[node] = found
         if not isinstance(found, Value):
             raise Unsupported(node, "it holds several values")
+        if found.buffer.slot == RANGE and not ranges:
+            stored = self.builder.produce(found.meta.shape, found.meta.dtype)
+            self.builder.emit("copy", [stored, found])
+            found = self.values[node] = stored
         return found
 
     def _view(self, node: fx.Node, base: fx.Node) -> Any:
@@ -154,22 +111,22 @@ class Emitter:
                 assert isinstance(source, fx.Node)
                 self.values[base] = self._view(base, source)
             else:
-                self.value(base)
+                self.value(base, ranges=True)
         have = self.values.get(base)
         if isinstance(have, tuple | list):
             return have[arguments(node)[1]]
         if have is None:
             raise Unsupported(node, f"{base.name} is no tensor")
-        if name(node) == "dropout" or (cast(node) is not None and name(node) not in _MAYBE):
+        if name(node) == "dropout" or (cast(node) is not None and name(node) not in MAYBE):
             return have
-        made = _applied(node, have.meta)
+        made = applied(node, have.meta)
         if isinstance(made, tuple | list):
             return tuple(have.like(m) for m in made)
-        if not made._is_view() and name(node) in _MAYBE and not have.meta.is_contiguous():
+        if not made._is_view() and name(node) in MAYBE and not have.meta.is_contiguous():
             # a view of what the graph has, a copy of what was made here: an attention of several queries may have its heads elsewhere
             whole = self.builder.produce(have.meta.shape, have.meta.dtype)
             self.builder.emit("copy", [whole, have])
-            return whole.like(_applied(node, whole.meta))
+            return whole.like(applied(node, whole.meta))
         return have.like(made)
 
     def produce(self, node: fx.Node) -> Value:
@@ -205,14 +162,16 @@ def _handler(node: fx.Node) -> _Handler | None:
         return _OURS.get(op) if not kernel_of(node) or kernel_of(node).startswith("cpu-") else None
     if node.target in compat.LINEAR:
         return _dense
+    if node.target in compat.EMBEDDING:
+        return _embedding
     if node.target is torch.nn.functional.layer_norm:
         return _layer_norm
     what = name(node)
-    if what in _MAYBE or cast(node) is not None or what == "clone":
+    if what in MAYBE or cast(node) is not None or what == "clone":
         return _copy
     if what == "setitem" and not isinstance(arguments(node)[0], fx.Node):
         return None
-    if what == "arange" and all(isinstance(a, int) for a in arguments(node)):
+    if what == "arange" and arguments(node) and all(isinstance(a, int) for a in arguments(node)):
         return _arange
     return _PLAIN.get(what)
 
@@ -228,8 +187,26 @@ def _fits(node: fx.Node) -> bool:
         return True
     if _op(node) == "prompt_attention":
         return not arguments(node)[4] and flat[2].shape == flat[3].shape
+    if _op(node) == "bipolar_embedding":
+        ids = compat.example_value(arguments(node)[0])
+        return ids.dtype == torch.int64 and layout_of("bipolar_embedding", kernel_of(node)) == "tile16"
+    if node.target in compat.EMBEDDING:
+        return _plain_embedding(node)
     what = name(node)
-    if what in BINARY or what in ("add_", "mul_"):
+    if what in _TRUTHS:
+        both = what in ("and", "or") or _TRUTHS[what] in ("and", "or")
+        numbers = [a for a in arguments(node) if not isinstance(a, fx.Node)]
+        if node.kwargs or len(arguments(node)) != 2 or any(type(a) is not int for a in numbers) or (both and numbers):
+            return False
+        ins = [compat.example_value(n).dtype for n in node.all_input_nodes]
+        return compat.example_value(node).dtype == torch.bool and all(d == torch.bool if both else d in _WHOLE for d in ins)
+    if what == "new_ones":
+        return compat.example_value(node).dtype == torch.bool and all(name(u) in _TRUTHS for u in node.users)
+    if what == "argmax":
+        return flat[1].dtype in _FLOATS and _argmax(node).get("dim") in (-1, flat[1].dim() - 1)
+    if what in ("matmul", "bmm"):
+        return all(t.dtype == torch.float32 for t in flat) and len(flat) == 3 and min(t.dim() for t in flat) > 1 and flat[1].shape[-1] == 1
+    if what in ("add", "sub", "mul", "div", "add_", "mul_"):
         dtypes = {t.dtype for t in flat}
         numbers = [a for a in arguments(node) if isinstance(a, float | int)]
         if node.kwargs or len(arguments(node)) != 2 or any(isinstance(a, bool) for a in numbers):
@@ -238,9 +215,20 @@ def _fits(node: fx.Node) -> bool:
         return whole or all(d in _FLOATS for d in dtypes)
     if what == "pow":
         return all(t.dtype in _FLOATS for t in flat) and arguments(node)[1:] in ((2,), (3,), (2.0,), (3.0,))
-    if what in ("silu", "gelu", "relu", "sigmoid", "tanh", "neg") or node.target is torch.nn.functional.layer_norm or cast(node) is not None:
+    if cast(node) is not None and compat.example_value(node).dtype in _FLOATS:
+        return all(t.dtype in (*_FLOATS, torch.int64) for t in flat)
+    if what in (*_UNARY, "gelu") or node.target is torch.nn.functional.layer_norm or cast(node) is not None:
         return all(t.dtype in _FLOATS for t in flat)
     return all(t.dtype in KINDS for t in flat)
+
+
+def _plain_embedding(node: fx.Node) -> bool:
+    given = dict(zip(("input", "weight", "padding_idx", "max_norm"), arguments(node), strict=False)) | dict(node.kwargs)
+    if not isinstance(given["input"], fx.Node) or not isinstance(given["weight"], fx.Node) or given.get("max_norm") is not None:
+        return False
+    ids, table = (compat.example_value(given[n]) for n in ("input", "weight"))
+    dense = table.dim() == 2 and table.stride(1) == 1 and table.dtype in _FLOATS and table.dtype == compat.example_value(node).dtype
+    return dense and ids.dtype == torch.int64 and ids.dim() < DIMS
 
 
 def _unary(e: Emitter, node: fx.Node) -> None:
@@ -255,21 +243,62 @@ def _unary(e: Emitter, node: fx.Node) -> None:
 def _binary(e: Emitter, node: fx.Node) -> None:
     like = compat.example_value(node)
     parts = []
+    whole = like.dtype in _WHOLE
+    what = name(node)
+    first, second = arguments(node)
+    if what in ("add", "sub") and isinstance(first, fx.Node) and type(second) is int:
+        value = e.value(first, ranges=True)
+        if value.buffer.slot == RANGE:  # another range
+            moved = e.builder.range(value.buffer.offset + (second if what == "add" else -second), value.buffer.numel)
+            e.values[node] = moved.like(value.meta)
+            return
     for a in arguments(node):
         if isinstance(a, fx.Node):
-            value = e.value(a)
+            value = e.value(a, ranges=whole)
             parts.append(value.like(value.meta.expand(like.shape)))
         else:
-            kind = torch.int64 if like.dtype == torch.int64 else torch.float32
-            number = e.builder.constant([a], kind, ())
+            number = e.builder.constant([a], torch.int64 if whole else torch.float32, ())
             parts.append(number.like(number.meta.expand(like.shape)))
-    what = name(node)
+    what = _TRUTHS.get(what, what)
     if what.endswith("_"):
         target = e.value(arguments(node)[0])
         e.values[node] = target
         e.builder.emit("binary", [target, *parts], (BINARY.index(what[:-1]),))
     else:
         e.builder.emit("binary", [e.produce(node), *parts], (BINARY.index(what),))
+
+
+def _outer(e: Emitter, node: fx.Node) -> None:
+    """A product of a column and a row, as angles are made."""
+    like = compat.example_value(node)
+    parts = [v.like(v.meta.expand(like.shape)) for v in map(e.value, arguments(node))]
+    e.builder.emit("binary", [e.produce(node), *parts], (BINARY.index("mul"),))
+
+
+def _embedding(e: Emitter, node: fx.Node) -> None:
+    given = dict(zip(("input", "weight"), arguments(node), strict=False)) | dict(node.kwargs)
+    ids, table = e.value(given["input"]), e.value(given["weight"])
+    e.builder.emit("rows", [e.produce(node), ids, table])
+
+
+def _packed_embedding(e: Emitter, node: fx.Node) -> None:
+    ids, codes, scale, minimum, n, _, bits, group, zero, *_ = arguments(node)
+    e.use_kernel(node, kernel_of(node))
+    blocks, groups = compat.example_value(codes).shape[1], compat.example_value(scale).shape[1]
+    half = compat.example_value(scale).dtype == torch.float16
+    low = None if minimum is None else e.value(minimum)
+    e.builder.emit("packed_rows", [e.produce(node), e.value(ids), e.value(codes), e.value(scale), low],
+                   (n, bits, group, e.builder.number(zero), half, blocks, groups))  # fmt: skip
+
+
+def _largest(e: Emitter, node: fx.Node) -> None:
+    given = _argmax(node)
+    x = e.value(given["input"])
+    e.builder.emit("largest", [e.produce(node), x])
+
+
+def _argmax(node: fx.Node) -> dict[str, Any]:
+    return dict(zip(("input", "dim", "keepdim"), arguments(node), strict=False)) | dict(node.kwargs)
 
 
 def _pow(e: Emitter, node: fx.Node) -> None:
@@ -284,7 +313,7 @@ def _pow(e: Emitter, node: fx.Node) -> None:
 
 
 def _copy(e: Emitter, node: fx.Node) -> None:
-    source = e.value(arguments(node)[0])
+    source = e.value(arguments(node)[0], ranges=True)
     made = e.produce(node)
     e.builder.emit("copy", [made.like(made.meta.view(source.meta.shape)), source])
 
@@ -301,9 +330,16 @@ def _cat(e: Emitter, node: fx.Node) -> None:
 
 def _arange(e: Emitter, node: fx.Node) -> None:
     like = compat.example_value(node)
-    if like.dtype != torch.int64 or like.numel() > 64:
-        raise Unsupported(node, "a long range")
-    e.values[node] = e.builder.constant(list(range(*arguments(node))), torch.int64, like.shape)
+    numbers = range(*arguments(node))
+    if like.dtype != torch.int64 or (numbers.step != 1 and len(numbers) > 64):
+        raise Unsupported(node, "a range of another dtype, or a long one with steps")
+    e.values[node] = e.builder.range(numbers.start, len(numbers)) if numbers.step == 1 else e.builder.constant(list(numbers), torch.int64, like.shape)
+
+
+def _ones(e: Emitter, node: fx.Node) -> None:
+    """The truth that masks of several conditions begin with."""
+    one = e.builder.constant([1], torch.int64, ())
+    e.values[node] = one.like(one.meta.expand(compat.example_value(node).shape))
 
 
 def _write(e: Emitter, node: fx.Node) -> None:
@@ -461,11 +497,11 @@ def _attend(e: Emitter, node: fx.Node) -> None:
 
 _OURS: dict[str, _Handler] = {
     "rms_norm": _rms_norm, "glu": _glu, "rotate": _rotate, "quantize_activation": _quantize, "decode_attention": _attend,
-    "prompt_attention": _attend, **dict.fromkeys(PACKED, _packed),
+    "prompt_attention": _attend, "bipolar_embedding": _packed_embedding, **dict.fromkeys(PACKED, _packed),
 }  # fmt: skip
 _PLAIN: dict[str, _Handler] = {
     "pow": _pow, "roll": _roll, "setitem": _set, "copy_": _into, "tensor": _constant,
     **dict.fromkeys(("add", "sub", "mul", "div", "add_", "mul_"), _binary),
-    **dict.fromkeys(("silu", "gelu", "relu", "sigmoid", "tanh", "neg"), _unary),
+    **dict.fromkeys((*_UNARY, "gelu"), _unary), **dict.fromkeys(_TRUTHS, _binary), "matmul": _outer, "bmm": _outer, "new_ones": _ones, "argmax": _largest,
     "cat": _cat, "index_copy_": _write,
 }  # fmt: skip

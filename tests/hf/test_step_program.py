@@ -39,6 +39,7 @@ def test_families_run_as_one_call(family):
     got, report = steps(model, "auto")
     found = decision(report)
     assert found.action == "applied", found
+    assert found.config["around"] == [], found  # embeddings, angles and masks are inside
     want, plain = steps(model, "off")
     assert decision(plain).action == "kept"
     assert torch.allclose(got, want, atol=2e-4 * float(want.abs().max()))
