@@ -17,8 +17,8 @@ from effllm.lowering import step_code
 from effllm.lowering.op import rows_of
 from effllm.passes.base import Context
 from effllm.passes.match import erase_unused, writes
-from effllm.passes.step_nodes import Emitter, Unsupported
-from effllm.passes.step_views import views
+from effllm.passes.step_nodes import Emitter
+from effllm.passes.step_views import Unsupported, views
 from effllm.report import Decision, PassReport
 from effllm.runtime.step import StepProgram
 

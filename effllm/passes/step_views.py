@@ -15,6 +15,14 @@ _VIEWS = ("view", "transpose", "permute", "expand", "unsqueeze", "squeeze", "nar
 MAYBE = ("reshape", "contiguous", "flatten", "unflatten")
 
 
+class Unsupported(Exception):
+    """A node that the program cannot hold after all."""
+
+    def __init__(self, node: fx.Node, reason: str) -> None:
+        super().__init__(reason)
+        self.node, self.reason = node, reason
+
+
 def views(node: fx.Node) -> bool:
     """Whether a node's value is memory of its input: a view, an item of several values, or a cast to what it is already."""
     found = node.meta.get("effllm_view")
