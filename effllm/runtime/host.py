@@ -5,6 +5,8 @@ Below kernels and tuning, which both need them: the kernels to build and choose,
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import os
 import platform
@@ -17,6 +19,12 @@ def cache_root() -> Path:
     """The folder of everything that effllm keeps: the user's cache directory by the XDG convention."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "effllm"
+
+
+def give_back() -> None:
+    """Return freed memory to the system, which glibc does not do by itself for what lies between blocks in use; nothing where there is no glibc."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @functools.cache
