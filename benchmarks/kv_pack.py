@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import time
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -20,12 +21,24 @@ import torch
 from effllm.autotune.machine import describe
 from effllm.lowering import kv_cache, providers
 from effllm.runtime.caches.layer import Layer
+from effllm.runtime.caches.matryoshka import pack_tables
 
 RESULTS = Path(__file__).parent / "results" / "kv_pack.json"
 SPECS = (
     "kivi(bits=2)", "kivi(bits=4)", "kivi(bits=8)", "gear(bits=4)", "gear(bits=2,factors=8)",
     "mustafar(sparsity=0.5)", "mustafar(sparsity=0.7)", "mustafar(sparsity=0.7,bits=4)", "bfp(bits=4)",
+    "matryoshka(k=0.5,v=0.5)",
 )  # fmt: skip
+
+
+@lru_cache(maxsize=8)
+def tables(spec: str, heads: int, dim: int) -> list[torch.Tensor] | None:
+    """Random bases for Matryoshka."""
+    if not spec.startswith("matryoshka"):
+        return None
+    g = torch.Generator().manual_seed(1)
+    uk, uv = (torch.linalg.qr(torch.randn(heads, dim, dim, generator=g)).Q for _ in range(2))
+    return pack_tables(uk, torch.randn(heads, dim, generator=g), uv, torch.randn(heads, dim, generator=g))
 
 
 def timed(kernel: str, spec: str, heads: int, dim: int, rounds: int) -> tuple[Layer, float, float]:
@@ -34,7 +47,7 @@ def timed(kernel: str, spec: str, heads: int, dim: int, rounds: int) -> tuple[La
     k, v = (torch.randn(1, heads, 2048, dim, generator=g).bfloat16() for _ in range(2))
 
     def empty() -> Layer:
-        layer = Layer(spec, 4096)
+        layer = Layer(spec, 4096, tables(spec, heads, dim))
         layer.allocate(k, v)
         return layer
 
@@ -69,7 +82,7 @@ def main() -> None:
     providers.load("cpu")
     rows = []
     for spec in SPECS:
-        own = Layer(spec, 64)
+        own = Layer(spec, 64, tables(spec, args.heads, args.dim))
         own.allocate(*(torch.zeros(1, args.heads, 1, args.dim, dtype=torch.bfloat16) for _ in range(2)))
         kernel = kv_cache.choose("kv_append", "auto", own.spec, args.heads, own.ring, 1)
         held = {name: timed(name, spec, args.heads, args.dim, args.rounds) for name in (kernel, "reference")}

@@ -2,11 +2,11 @@
 //
 //   o = softmax(scale * q [K^ ; K]^T + mask) [V^ ; V]      pages of compressed tokens [0, flushed), then the dense ring [flushed, total)
 //
-// Work    tasks of (row of the batch, key head, run of pages); the last run of a head also takes the ring. A task serves all query heads of
-//         its key head, walks its pages once (keys, then values of a page, which lie side by side) with an online softmax, and leaves
-//         (o, max, sum). Runs are merged by o = sum_i e^(m_i - m) o_i / sum_i e^(m_i - m) l_i; a run without any key has m = -inf.
+// Work    tasks of (row of the batch, run of pages), which walk their pages from front to back, in each of them all key heads; where the pages are too
+//         few for that, tasks of (row, key head, run). All query heads of a key head are served at once (keys, then values of a page, which lie side by
+//         side) with an online softmax that leaves (o, max, sum). Runs are merged by o = sum_i e^(m_i - m) o_i / sum_i e^(m_i - m) l_i; a run without any key has m = -inf.
 // Bytes   flushed * bytes per token + ring; the mask. Dense keys and values are never made.
-// Codec   what a format supplies; R rows (queries) of one key head, fp32. It is copied for every task, so it may hold buffers.
+// Codec   what a format supplies; R rows (queries) of one key head, fp32. It is copied for every key head of a task, so it may hold buffers.
 //           width                                          floats of an accumulator row; `Plain` below is D, no rounding, nothing at the end
 //           begin(b, g, q, rows)                           a task starts: q (R, D), not scaled
 //           scores(record, q, rows, s)                     s (R, page) = q K^^T
@@ -79,7 +79,8 @@ struct Run {
     for (int64_t r = 0; r < rows; ++r) {
       float* p = s + r * n;
       float big = -INFINITY;
-      bool nan = false;
+      int32_t nan = 0;
+#pragma omp simd reduction(max : big) reduction(| : nan)
       for (int64_t t = 0; t < n; ++t) big = p[t] > big ? p[t] : big, nan |= p[t] != p[t];
       if (big == -INFINITY && !nan) {
         std::fill(p, p + n, 0.f);
@@ -172,45 +173,89 @@ struct Work {
   int64_t slot() const { return rows() * (z.dim + 2); }  // floats of a run's result: weighted values, largest scores, sums
 };
 
-// Task i: pages of one run of one key head, and the ring in the last run, into `base`.
-template <class Codec> void task(const Work& w, int64_t i, const Codec& codec, Codec& own, float* base, std::vector<float>& qs, std::vector<float>& s, std::vector<float>& acc) {
-  const State& z = w.z;
-  const int64_t d = z.dim, rows = w.rows(), b = i / w.runs / z.heads, g = i / w.runs % z.heads, part = i % w.runs, filled = z.flushed / z.page;
-  for (int64_t r = 0; r < rows; ++r)
-    for (int64_t c = 0, at = w.q.at(b, g * w.repeat() + r / w.queries, r % w.queries); c < d; ++c) qs[static_cast<size_t>(r * d + c)] = load_as_float(w.q.data, at + c, w.type);
-  own.begin(b, g, qs.data(), rows);
-  Turned turned(w.shift, qs.data(), rows, d);
-  std::vector<std::unique_ptr<Codec>> others(static_cast<size_t>(w.shift.turns.count));
-  std::vector<float> spare;
-  auto score = [&](const uint8_t* record, int64_t a, float* to) {
-    if constexpr (std::is_base_of_v<Plain, Codec>) own.scores(record, turned.at(a), rows, to);
+// One key head's part of a run: its queries, codec and softmax. Points into itself.
+template <class Codec> struct Lane {
+  const Work& w;
+  const Codec& codec;
+  const int64_t b, g, rows, d;
+  Codec own;
+  std::vector<float> qs, acc, spare;
+  std::vector<std::unique_ptr<Codec>> others;
+  std::unique_ptr<Turned> turned;
+  float* base;
+  Shown shown;
+  Run run;
+
+  Lane(const Work& work, const Codec& given, int64_t row, int64_t head, float* to)
+      : w(work), codec(given), b(row), g(head), rows(w.rows()), d(w.z.dim), own(given), base(to), shown{w.mask, b, g * w.repeat(), w.queries, w.scale} {
+    qs.resize(static_cast<size_t>(rows * d));
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t c = 0, at = w.q.at(b, g * w.repeat() + r / w.queries, r % w.queries); c < d; ++c) qs[static_cast<size_t>(r * d + c)] = load_as_float(w.q.data, at + c, w.type);
+    own.begin(b, g, qs.data(), rows);
+    turned = std::make_unique<Turned>(w.shift, qs.data(), rows, d);
+    others.resize(static_cast<size_t>(w.shift.turns.count));
+    const int64_t width = own.width ? own.width : d;
+    float *top = base + rows * d, *sum = top + rows;
+    acc.assign(static_cast<size_t>(rows * width), 0.f);
+    std::fill(top, sum, -INFINITY);
+    std::fill(sum, sum + rows, 0.f);
+    run = Run{rows, width, acc.data(), top, sum};
+  }
+  Lane(const Lane&) = delete;
+  Lane& operator=(const Lane&) = delete;
+
+  const uint8_t* record(int64_t n) const { return w.z.pages + (b * w.z.count + n) * w.z.page_bytes + g * w.z.record; }
+  // Records of a head lie a page apart, farther than the processor looks ahead by itself.
+  static void ask(const uint8_t* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+  }
+  void score(const uint8_t* from, int64_t a, float* to) {
+    if constexpr (std::is_base_of_v<Plain, Codec>) own.scores(from, turned->at(a), rows, to);
     else {
       auto& other = others[static_cast<size_t>(a)];
-      if (!other) other = std::make_unique<Codec>(codec), other->begin(b, g, turned.at(a), rows);
-      other->scores(record, turned.at(a), rows, to);
+      if (!other) other = std::make_unique<Codec>(codec), other->begin(b, g, turned->at(a), rows);
+      other->scores(from, turned->at(a), rows, to);
     }
-  };
-  const int64_t width = own.width ? own.width : d;
-  float *top = base + rows * d, *sum = top + rows;
-  acc.assign(static_cast<size_t>(rows * width), 0.f);
-  std::fill(top, sum, -INFINITY);
-  std::fill(sum, sum + rows, 0.f);
-  const Run run{rows, width, acc.data(), top, sum};
-  const Shown shown{w.mask, b, g * w.repeat(), w.queries, w.scale};
-  s.resize(static_cast<size_t>(rows * z.page));
-  for (int64_t n = filled * part / w.runs; n < filled * (part + 1) / w.runs; ++n) {
-    if (!shown.any(rows, n * z.page, z.page)) continue;
-    const uint8_t* record = z.pages + (b * z.count + n) * z.page_bytes + g * z.record;
-    if (!w.shift.on) own.scores(record, qs.data(), rows, s.data());
-    else score_turns(w.shift.row, n * z.page, z.page, rows, z.page, s.data(), spare, [&](int64_t a, float* to) { score(record, a, to); });
-    shown.add(s.data(), rows, n * z.page, z.page);
-    if (run.take(s.data(), z.page, [&own](float p) { return own.round(p); })) own.values(record, s.data(), rows, acc.data());
   }
-  if constexpr (std::is_base_of_v<Plain, Codec>) std::copy(acc.begin(), acc.end(), base);
-  else own.finish(acc.data(), sum, rows, base);
-  if (part < w.runs - 1) return;
-  const auto near = z.type == Type::f32 ? ring_part<Type::f32> : z.type == Type::bf16 ? ring_part<Type::bf16> : ring_part<Type::f16>;
-  near(z, b, g, turned, shown, Run{rows, d, base, top, sum}, s);
+  // Page n; `next` is asked for meanwhile, unless it is null.
+  void page(int64_t n, const uint8_t* next, std::vector<float>& s) {
+    const State& z = w.z;
+    const int64_t at = n * z.page, half = z.record / 2;
+    if (!shown.any(rows, at, z.page)) return;
+    s.resize(static_cast<size_t>(rows * z.page));
+    if (next) ask(next, half);
+    if (!w.shift.on) own.scores(record(n), qs.data(), rows, s.data());
+    else score_turns(w.shift.row, at, z.page, rows, z.page, s.data(), spare, [&](int64_t a, float* to) { score(record(n), a, to); });
+    shown.add(s.data(), rows, at, z.page);
+    if (next) ask(next + half, half);
+    if (run.take(s.data(), z.page, [this](float p) { return own.round(p); })) own.values(record(n), s.data(), rows, acc.data());
+  }
+  // The sums of the pages, and the ring if it is this run's.
+  void finish(bool ring, std::vector<float>& s) {
+    if constexpr (std::is_base_of_v<Plain, Codec>) std::copy(acc.begin(), acc.end(), base);
+    else own.finish(acc.data(), run.sum, rows, base);
+    if (!ring) return;
+    const auto near = w.z.type == Type::f32 ? ring_part<Type::f32> : w.z.type == Type::bf16 ? ring_part<Type::bf16> : ring_part<Type::f16>;
+    near(w.z, b, g, *turned, shown, Run{rows, d, base, run.top, run.sum}, s);
+  }
+};
+
+// One run of one key head's pages; the last run takes the ring.
+template <class Codec> void by_head(const Work& w, int64_t i, const Codec& codec, float* part, std::vector<float>& s) {
+  const int64_t filled = w.z.flushed / w.z.page, turn = i % w.runs, until = filled * (turn + 1) / w.runs;
+  Lane<Codec> lane(w, codec, i / w.runs / w.z.heads, i / w.runs % w.z.heads, part + i * w.slot());
+  for (int64_t n = filled * turn / w.runs; n < until; ++n) lane.page(n, n + 1 < until ? lane.record(n + 1) : nullptr, s);
+  lane.finish(turn == w.runs - 1, s);
+}
+
+// One run of pages for all key heads of a row of the batch, so that memory is read from front to back; the runs share the rings.
+template <class Codec> void by_page(const Work& w, int64_t i, const Codec& codec, float* part, std::vector<float>& s) {
+  const int64_t filled = w.z.flushed / w.z.page, turn = i % w.runs, until = filled * (turn + 1) / w.runs, b = i / w.runs;
+  std::vector<std::unique_ptr<Lane<Codec>>> lanes;
+  for (int64_t g = 0; g < w.z.heads; ++g) lanes.push_back(std::make_unique<Lane<Codec>>(w, codec, b, g, part + ((b * w.z.heads + g) * w.runs + turn) * w.slot()));
+  for (int64_t n = filled * turn / w.runs; n < until; ++n)
+    for (auto& lane : lanes) lane->page(n, nullptr, s);
+  for (int64_t g = 0; g < w.z.heads; ++g) lanes[static_cast<size_t>(g)]->finish(g % w.runs == turn, s);
 }
 
 // The runs of every key head, merged and divided.
@@ -240,14 +285,16 @@ Tensor attend(const Tensor& q, const State& z, const std::optional<Tensor>& mask
   STD_TORCH_CHECK(q.dim() == 4 && q.size(0) == z.batch && q.size(3) == z.dim && q.size(1) % z.heads == 0, "effllm: the queries do not fit the cache");
   Work w{z, view_of(q), mask_of(mask, z.batch, q.size(1), q.size(2), z.keys()), type_of(q.scalar_type()), q.size(1), q.size(2), 1, static_cast<float>(scale), shift};
   Tensor out = torch::stable::new_empty(q, {z.batch, w.heads, w.queries, z.dim}, q.scalar_type());
-  const int64_t lanes = z.batch * z.heads, wanted = 4 * static_cast<int64_t>(torch::stable::get_num_threads());
+  const int64_t lanes = z.batch * z.heads, threads = static_cast<int64_t>(torch::stable::get_num_threads()), wanted = 4 * threads;
   // a run costs a merge and its own start: at least 256 tokens each
-  w.runs = std::max<int64_t>(1, std::min((wanted + lanes - 1) / lanes, z.flushed / std::max<int64_t>(256, z.page)));
+  const int64_t most = z.flushed / std::max<int64_t>(256, z.page), rows = (wanted + z.batch - 1) / z.batch;
+  const bool pages_first = rows <= most || z.batch >= wanted;  // enough runs for all threads without sharing out heads
+  w.runs = std::max<int64_t>(1, std::min(pages_first ? rows : (wanted + lanes - 1) / lanes, most));
   std::vector<float> part(static_cast<size_t>(lanes * w.runs * w.slot()));
-  torch::stable::parallel_for(0, lanes * w.runs, std::max<int64_t>(1, 24000 / std::max<int64_t>(1, w.rows() * z.dim * 2 * z.total / w.runs)), [&](int64_t from, int64_t to) {
-    Codec own = codec;
-    std::vector<float> qs(static_cast<size_t>(w.rows() * z.dim)), s, acc;
-    for (int64_t i = from; i < to; ++i) task(w, i, codec, own, part.data() + i * w.slot(), qs, s, acc);
+  const int64_t each = w.rows() * z.dim * 2 * z.total / w.runs * (pages_first ? z.heads : 1);
+  torch::stable::parallel_for(0, (pages_first ? z.batch : lanes) * w.runs, std::max<int64_t>(1, 24000 / std::max<int64_t>(1, each)), [&](int64_t from, int64_t to) {
+    std::vector<float> s;
+    for (int64_t i = from; i < to; ++i) pages_first ? by_page(w, i, codec, part.data(), s) : by_head(w, i, codec, part.data(), s);
   });
   merge(w, part, out.mutable_data_ptr());
   return out;

@@ -2,7 +2,8 @@
 //
 // Work    tasks of (row of the batch, page, key head). A task gathers the page's tokens, from the ring and behind it from what is appended, puts the first
 //         real token of the page in the place of padding, and has the format's packer write the record.
-// Packer  pack(keys, values, g, record): keys and values (page, D) in the cache's dtype, key head g, a record of zeros. One object serves all threads.
+// Packer  pack(keys, values, g, record): keys and values (page, D) in the cache's dtype, key head g, a record of zeros. Every thread has a copy.
+//         One that says `shared` gets the page instead, as it was, and writes all of it, each head its own part.
 // Bytes   those of the format's encoder in Python, but for the payload of a NaN and the sign of a zero that is the least of its group.
 #pragma once
 #include <memory>
@@ -60,7 +61,8 @@ inline Appended append_of(Tensor& pages, Tensor& ring, Tensor& lens, const Tenso
 
 // Packs what leaves the ring and appends the rest; `records` as in a page's layout, one per key head.
 template <class Packer> void append(const Appended& z, const Packer& packer) {
-  const int64_t record = z.page_bytes / z.heads, pages = (z.until - z.flushed) / z.page, bytes = z.dim * z.size;
+  constexpr bool shared = requires { Packer::shared; };
+  const int64_t record = shared ? 0 : z.page_bytes / z.heads, pages = (z.until - z.flushed) / z.page, bytes = z.dim * z.size;
   torch::stable::parallel_for(0, z.batch * pages * z.heads, std::max<int64_t>(1, 16384 / (z.page * z.dim)), [&](int64_t from, int64_t to) {
     std::vector<char> both(static_cast<size_t>(2 * z.page * bytes));
     Packer own = packer;
@@ -75,7 +77,7 @@ template <class Packer> void append(const Appended& z, const Packer& packer) {
           else std::memcpy(line, at < z.total ? z.slot(b, s, g, at) : z.given(b, s, g, at - z.total), static_cast<size_t>(bytes));
         }
       uint8_t* out = z.pages + (b * z.count + z.flushed / z.page + n) * z.page_bytes + g * record;
-      std::memset(out, 0, static_cast<size_t>(record));
+      if constexpr (!shared) std::memset(out, 0, static_cast<size_t>(record));
       own.pack(both.data(), both.data() + z.page * bytes, g, out);
     }
   });
@@ -93,6 +95,17 @@ inline void widen_all(Type type, const void* from, int64_t n, float* to) {
   if (type == Type::f32) widen<Type::f32>(from, 0, n, to);
   else if (type == Type::bf16) widen<Type::bf16>(from, 0, n, to);
   else widen<Type::f16>(from, 0, n, to);
+}
+
+template <Type T> inline void narrow(const float* from, int64_t n, void* to) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) effllm::store_from_float(to, i, T, from[i]);
+}
+
+inline void narrow_all(Type type, const float* from, int64_t n, void* to) {
+  if (type == Type::f32) narrow<Type::f32>(from, n, to);
+  else if (type == Type::bf16) narrow<Type::bf16>(from, n, to);
+  else narrow<Type::f16>(from, n, to);
 }
 
 }  // namespace effllm::kv

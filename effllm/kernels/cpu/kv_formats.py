@@ -64,7 +64,8 @@ def bfp(spec: str, heads: int, dim: int, dtype: torch.dtype) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=256)
-def _matryoshka(spec: str, heads: int, dim: int, dtype: torch.dtype) -> tuple[int, list[int], list[int], int, int]:
+def matryoshka(spec: str, heads: int, dim: int, dtype: torch.dtype) -> tuple[int, list[int], list[int], int, int]:
+    """page, ranks of keys and of values, and the byte offsets k, v."""
     fmt = parse(spec)
     assert isinstance(fmt, Matryoshka)
     at = fmt.layout(heads, dim, dtype).offsets()
@@ -88,7 +89,7 @@ def _call_bfp(
 def _call_matryoshka(
     ops: Any, q: Tensor, pages: Tensor, ring: Tensor, lens: Tensor, tables: list[Tensor], mask: Tensor | None, scale: float, spec: str, turn: Turn
 ) -> Tensor:  # fmt: skip
-    page, k, v, kat, vat = _matryoshka(spec, ring.shape[2], ring.shape[4], ring.dtype)
+    page, k, v, kat, vat = matryoshka(spec, ring.shape[2], ring.shape[4], ring.dtype)
     y: Tensor = ops.kv_attend_matryoshka(q, pages, ring, lens, *tables, mask, scale, page, k, v, kat, vat, *turn)
     return y
 

@@ -115,9 +115,9 @@ template <class A, int BITS, int DIGITS> struct Codec : effllm::kv::Plain {
   static float sum(const typename A::F& v) {
     alignas(64) float t[16];
     A::store_f(t, v);
-    float s = 0;
-    for (float e : t) s += e;
-    return s;
+    for (int half = 8; half > 0; half /= 2)  // in pairs: a chain of sixteen additions takes as long as a group's products
+      for (int i = 0; i < half; ++i) t[i] += t[i + half];
+    return t[0];
   }
   // dot of n floats with n halves.
   static float dot(const float* a, const uint16_t* b, int64_t n) {

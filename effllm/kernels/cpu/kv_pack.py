@@ -1,4 +1,4 @@
-"""Which C++ op appends to a cache of which format: KIVI, GEAR, Mustafar and block-floating-point pages are packed natively, others by their own encoder."""
+"""Which C++ op appends to a cache of which format: all but dense pages are packed natively, those by their own encoder."""
 
 from __future__ import annotations
 
@@ -39,7 +39,13 @@ def kv_append_bfp(pages, ring, lens, start, k, v, korder, vorder, page, block, b
     return None
 
 
-FAKES: dict[str, Callable[..., None]] = {f.__name__: f for f in (kv_append, kv_append_kivi, kv_append_gear, kv_append_bitmap, kv_append_bfp)}
+def kv_append_matryoshka(pages, ring, lens, start, k, v, uk, mk, uv, mv, page, kranks, vranks, kat, vat) -> None:  # type: ignore[no-untyped-def]
+    """The op's fake."""
+    return None
+
+
+_OPS = (kv_append, kv_append_kivi, kv_append_gear, kv_append_bitmap, kv_append_bfp, kv_append_matryoshka)
+FAKES: dict[str, Callable[..., None]] = {f.__name__: f for f in _OPS}
 
 
 def _kivi(ops: Any, state: tuple[Tensor, ...], tables: list[Tensor], spec: str) -> None:
@@ -67,7 +73,14 @@ def _bfp(ops: Any, state: tuple[Tensor, ...], tables: list[Tensor], spec: str) -
     ops.kv_append_bfp(*state, *tables, page, block, bits, vbits, fmt.rule == "raise", *at)
 
 
-PACKERS: dict[str, Callable[[Any, tuple[Tensor, ...], list[Tensor], str], None]] = {"kivi": _kivi, "gear": _gear, "mustafar": _mustafar, "bfp": _bfp}
+def _matryoshka(ops: Any, state: tuple[Tensor, ...], tables: list[Tensor], spec: str) -> None:
+    ring = state[1]
+    ops.kv_append_matryoshka(*state, *tables, *kv_formats.matryoshka(spec, ring.shape[2], ring.shape[4], ring.dtype))
+
+
+PACKERS: dict[str, Callable[[Any, tuple[Tensor, ...], list[Tensor], str], None]] = {
+    "kivi": _kivi, "gear": _gear, "mustafar": _mustafar, "bfp": _bfp, "matryoshka": _matryoshka
+}  # fmt: skip
 
 
 def append(ops: Any, pages: Tensor, ring: Tensor, lens: Tensor, start: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], spec: str) -> None:

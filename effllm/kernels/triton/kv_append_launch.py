@@ -7,7 +7,6 @@ Eager code never gets there: Layer.reserve asks before it appends.
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -15,14 +14,10 @@ import triton
 from torch import Tensor
 
 from effllm.errors import CacheError
-from effllm.kernels.triton.kv_flush import kv_flush_kivi_kernel
-from effllm.kernels.triton.kv_flush_bitmap import kv_flush_bitmap_kernel
+from effllm.kernels.triton import kv_flush_launch
 from effllm.kernels.triton.kv_ring import kv_lens_kernel, kv_ring_kernel
 from effllm.runtime.caches import paging
-from effllm.runtime.caches.base import CacheFormat, parse
-from effllm.runtime.caches.kivi import Kivi
-from effllm.runtime.caches.mustafar import Mustafar
-from effllm.runtime.formats.kv import bitmap
+from effllm.runtime.caches.base import parse
 
 ONE_PROGRAM = 32768  # channels of ring rows that one program still writes
 
@@ -50,40 +45,8 @@ def check(device: torch.device) -> None:
     raise CacheError("E-KVC-FULL", f"{more} tokens did not fit behind {total} of {limit}", "make the cache larger; it is unchanged")
 
 
-@lru_cache(maxsize=256)
-def _kivi(spec: str, heads: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
-    fmt = parse(spec)
-    assert isinstance(fmt, Kivi)
-    at, vgroup = fmt.layout(heads, dim, dtype).offsets(), fmt.vgroup(dim)
-    wide = [triton.next_power_of_2(n) for n in (fmt.group, vgroup)]
-    tile = max(16, 4096 // max(wide))
-    sizes = {"PAGE": fmt.page, "GROUP": fmt.group, "VG": vgroup, "GP": wide[0], "VGP": wide[1], "BN": min(64, tile), "BITS": fmt.bits}
-    return sizes | {"KS": at["kscale"], "KM": at["kmin"], "VC": at["vcodes"], "VS": at["vscale"], "VM": at["vmin"]}
-
-
-@lru_cache(maxsize=256)
-def _mustafar(spec: str, heads: int, dim: int, dtype: torch.dtype) -> dict[str, int]:
-    fmt = parse(spec)
-    assert isinstance(fmt, Mustafar)
-    at = fmt.layout(heads, dim, dtype).offsets()
-    low = {torch.bfloat16: 16, torch.float16: 13}.get(dtype, 0)  # bits of the magnitude as fp32 that are zero
-    sizes = {"PAGE": fmt.page, "KEEP": bitmap.keep_count(dim, fmt.sparsity), "BITS": fmt.bits, "LOW": low, "DP": max(16, triton.next_power_of_2(dim))}
-    places = {"KV": "kval", "KMAP": "kmap", "KS": "kscale", "VV": "vval", "VMAP": "vmap", "VS": "vscale"}
-    return sizes | {name: at.get(field, 0) for name, field in places.items()}
-
-
-def constants(spec: str, heads: int, dim: int, dtype: torch.dtype) -> dict[str, Any]:
-    """A format's sizes and byte offsets, by the names of its packing kernel's constants."""
-    return (_mustafar if isinstance(parse(spec), Mustafar) else _kivi)(spec, heads, dim, dtype)
-
-
-def warps_of(fmt: CacheFormat, dim: int) -> int:
-    """Warps of a packing program."""
-    return 8 if isinstance(fmt, Mustafar) or dim > 128 else 4
-
-
 def append(pages: Tensor, ring: Tensor, lens: Tensor, start: Tensor, k: Tensor, v: Tensor, tables: list[Tensor], spec: str) -> None:
-    """The op "kv_append" for KIVI and Mustafar. Raises CacheError (E-KVC-FULL) for an earlier append, on CPU tensors for this one."""
+    """The op "kv_append" for every format with pages. Raises CacheError (E-KVC-FULL) for an earlier append, on CPU tensors for this one."""
     check(ring.device)
     fmt = parse(spec)
     batch, groups, n, dim = k.shape
@@ -103,20 +66,9 @@ def append(pages: Tensor, ring: Tensor, lens: Tensor, start: Tensor, k: Tensor, 
     rows = 2 * batch * groups * min(n, width)
     last = triton.next_power_of_2(rows) * wide <= ONE_PROGRAM
     block = triton.next_power_of_2(rows) if last else max(1, 4096 // wide)
-    how = constants(spec, groups, dim, ring.dtype)
     with torch.cuda.device_of(ring):  # Triton launches on the current device; no effect on CPU tensors
-        if filled and isinstance(fmt, Mustafar):
-            blocks = 2 * fmt.page // bitmap.TILE
-            scratch = torch.empty(filled * batch * groups * blocks * 64 * how["KEEP"] if fmt.bits == 4 else 0, dtype=torch.uint8, device=ring.device)
-            values = pages.view(ring.dtype) if fmt.bits == 16 else pages
-            kv_flush_bitmap_kernel[(filled, batch * groups, blocks)](
-                k, v, values, pages.view(torch.int64), pages.view(torch.float16), pages, scratch, *where, D=dim, **how, num_warps=warps_of(fmt, dim)
-            )
-        elif filled:
-            kinds = fmt.page // how["GROUP"] + dim // how["VG"]
-            kv_flush_kivi_kernel[(filled, batch * groups, kinds)](
-                k, v, pages.view(torch.int32), pages.view(torch.float16), *where, D=dim, **how, num_warps=warps_of(fmt, dim)
-            )
+        if filled:
+            kv_flush_launch.FLUSH[fmt.name](fmt, filled, k, v, pages, tables, where)
         kv_ring_kernel[(triton.cdiv(rows, block),)](
             k, v, ring, lens, fault, n, batch, groups, width, limit, *strides, D=dim, DP=wide, BR=block, PAGE=fmt.page, LAST=last, num_warps=4
         )

@@ -82,7 +82,8 @@ def matryoshka_constants(spec: str, heads: int, dim: int, dtype: torch.dtype) ->
 
 
 @lru_cache(maxsize=256)
-def _sides(spec: str, heads: int, dim: int, device: torch.device) -> Tensor:
+def sides(spec: str, heads: int, dim: int, device: torch.device) -> Tensor:
+    """int32 (2, G + 1): running sums of the ranks of keys and of values."""
     fmt = parse(spec)
     assert isinstance(fmt, Matryoshka)
     return torch.tensor([[0, *itertools.accumulate(r)] for r in fmt.ranks(heads, dim)], dtype=torch.int32, device=device)
@@ -110,8 +111,8 @@ def _bfp(pages: Tensor, ring: Tensor, tables: list[Tensor], spec: str) -> Plan:
 
 
 def _matryoshka(pages: Tensor, ring: Tensor, tables: list[Tensor], spec: str) -> Plan:
-    sides = _sides(spec, ring.shape[2], ring.shape[4], ring.device)
-    return kv_matryoshka_kernel, (pages.view(ring.dtype), *(t.contiguous() for t in tables), sides), matryoshka_constants(*_about(ring, spec))
+    starts = sides(spec, ring.shape[2], ring.shape[4], ring.device)
+    return kv_matryoshka_kernel, (pages.view(ring.dtype), *(t.contiguous() for t in tables), starts), matryoshka_constants(*_about(ring, spec))
 
 
 KERNELS: dict[str, Callable[[Tensor, Tensor, list[Tensor], str], Plan]] = {

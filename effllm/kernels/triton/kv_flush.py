@@ -22,14 +22,44 @@ def nearest(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def measured(x, inside, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Scale and minimum, fp16, of the columns of fp32 x (rows, columns); a NaN makes the minimum NaN."""
+    bad = tl.max(((x != x) & inside).to(tl.int32), 0) > 0
+    low = tl.min(tl.where(inside & (x == x), x, float("inf")), 0)
+    high = tl.max(tl.where(inside & (x == x), x, float("-inf")), 0)
+    low = tl.where(bad, float("nan"), low)
+    step = tl.div_rn(high - low, tl.full(low.shape, 2**BITS - 1, tl.float32)).to(tl.float16)
+    return tl.where(step == 0.0, 1.0, step).to(tl.float16), low.to(tl.float16)
+
+
+@triton.jit
+def coded(x, step, zero, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Codes of fp32 x; step and zero, fp16, broadcast to its shape."""
+    u = tl.div_rn(x - zero.to(tl.float32), tl.broadcast_to(step.to(tl.float32), x.shape))
+    u = tl.where((u == u) & (tl.abs(u) < float("inf")), u, 0.0)
+    return nearest(tl.minimum(tl.maximum(u, 0.0), 2**BITS - 1)).to(tl.int32)
+
+
+@triton.jit
+def spelled(words, u, row, there, n0, N: tl.constexpr, BITS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Store codes (rows, BN) of columns n0 and on as words of 32 / BITS of them."""
+    PER: tl.constexpr = 32 // BITS
+    BN: tl.constexpr = u.shape[1]
+    place = (n0 + tl.arange(0, BN)) % PER
+    u = u << (place % 4 * 8 + place // 4 * BITS)[None, :]
+    word = tl.sum(tl.reshape(u, (u.shape[0], BN // PER, PER)), 2)
+    j = n0 // PER + tl.arange(0, BN // PER)
+    to = ((row // 16) * (N // PER) * 16 + row % 16)[:, None] + j[None, :] * 16
+    tl.store(words + to, word, mask=there[:, None] & (j < N // PER)[None, :])
+
+
+@triton.jit
 def _group(  # type: ignore[no-untyped-def]
     ring, fresh, start, words, halves, first, group, total, b, g, G, W, fb, fg, ft,
     SIDE: tl.constexpr, D: tl.constexpr, PAGE: tl.constexpr, SIZE: tl.constexpr, N: tl.constexpr, MP: tl.constexpr, BN: tl.constexpr, BITS: tl.constexpr,
     CODES: tl.constexpr, SCALE: tl.constexpr, LOW: tl.constexpr,
 ):  # fmt: skip
     """One group of SIZE rows: words and halves point at the record, CODES, SCALE and LOW are byte offsets in it."""
-    PER: tl.constexpr = 32 // BITS
-    TOP: tl.constexpr = 2**BITS - 1
     m = tl.arange(0, MP)
     row = group * SIZE + m
     for n0 in range(0, N, BN):
@@ -38,23 +68,9 @@ def _group(  # type: ignore[no-untyped-def]
         own = (row[:, None] + n[None, :] * 0) if SIDE == 0 else (n[None, :] + row[:, None] * 0)
         c = (n[None, :] + row[:, None] * 0) if SIDE == 0 else (row[:, None] + n[None, :] * 0)
         x = taken(ring, fresh, start, first, own, c, inside, total, b, g, G, W, fb, fg, ft, SIDE, D, PAGE).to(tl.float32)
-        bad = tl.max(((x != x) & inside).to(tl.int32), 0) > 0
-        low = tl.min(tl.where(inside & (x == x), x, float("inf")), 0)
-        high = tl.max(tl.where(inside & (x == x), x, float("-inf")), 0)
-        low = tl.where(bad, float("nan"), low)
-        step = tl.div_rn(high - low, tl.full((BN,), TOP, tl.float32)).to(tl.float16)
-        step = tl.where(step == 0.0, 1.0, step).to(tl.float16)
-        zero = low.to(tl.float16)
-        s, z = step.to(tl.float32)[None, :], zero.to(tl.float32)[None, :]
-        u = tl.div_rn(x - z, tl.broadcast_to(s, (MP, BN)))
-        u = tl.where((u == u) & (tl.abs(u) < float("inf")), u, 0.0)
-        u = nearest(tl.minimum(tl.maximum(u, 0.0), TOP)).to(tl.int32)
-        place = n % PER
-        u = tl.where(inside, u, 0) << (place % 4 * 8 + place // 4 * BITS)[None, :]
-        word = tl.sum(tl.reshape(u, (MP, BN // PER, PER)), 2)
-        j = n0 // PER + tl.arange(0, BN // PER)
-        to = CODES // 4 + ((row // 16) * (N // PER) * 16 + row % 16)[:, None] + j[None, :] * 16
-        tl.store(words + to, word, mask=(m < SIZE)[:, None] & (j < N // PER)[None, :])
+        step, zero = measured(x, inside, BITS)
+        u = tl.where(inside, coded(x, step[None, :], zero[None, :], BITS), 0)
+        spelled(words + CODES // 4, u, row, m < SIZE, n0, N, BITS)
         tl.store(halves + SCALE // 2 + group * N + n, step, mask=n < N)
         tl.store(halves + LOW // 2 + group * N + n, zero, mask=n < N)
 

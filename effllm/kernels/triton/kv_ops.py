@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from effllm.autotune.kv_cost import PREDICTORS
-from effllm.kernels.triton import kv_append_launch, kv_attend_launch, kv_cost
+from effllm.kernels.triton import kv_append_launch, kv_attend_launch, kv_cost, kv_flush_launch
 from effllm.lowering.kv_cache import APPEND, ATTEND
 from effllm.lowering.op import YES, Problem, Provider, Verdict
 from effllm.runtime.caches.base import CacheFormat, parse
@@ -60,9 +60,7 @@ def _format(problem: Problem) -> CacheFormat:
 def supports_append(problem: Problem) -> Verdict:
     """Whether a format's pages are packed by a kernel."""
     fmt = _format(problem)
-    if isinstance(fmt, Gear):
-        return Verdict(False, "gear pages need a power iteration and a sort: plain torch packs them and reads the lengths on the host")
-    if not isinstance(fmt, Kivi | Mustafar):
+    if fmt.name not in kv_flush_launch.FLUSH:
         return Verdict(False, f"{fmt.name} pages have no packing kernel: plain torch packs them and reads the lengths on the host")
     if problem.dtype not in _DTYPES:
         return Verdict(False, f"keys are {problem.dtype}, the kernels take fp16, bf16 and fp32")
@@ -70,6 +68,8 @@ def supports_append(problem: Problem) -> Verdict:
         return Verdict(False, f"heads of {problem.k} channels, the kernels' registers hold {CHANNELS}")
     if isinstance(fmt, Kivi) and max(fmt.group, fmt.vgroup(problem.k)) > 256:
         return Verdict(False, f"groups of {fmt.group}, the kernel's registers hold 256")
+    if isinstance(fmt, Gear) and fmt.rank > RANK:
+        return Verdict(False, f"rank {fmt.rank}, the kernel's registers hold factors of {RANK}")
     return YES
 
 

@@ -45,11 +45,11 @@ class Matryoshka(CacheFormat):
         return Layout(None, tuple(Field(n, dtype, (self.page * sum(r),)) for n, r in zip("kv", self.ranks(heads, dim), strict=True)))
 
     def encode(self, k: Tensor, v: Tensor, tables: Sequence[Tensor]) -> Mapping[str, Tensor]:
-        """Project."""
+        """Project; sums in fp64, so that their order does not show in what is stored: a kernel packs the same bytes."""
         out = {}
         for n, x, u, mean, ranks in zip("kv", (k, v), tables[::2], tables[1::2], self.ranks(k.shape[-3], k.shape[-1]), strict=True):
-            z = (x.float() - mean[:, None]) @ u
-            out[n] = torch.cat([z[..., g, :, :r].flatten(-2) for g, r in enumerate(ranks)], -1).to(x.dtype)
+            z = (x.double() - mean[:, None]) @ u.double()
+            out[n] = torch.cat([z[..., g, :, :r].flatten(-2) for g, r in enumerate(ranks)], -1).float().to(x.dtype)
         return out
 
     def decode(self, held: Mapping[str, Tensor], tables: Sequence[Tensor]) -> tuple[Tensor, Tensor]:

@@ -10,6 +10,7 @@ from effllm.kernels.cpu import kv_pack
 from effllm.lowering import providers
 from effllm.lowering.op import OPS, Provider
 from effllm.runtime.caches.layer import Layer
+from effllm.runtime.caches.matryoshka import pack_tables
 
 providers.load("cpu")
 SPECS = (
@@ -29,19 +30,26 @@ SPECS = (
     "bfp(bits=4,vbits=4)",
     "bfp(bits=3,vbits=8,block=16,page=48,window=1,rule=raise)",
     "bfp(bits=2,vbits=5,block=16)",
+    "matryoshka(k=0.5,v=0.25)",
+    "matryoshka(page=48,window=3,k=7/48/1,v=31/8/33)",
+    "matryoshka(page=30,window=0,k=full,v=17)",
 )
 SPOILED = (
     "kivi(bits=2)", "kivi(bits=8,group=16)", "gear(bits=4)", "gear(bits=4,outliers=0.2,factors=8)",
     "mustafar(page=64)", "mustafar(page=64,bits=4)", "bfp(bits=4)",
+    "matryoshka(k=0.5,v=0.75)",
 )  # fmt: skip
 KERNELS = [p for p in OPS["kv_append"].providers.values() if p.prepare is not None]
 EACH = pytest.mark.parametrize("kernel", KERNELS, ids=lambda p: p.name)
 
 
 def tables(spec: str, heads: int, dim: int) -> list[Tensor] | None:
+    g = torch.Generator().manual_seed(3)
+    if spec.startswith("matryoshka"):
+        uk, uv = (torch.linalg.qr(torch.randn(heads, dim, dim, generator=g)).Q for _ in range(2))
+        return pack_tables(uk, torch.randn(heads, dim, generator=g), uv, torch.randn(heads, dim, generator=g))
     if not spec.startswith("bfp"):
         return None
-    g = torch.Generator().manual_seed(3)
     return [torch.stack([torch.randperm(dim, generator=g) for _ in range(heads)]) for _ in range(2)]
 
 
@@ -105,7 +113,7 @@ def test_pages_are_those_of_the_encoder_however_tokens_arrive(kernel: Provider, 
 
 
 @EACH
-@pytest.mark.parametrize("spec", ["kivi(bits=4)", "gear(bits=2)", "mustafar(page=64,bits=8)", "bfp(bits=4)"])
+@pytest.mark.parametrize("spec", ["kivi(bits=4)", "gear(bits=2)", "mustafar(page=64,bits=8)", "bfp(bits=4)", "matryoshka"])
 def test_padding_in_front_of_a_row_widens_nothing(kernel: Provider, spec: str) -> None:
     own, reference = pair(spec, torch.bfloat16, 3, 2, 64, start=[0, 70, 128])
     ready(kernel, spec, own)
@@ -138,7 +146,7 @@ def test_what_is_not_finite_decodes_as_from_the_encoder(kernel: Provider, spec: 
 
 @EACH
 def test_a_full_cache_is_left_as_it_was(kernel: Provider) -> None:
-    for spec in ("kivi(bits=4)", "gear(bits=4)", "mustafar(page=64)", "bfp(bits=4)"):
+    for spec in ("kivi(bits=4)", "gear(bits=4)", "mustafar(page=64)", "bfp(bits=4)", "matryoshka(k=0.5)"):
         layer, _ = pair(spec, torch.float32, 1, 1, 64)
         ready(kernel, spec, layer)
         k, v = drawn(torch.float32, 1, 1, layer.limit + 1, 64)
@@ -153,13 +161,13 @@ def test_formats_with_a_packer_never_reach_the_encoder(monkeypatch: pytest.Monke
     """Neither in prompts nor in steps, so a decoding loop has no such pause."""
     kernel = next(p for p in KERNELS if p.name == "cpu-portable")
     for spec in (s for s in SPECS if s.split("(")[0] in kv_pack.PACKERS):
-        layer, _ = pair(spec, torch.bfloat16, 1, 2, 64)
+        layer, _ = pair(spec, torch.bfloat16, 1, 3, 64)
         ready(kernel, spec, layer)
 
         def never(*_: object, spec: str = spec) -> None:
             raise AssertionError(spec)
 
         monkeypatch.setattr(type(layer.format), "encode", never)
-        k, v = drawn(torch.bfloat16, 1, 2, 400, 64)
+        k, v = drawn(torch.bfloat16, 1, 3, 400, 64)
         append(kernel.name, layer, k, v)
         assert int(layer.lens[1])

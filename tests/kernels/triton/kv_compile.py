@@ -6,9 +6,12 @@ from typing import Any
 
 import torch
 
-from effllm.kernels.triton import aot, kv_append_launch, kv_attend_launch
+from effllm.kernels.triton import aot, kv_attend_launch, kv_flush_launch
 from effllm.kernels.triton.kv_flush import kv_flush_kivi_kernel
+from effllm.kernels.triton.kv_flush_bfp import kv_flush_bfp_kernel
 from effllm.kernels.triton.kv_flush_bitmap import kv_flush_bitmap_kernel
+from effllm.kernels.triton.kv_flush_gear import kv_flush_gear_kernel
+from effllm.kernels.triton.kv_flush_matryoshka import kv_flush_matryoshka_kernel
 from effllm.kernels.triton.kv_parts import kv_merge_kernel
 from effllm.kernels.triton.kv_ring import kv_lens_kernel, kv_ring_kernel
 from effllm.runtime.caches.base import parse
@@ -26,7 +29,15 @@ ATTEND = (
 COUNTED = (
     "kivi(bits=4)", "kivi(bits=8)", "gear(bits=4)", "mustafar(sparsity=0.7)", "bfp(bits=4)", "bfp(bits=8,vbits=8)", "matryoshka(k=0.5,v=0.5)",
 )  # fmt: skip
-FLUSH = (("kivi(bits=4)", 128), ("kivi(bits=8,page=128,group=128)", 256), ("mustafar(sparsity=0.7)", 128), ("mustafar(bits=4)", 64))
+FLUSH = (
+    ("kivi(bits=4)", 128), ("kivi(bits=8,page=128,group=128)", 256), ("mustafar(sparsity=0.7)", 128), ("mustafar(bits=4)", 64),
+    ("gear(bits=4)", 128), ("gear(bits=2,page=128,group=128,rank=4,outliers=0.05,factors=8,rounds=2)", 128), ("bfp(bits=4)", 128),
+    ("bfp(bits=8,vbits=3,block=16,rule=raise,page=48)", 80), ("matryoshka(k=0.5,v=0.5)", 128), ("matryoshka(k=full,v=0.5,page=48)", 256),
+)  # fmt: skip
+PACKING: dict[str, Any] = {
+    "kivi": kv_flush_kivi_kernel, "gear": kv_flush_gear_kernel, "mustafar": kv_flush_bitmap_kernel, "bfp": kv_flush_bfp_kernel,
+    "matryoshka": kv_flush_matryoshka_kernel,
+}  # fmt: skip
 
 
 def attend(
@@ -68,13 +79,13 @@ def append(spec: str, dim: int, target: str, dtype: torch.dtype = torch.bfloat16
     fmt, kind = parse(spec), KIND[dtype]
     kinds = {"k": kind, "v": kind, "ring": kind, "lens": "*i64", "start": "*i64", "words": "*i64", "halves": "*fp16", "octets": "*u8", "scratch": "*u8"}
     kinds |= {"fault": "*i64", "values": kind if getattr(fmt, "bits", 16) == 16 else "*u8"} | dict.fromkeys(SIZES, "i32")
-    kernel: Any = kv_flush_bitmap_kernel
-    if fmt.name == "kivi":
-        kernel, kinds = kv_flush_kivi_kernel, kinds | {"words": "*i32"}
-    constants = kv_append_launch.constants(spec, 8, dim, dtype)
+    kinds |= {"words": "*i64" if fmt.name == "mustafar" else "*i32", "errors": "*fp32", "sides": "*fp64", "korder": "*i64", "vorder": "*i64", "offset": "i32"}
+    if fmt.name == "matryoshka":
+        kinds |= {"values": kind, "sides": "*i32"} | dict.fromkeys(("uk", "mk", "uv", "mv"), "*fp32")
+    kernel, constants = PACKING[fmt.name], kv_flush_launch.constants(spec, 8, dim, dtype)
     one = {"D": dim, "DP": kv_attend_launch.padded(dim), "BR": 16, "PAGE": fmt.page, "LAST": True}
     merge = {"R": 4, "Q": 1, "D": dim, "BM": 16, "BD": 32, "SP": 32, "SPLITS": 16}
-    runs: tuple[Any, ...] = ((kernel, kinds, constants | {"D": dim}, kv_append_launch.warps_of(fmt, dim)), (kv_ring_kernel, kinds, one, 4))
+    runs: tuple[Any, ...] = ((kernel, kinds, constants | {"D": dim}, kv_flush_launch.warps_of(fmt, dim)), (kv_ring_kernel, kinds, one, 4))
     runs += ((kv_lens_kernel, kinds, {"PAGE": fmt.page}, 1), (kv_merge_kernel, {"part": "*fp32", "stats": "*fp32", "out": kind, "G": "i32"}, merge, 2),)
     aligned = ("words", "halves", "octets", "values", "ring", "k", "v", "page_bytes", "record")
     fixed = dict.fromkeys(ones, 1)
