@@ -80,7 +80,7 @@ def solve(
                 continue
             calls = None if chain is None else chain.calls[i]
             target = targets.get(next(iter(own)), method.sparsity)
-            shares = dict.fromkeys(own, target)
+            shares = {n: targets.get(n, method.sparsity) for n in own}
             run = None if calls is None else _Block(block, own, calls)
             if run is not None and method.allocation == "greedy" and method.sparsity > 0:
                 shares = run.greedy({n: math.prod(sites[n].shape) for n in own}, inputs, target, method)

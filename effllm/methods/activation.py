@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from effllm.errors import RecipeError, nearest
 from effllm.methods import base
 
-ALLOCATIONS = ("greedy", "uniform")
+ALLOCATIONS = ("greedy", "measured", "uniform")
 LAYERS = ("uniform", "measured")
 
 
