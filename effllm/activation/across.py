@@ -23,7 +23,7 @@ from effllm.solvers.activation import Histogram, across, measured
 from effllm.solvers.blocks import Batch
 
 TOKENS = 512  # seen once per block
-ONE_CHAIN = "the model's output is neither logits nor a tensor: all blocks have the same share"
+NOT_COMPARED = "the model's output is neither logits nor a tensor: nothing was measured by it"
 
 
 @torch.no_grad()
@@ -73,7 +73,7 @@ def projections(model: nn.Module, method: Activation, sites: Mapping[str, Site],
     for n in names:
         kinds.setdefault(sites[n].role or n.rsplit(".", 1)[-1], []).append(n)
     levels = sorted({method.sparsity / 2, method.sparsity, (1 + method.sparsity) / 2})
-    curves = {}
+    curves: dict[str, list[float]] = {}
     for members_ in kinds.values():
         curve = measured.growth(levels, [cost(members_, s) for s in levels], method.sparsity)
         curves |= dict.fromkeys(members_, curve)

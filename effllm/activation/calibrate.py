@@ -109,18 +109,22 @@ class Recording:
                 raise CalibrationError("E-CAL-NONE", f"{method.name} has nothing to make sparse: {why}", "try teal, or another model")
             shares = self.shares(method, even)
             plan = self.plan(method, shares)
+            if method.compares and not shares:
+                plan.kept.setdefault(next(iter(blocks.lists(self.model, self.sites)), ""), across.NOT_COMPARED)
             settle(self.model, plan, self.batches, self.gates, method.settle)
             found.plans.append(plan)
         return found
 
     def shares(self, method: Activation, even: Plan) -> dict[str, float]:
         """Shares of modules that do not get the method's sparsity, where something is measured."""
+        if not method.compares:
+            return {}
         if not method.gated and method.allocation == "measured":
             key = (method.sparsity, method.tokens)
             if key not in self._costs:
                 self._costs[key] = across.projections(self.model, method, self.sites, self.inputs, self.batches)
             return self._costs[key]
-        return across.shares(self.model, even, self.sites, self.gates, self.batches) if method.layers == "measured" else {}
+        return across.shares(self.model, even, self.sites, self.gates, self.batches)
 
     def plan(self, method: Activation, shares: Mapping[str, float]) -> Plan:
         """A method's plan; shares: of modules that do not get its sparsity."""

@@ -143,7 +143,8 @@ def test_growth_passes_through_what_was_measured() -> None:
 
 
 def test_measured_shares_cost_the_same_per_further_weight() -> None:
-    curves = dict.fromkeys(SIZES, measured.growth([0.25, 0.5, 0.75], [0.2, 1.0, 8.0], 0.5)) | {"frail": measured.growth([0.25, 0.5, 0.75], [0.1, 1.0, 60.0], 0.5)}
+    levels = [0.25, 0.5, 0.75]
+    curves = dict.fromkeys(SIZES, measured.growth(levels, [0.2, 1.0, 8.0], 0.5)) | {"frail": measured.growth(levels, [0.1, 1.0, 60.0], 0.5)}
     costs = {"small": 0.3, "large": 0.5, "frail": 1.0}
     shares = measured.shares(costs, curves, SIZES, 0.5)
     assert sum(SIZES[n] * s for n, s in shares.items()) == pytest.approx(0.5 * sum(SIZES.values()))
