@@ -40,7 +40,8 @@ from effllm.solvers import blocks
 RESULTS = Path(__file__).parent / "results" / "activation_quality.json"
 METHODS = (
     "teal(sparsity=0.4,allocation=uniform)", "teal(sparsity=0.5,allocation=uniform)", "teal(sparsity=0.4)", "teal(sparsity=0.5)",
-    "teal(sparsity=0.5,allocation=greedy)", "cats(sparsity=0.5)", "chess(sparsity=0.5,attention=false)", "chess(sparsity=0.5)", "cats(sparsity=0.7)", "chess(sparsity=0.7,attention=false)",
+    "teal(sparsity=0.5,allocation=greedy)", "cats(sparsity=0.5)", "chess(sparsity=0.5,attention=false)", "chess(sparsity=0.5)",
+    "cats(sparsity=0.7)", "chess(sparsity=0.7,attention=false)",
     "rsparse(sparsity=0.5,allocation=uniform)", "rsparse(sparsity=0.5,allocation=greedy)", "rsparse(sparsity=0.5)",
 )  # fmt: skip
 
