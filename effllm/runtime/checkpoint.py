@@ -94,7 +94,7 @@ def load(
     name = header.get("recipe")
     recorded.record(skeleton, recorded.lowered(name if isinstance(name, str) else None, bits if wanted else None))
     del plain
-    host.give_back()
+    host.release_memory()
     return skeleton.eval()
 
 

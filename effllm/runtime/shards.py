@@ -158,7 +158,7 @@ class Reader:
             if self._seen > _MAPPED:
                 self._open.clear()
                 self._seen = 0
-                host.give_back()
+                host.release_memory()
             if record["file"] not in self._open:
                 self._open[record["file"]] = safe_open(self.folder / record["file"], framework="pt")
             file = self._open[record["file"]]
