@@ -79,7 +79,7 @@ def _bfp_sizes(fmt: CacheFormat, heads: int, dim: int, dtype: torch.dtype) -> di
 def _matryoshka_sizes(fmt: CacheFormat, heads: int, dim: int, dtype: torch.dtype) -> dict[str, Any]:
     assert isinstance(fmt, Matryoshka)
     rank = padded(max(map(max, fmt.ranks(heads, dim))))
-    return {"PAGE": fmt.page, "BT": min(padded(fmt.page), max(16, 4096 // rank)), "RP": rank, "BD": 32 if 16 < dim and rank <= 128 else 16}
+    return {"PAGE": fmt.page, "BT": min(padded(fmt.page), max(16, 4096 // rank)), "RP": rank, "BD": 32 if dim > 16 and rank <= 128 else 16}
 
 
 _SIZES: dict[str, Callable[[Any, int, int, torch.dtype], dict[str, Any]]] = {
