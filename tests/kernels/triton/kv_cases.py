@@ -53,7 +53,8 @@ PROJECT: tuple[tuple[str, int, str], ...] = (
     ("matryoshka(page=64,window=8,k=24,v=0.75)", 64, "float32"), ("matryoshka(page=48,window=3,k=7/64,v=31/1)", 80, "float16"),
     ("matryoshka(page=20,window=0,k=full,v=0.5)", 128, "bfloat16"),
 )  # fmt: skip
-NAN = ("gear(page=64,window=0,bits=4,group=32)", "gear(page=64,window=0,bits=2,rank=0,outliers=1)", "gear(page=48,window=0,bits=4,group=16,outliers=0.1,factors=8)", "bfp(page=32,window=0,bits=4,vbits=8)",
+NAN = ("gear(page=64,window=0,bits=4,group=32)", "gear(page=64,window=0,bits=2,rank=0,outliers=1)",
+       "gear(page=48,window=0,bits=4,group=16,outliers=0.1,factors=8)", "bfp(page=32,window=0,bits=4,vbits=8)",
        "matryoshka(page=32,window=0,k=20,v=31)")  # fmt: skip
 NOTHING = ("kivi(bits=4,page=32,group=32,window=8)", "gear(bits=2,page=32,group=32,window=8)", "mustafar(page=64,window=8,sparsity=0.5)",
            "bfp(page=32,window=8,bits=4,block=16)", "matryoshka(page=32,window=8,k=full,v=full)")  # fmt: skip
