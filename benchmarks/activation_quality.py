@@ -40,8 +40,9 @@ from effllm.solvers import blocks
 RESULTS = Path(__file__).parent / "results" / "activation_quality.json"
 METHODS = (
     "teal(sparsity=0.4,allocation=uniform)", "teal(sparsity=0.5,allocation=uniform)", "teal(sparsity=0.4)", "teal(sparsity=0.5)",
-    "cats(sparsity=0.5)", "chess(sparsity=0.5,attention=false)", "chess(sparsity=0.5)", "cats(sparsity=0.7)", "chess(sparsity=0.7,attention=false)",
-    "rsparse(sparsity=0.5,allocation=uniform)", "rsparse(sparsity=0.5)",
+    "teal(sparsity=0.5,allocation=greedy)", "cats(sparsity=0.5)", "chess(sparsity=0.5,attention=false)", "chess(sparsity=0.5)",
+    "cats(sparsity=0.7)", "chess(sparsity=0.7,attention=false)",
+    "rsparse(sparsity=0.5,allocation=uniform)", "rsparse(sparsity=0.5,allocation=greedy)", "rsparse(sparsity=0.5)",
 )  # fmt: skip
 
 
@@ -144,8 +145,8 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, default=32, help="windows of 512 tokens that calibrate")
     parser.add_argument("--out", type=Path, default=RESULTS)
     a = parser.parse_args()
-    kept = json.loads(a.out.read_text())["rows"] if a.out.is_file() else []
     for row in rows(a):
+        kept = json.loads(a.out.read_text())["rows"] if a.out.is_file() else []  # another run may have added to it
         kept = [r for r in kept if (r["recipe"], r["tokens"]) != (row["recipe"], row["tokens"])] + [row]
         text = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in row.items() if k not in ("method",))
         print(text, flush=True)

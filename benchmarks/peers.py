@@ -17,6 +17,7 @@ import copy
 import ctypes
 import importlib.util
 import json
+import re
 import statistics
 import subprocess
 import sys
@@ -247,7 +248,7 @@ def main() -> None:
     asked = {"effllm": args.recipes, "torch": args.torch, "torchao": args.torchao}
     if args.gguf:
         asked |= {"llama.cpp": args.files, "OpenVINO": args.openvino}
-    engines = [e for e in (Engine(f"{kind} {name}") for kind, names in asked.items() for name in names.split(",") if name) if e.calls]
+    engines = [e for e in (Engine(f"{kind} {name}") for kind, names in asked.items() for name in re.split(r",(?![^(]*[)])", names) if name) if e.calls]
     rates: dict[str, dict[str, list[float]]] = {e.name: {} for e in engines}
     for _ in range(args.rounds):
         for what in ("decode", "batch 1", f"batch {args.batch}", "prefill"):

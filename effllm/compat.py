@@ -205,6 +205,11 @@ def is_mutation(target: Any) -> bool:
     return isinstance(op, torch._ops.OpOverload) and op._schema.is_mutable
 
 
+def is_log(node: fx.Node) -> bool:
+    """Whether a node only counts for torch's own log how often something is used."""
+    return node.op == "call_function" and node.target is torch._C._log_api_usage_once
+
+
 def is_custom_mutation(target: Any) -> bool:
     """Whether a call target is an op outside of aten that writes to its arguments."""
     return is_mutation(target) and not str(target).startswith("aten")

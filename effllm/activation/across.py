@@ -14,14 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from effllm.activation.calibration import Gate, Plan, Site
+from effllm.activation.gates import cut
 from effllm.activation.record import SINKS
 from effllm.activation.settle import running
+from effllm.methods import Activation
 from effllm.solvers import blocks
-from effllm.solvers.activation import across
+from effllm.solvers.activation import Histogram, across, measured
 from effllm.solvers.blocks import Batch
 
 TOKENS = 512  # seen once per block
-ONE_CHAIN = "the model's output is neither logits nor a tensor: all blocks have the same share"
+NOT_COMPARED = "the model's output is neither logits nor a tensor: nothing was measured by it"
 
 
 @torch.no_grad()
@@ -49,6 +51,34 @@ def shares(model: nn.Module, uniform: Plan, sites: Mapping[str, Site], gates: Ma
     sizes = {part: sum(_weights(n, uniform, sites, gates) for n in names) for part, names in parts.items()}
     found = across.shares(costs, sizes, uniform.method.sparsity)
     return {n: found[part] for part, names in parts.items() for n in names}
+
+
+@torch.no_grad()
+def projections(model: nn.Module, method: Activation, sites: Mapping[str, Site], inputs: Mapping[str, Histogram], data: list[Batch]) -> dict[str, float]:
+    """A share per linear by what it alone costs the model's output, and how that grows for all of its kind; none as with `shares`.
+
+    Takes a pass over `method.tokens` tokens for each linear, and three for each kind.
+    """
+    names = [n for prefix, members in blocks.lists(model, sites).items() for n in sites if n.startswith(f"{prefix}.") and len(members)]
+    batches = blocks.first(data, method.tokens)
+    dense = [_output(model, b) for b in batches]
+    if method.sparsity == 0 or len(names) < 2 or any(d is None for d in dense):
+        return {}
+
+    def cost(chosen: list[str], share: float) -> float:
+        with running(model, Plan(method, {n: cut(inputs[n], share, n) for n in chosen}), {}):
+            return sum(_apart(d, s) for d, b in zip(dense, batches, strict=True) if d is not None and (s := _output(model, b)) is not None)
+
+    kinds: dict[str, list[str]] = {}
+    for n in names:
+        kinds.setdefault(sites[n].role or n.rsplit(".", 1)[-1], []).append(n)
+    levels = sorted({method.sparsity / 2, method.sparsity, (1 + method.sparsity) / 2})
+    curves: dict[str, list[float]] = {}
+    for members_ in kinds.values():
+        curve = measured.growth(levels, [cost(members_, s) for s in levels], method.sparsity)
+        curves |= dict.fromkeys(members_, curve)
+    alone = {n: cost([n], method.sparsity) for n in names}
+    return measured.shares(alone, curves, {n: math.prod(sites[n].shape) for n in names}, method.sparsity)
 
 
 def _weights(name: str, plan: Plan, sites: Mapping[str, Site], gates: Mapping[str, Gate]) -> int:

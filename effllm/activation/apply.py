@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effllm.activation.across import NOT_COMPARED
 from effllm.activation.calibration import Calibration, Cut, Plan
+from effllm.activation.gates import FUSED
 from effllm.autotune import skip_gain
 from effllm.report import Decision, PassReport
 from effllm.runtime import weights
@@ -83,7 +85,7 @@ def install(model: nn.Module, found: Calibration, plan: Plan, *, anyway: bool = 
             report.decisions.append(_input(swap, name, cut, plan))
         for down, cut in plan.gates.items():
             report.decisions += _gate(swap, found, down, cut, plan)
-        report.decisions += [Decision(n, n, "kept", "fused-qkv" if "matrix" in why else "uniform", why) for n, why in plan.kept.items()]
+        report.decisions += [Decision(n, n, "kept", _code(why), why) for n, why in plan.kept.items()]
         covered = {*plan.inputs, *plan.gates, *plan.kept, *(found.gates[d].up for d in plan.gates)}
         why = f"{plan.method.name} leaves it alone"
         report.decisions += [Decision(n, n, "kept", "role", f"{why}: role {s.role}") for n, s in found.sites.items() if n not in covered]
@@ -91,6 +93,10 @@ def install(model: nn.Module, found: Calibration, plan: Plan, *, anyway: bool = 
         swap.rollback()
         raise
     return report, swap
+
+
+def _code(why: str) -> str:
+    return "not-measured" if why == NOT_COMPARED else "fused-qkv" if why == FUSED else "uniform"
 
 
 def _stored(module: nn.Module) -> Packed | str:

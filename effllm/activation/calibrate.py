@@ -91,6 +91,7 @@ class Recording:
         self.acts: dict[str, Histogram] = {}  # |act(gate)| by down projection
         self.pooled: dict[bool, dict[str, Histogram]] = {weigh: {} for weigh in (False, True)}  # c |act(gate)| by down projection
         self.up: dict[str, Moment] = {}  # up projections by down projection
+        self._costs: dict[tuple[float, int], dict[str, float]] = {}  # shares by measured costs, the same for all methods
         tell("recording activations")
         self.first()
         if self.chess:
@@ -106,11 +107,24 @@ class Recording:
             if not even.inputs and not even.gates:
                 why = "; ".join(f"{n}: {r}" for n, r in list(even.kept.items())[:2]) or "no linear in a list of layers was found"
                 raise CalibrationError("E-CAL-NONE", f"{method.name} has nothing to make sparse: {why}", "try teal, or another model")
-            shares = across.shares(self.model, even, self.sites, self.gates, self.batches) if method.layers == "measured" else {}
+            shares = self.shares(method, even)
             plan = self.plan(method, shares)
+            if method.compares and not shares:
+                plan.kept.setdefault(next(iter(blocks.lists(self.model, self.sites)), ""), across.NOT_COMPARED)
             settle(self.model, plan, self.batches, self.gates, method.settle)
             found.plans.append(plan)
         return found
+
+    def shares(self, method: Activation, even: Plan) -> dict[str, float]:
+        """Shares of modules that do not get the method's sparsity, where something is measured."""
+        if not method.compares:
+            return {}
+        if not method.gated and method.allocation == "measured":
+            key = (method.sparsity, method.tokens)
+            if key not in self._costs:
+                self._costs[key] = across.projections(self.model, method, self.sites, self.inputs, self.batches)
+            return self._costs[key]
+        return across.shares(self.model, even, self.sites, self.gates, self.batches)
 
     def plan(self, method: Activation, shares: Mapping[str, float]) -> Plan:
         """A method's plan; shares: of modules that do not get its sparsity."""

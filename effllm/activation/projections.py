@@ -1,7 +1,8 @@
 """TEAL and R-Sparse over a model: which share of its inputs each projection drops, and what of its weight becomes a low rank.
 
-Shares come from TEAL's greedy search per block, or are the same for all (allocation=uniform). Blocks run one after another on the dense
-model's hidden states of the first `tokens` calibration tokens; projections are made sparse by hooks for the while.
+Shares are measured beforehand (see `across`), come from TEAL's greedy search per block, or are the same for all (allocation=uniform).
+Blocks run one after another on the dense model's hidden states of the first `tokens` calibration tokens; projections are made sparse by
+hooks for the while.
 """
 
 from __future__ import annotations
@@ -72,6 +73,7 @@ def solve(
     """
     plan = Plan(method)
     modules = dict(model.named_modules(remove_duplicate=False))
+    greedy = method.allocation == "greedy" or (method.allocation == "measured" and not targets)  # where the output cannot be compared
     for prefix, members in blocks.lists(model, sites).items():
         chain = blocks.chain(model, members, blocks.first(data, method.tokens))
         for i, block in enumerate(members):
@@ -80,9 +82,9 @@ def solve(
                 continue
             calls = None if chain is None else chain.calls[i]
             target = targets.get(next(iter(own)), method.sparsity)
-            shares = dict.fromkeys(own, target)
+            shares = {n: targets.get(n, method.sparsity) for n in own}
             run = None if calls is None else _Block(block, own, calls)
-            if run is not None and method.allocation == "greedy" and method.sparsity > 0:
+            if run is not None and greedy and method.sparsity > 0:
                 shares = run.greedy({n: math.prod(sites[n].shape) for n in own}, inputs, target, method)
             if method.name == "teal" or method.sparsity == 0:
                 plan.inputs |= {n: cut(inputs[n], shares[n], n) for n in own}
@@ -90,7 +92,7 @@ def solve(
                 plan.inputs |= _rsparse(own, shares, inputs, weighted, sites, method, run, i)
             if chain is not None and run is not None:
                 _advance(chain, i, run)
-        if chain is None and method.allocation == "greedy":
+        if chain is None and greedy:
             plan.kept[prefix] = "its blocks form no chain: shares are uniform there"
     return plan
 

@@ -70,7 +70,8 @@ class Model:
         return self._function(sympy.sympify(self.seconds))
 
     def _function(self, parts: sympy.Expr | tuple[sympy.Expr, ...]) -> Callable[..., Any]:
-        """Plain Python of expressions, common parts computed once; takes the values in the order of `symbols`."""
+        """Plain Python of expressions; takes the values in the order of `symbols`. Not with common parts taken out: to find them takes longer than
+        all that a process ever asks of the function."""
         plain = sympy.Tuple(*parts) if isinstance(parts, tuple) else parts
         named = {s: sympy.Symbol(str(s)) for s in plain.free_symbols}
         if len(set(named.values())) < len(named):  # names alone identify symbols, whatever is assumed of them
@@ -78,7 +79,7 @@ class Model:
             named = {s: s for s in plain.free_symbols}
         order = {str(s): s for s in named}
         arguments = [order.get(name, sympy.Symbol(name)) for name in self.symbols]
-        found: Callable[..., Any] = sympy.lambdify(arguments, plain, modules="math", cse=True)
+        found: Callable[..., Any] = sympy.lambdify(arguments, plain, modules="math")
         return found
 
     def evaluate(self, values: Values) -> Prediction:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import lru_cache
 
 _CPP = re.compile(
     r"""
@@ -27,11 +28,13 @@ _CPP = re.compile(
 _GAP = {"line": 1, "block": 1, "space": 1, "newline": 2}
 
 
+@lru_cache(maxsize=512)  # every kernel's hash reads all the files that it shares with the others
 def python(text: str) -> str:
     """The canonical form of a Python source. Raises SyntaxError."""
     return _node(ast.parse(text))
 
 
+@lru_cache(maxsize=512)
 def cpp(text: str) -> str:
     """The canonical form of a C++ source."""
     pieces: list[str] = []

@@ -21,6 +21,7 @@ from effllm.report import PassReport, Report
 from effllm.runtime import header
 from effllm.runtime.dense import is_transposed
 from effllm.runtime.formats.base import Packed
+from effllm.runtime.host import release_memory
 from effllm.runtime.recorded import record
 from effllm.solvers import blocks, solve
 from effllm.solvers.calibrate import calibrated
@@ -55,7 +56,7 @@ class DenseReader:
         try:
             with safe_open(self._where[name], "pt") as f:
                 tensor: Tensor = f.get_tensor(name)
-                return tensor
+                return tensor.clone()  # what is read is a view that would keep the whole file mapped, as long as one norm of it lives
         except (OSError, SafetensorError) as error:
             raise CheckpointError("E-CKP-TRUNCATED", f"{name} cannot be read: {error}", "fetch the model again") from error
 
@@ -95,6 +96,7 @@ def compress_directory(directory: Path, recipe: Recipe, calibration: Any, *, str
         report.decisions.append(decision(site, meta.numel() * dtype.itemsize, weight, tied=packed is None))
         if progress is not None:
             progress(len(report.decisions) - len(kept), len(sites), site.name)
+        release_memory()
 
     left = sites
     if any(s.params.needs_model for s in sites):

@@ -41,6 +41,11 @@ class Sampling:
         if wrong:
             raise OptionError("E-OPT-SAMPLING", "; ".join(wrong), "see effllm.hf.sampling.Sampling")
 
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is chosen, whatever came before."""
+        return not self.temperature and self.repetition_penalty == 1
+
     def penalize(self, logits: Tensor, seen: Tensor) -> Tensor:
         """fp32 logits (V,), with those of the ids in `seen` divided (or multiplied, below zero) by the penalty."""
         scores = logits.to(torch.float32, copy=True)
@@ -64,7 +69,7 @@ class Sampling:
 
     def choose_all(self, logits: Tensor, seen: Callable[[int], Tensor], streams: Sequence[torch.Generator | None]) -> list[int]:
         """The next token of each row of logits (N, V); `seen(i)` gives the ids so far of row i, asked for only where they matter."""
-        if not self.temperature and self.repetition_penalty == 1:
+        if self.greedy:
             return likeliest(logits)
         nothing = torch.empty(0, dtype=torch.int64)
         return [self.choose(row, nothing if self.repetition_penalty == 1 else seen(i), streams[i]) for i, row in enumerate(logits)]
@@ -79,8 +84,13 @@ class Sampling:
 
 def likeliest(logits: Tensor) -> list[int]:
     """The index of the largest of each row (N, V), the first of equals."""
-    if logits.device.type == "cpu" and len(logits) <= 16:
-        return [int(row.max(-1).indices) for row in logits]  # a row is too short to wake other threads for
+    if logits.device.type == "cpu" and logits.dtype in (torch.bfloat16, torch.float16) and len(logits) <= 16:
+        bits = logits.detach().view(torch.int16).numpy()  # numbers above zero are in the order of their bits
+        at = bits.argmax(-1)
+        if all(row[i] > 0 for row, i in zip(bits, at, strict=True)):
+            return [int(i) for i in at]
+    if logits.device.type == "cpu" and logits.dtype == torch.float32 and len(logits) <= 16:
+        return [int(i) for i in logits.detach().numpy().argmax(-1)]  # torch would wake other threads for a short row
     found: list[int] = logits.argmax(-1).tolist()
     return found
 

@@ -24,6 +24,7 @@ class Slots(Cache):
             super().__init__(layers=list(self.own))
         self.capacity = capacity
         self.replays: dict[Any, Any] = {}  # compiled steps as they were recorded on this cache
+        self.latest: Any = None  # of those, the one that ran last, if it is a native program and nothing else
         self.length = 0
 
     def allocate(self, model: Any, batch: int) -> None:

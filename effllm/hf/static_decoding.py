@@ -22,6 +22,23 @@ from effllm.hf.steps import Compiled, Steps, steps_of
 CHUNK = 512  # prompts longer than that are read in several compiled forwards
 
 
+class _Inputs:
+    """Tokens and positions (B, 1) of a step. On the CPU they are the same tensors every time: a step has no time to make new ones."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.device = device
+        with torch.inference_mode(False):
+            self.tensors = tuple(torch.zeros(rows, 1, dtype=torch.int64) for _ in range(2))
+        self.views = tuple(t.numpy() for t in self.tensors)
+
+    def take(self, ids: list[int], positions: list[int]) -> tuple[Tensor, Tensor]:
+        """The two tensors."""
+        for view, values in zip(self.views, (ids, positions), strict=True):
+            view[:, 0] = values
+        first, second = self.tensors
+        return (first, second) if self.device.type == "cpu" else (first.to(self.device), second.to(self.device))
+
+
 class StaticLoop:
     """Runs a request on static caches."""
 
@@ -44,10 +61,9 @@ class StaticLoop:
         with steps.borrow(self.model, len(work), self.capacity) as cache:
             logits = read(steps, self.model, cache, work[0].prompt.to(self.device)) if len(work) == 1 else self._rows(steps, cache)
             mask = None if len(work) == 1 else self._mask()
-            running = list(range(len(work)))
+            running, inputs, greedy = list(range(len(work))), _Inputs(len(work), self.device), self.request.sampling.greedy
+            tokens = self._choose(logits, running)
             while True:
-                found = [work[i] for i in running]
-                tokens = self.request.sampling.choose_all(logits[running], lambda n, at=found: at[n].whole(), [s.generator for s in found])  # type: ignore[misc]
                 left = []
                 for i, token in zip(running, tokens, strict=True):
                     event = self.request.take(i, token)
@@ -56,10 +72,23 @@ class StaticLoop:
                 running = left
                 if not running:
                     return
-                ids = torch.tensor([s.new[-1:] for s in work], device=self.device)
                 # a row that has ended may be past its last position
                 at = [min(cache.length - self.width + len(s.prompt), self.request.limit - 1) for s in work]
-                logits = steps.run(self.model, cache, ids, torch.tensor(at, device=self.device)[:, None], mask)[0][:, -1]
+                given = inputs.take([s.new[-1] for s in work], at)
+                found = steps.again(cache, *given) if mask is None else steps.again(cache, *given, mask)
+                if found is None:
+                    found = steps.run(self.model, cache, *given, mask, choose=greedy)[0]
+                if greedy:  # the step itself has chosen
+                    chosen = found.tolist()
+                    tokens = [chosen[i][-1] for i in running]
+                else:
+                    tokens = self._choose(found[:, -1], running)
+
+    def _choose(self, logits: Tensor, running: list[int]) -> list[int]:
+        """The next token of each running row of logits (B, V)."""
+        rows = [self.request.sequences[i] for i in running]
+        of_running = logits if len(running) == len(self.request.sequences) else logits[running]
+        return self.request.sampling.choose_all(of_running, lambda n: rows[n].whole(), [s.generator for s in rows])
 
     def _mask(self) -> Tensor:
         """(B, capacity): 0 for the padding left of each prompt."""

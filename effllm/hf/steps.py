@@ -103,39 +103,56 @@ class Steps:
     @torch.no_grad()
     def run(
         self, model: Any, cache: Slots, ids: Tensor, positions: Tensor, mask: Any = None, keep: int | Tensor = 1,
-        *, hidden: bool = False, eager: bool = False,
+        *, hidden: bool = False, eager: bool = False, choose: bool = False,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """Logits (B, k, V) after ids (B, n) at positions (B, n), and the last hidden states (B, n, H) if wanted; the cache grows by n.
 
         mask: None for causal, (B, capacity) for padding, (1, 1, n, capacity) or a dict of those for a tree. keep: how many of the last rows of logits,
-        0 for all, or the rows (k,). hidden: all rows, of a draft. eager: without compiling, for shapes that come once.
+        0 for all, or the rows (k,). hidden: all rows, of a draft. eager: without compiling, for shapes that come once. choose: instead of logits
+        where they are largest, (B, k).
         """
         step: Callable[..., Any] = _step
         if self.compiled is not None and not eager:
             kind = ("tree", len(mask)) if isinstance(mask, dict) else 0 if mask is None else mask.dim()
-            key = (*ids.shape, cache.capacity, kind, keep if isinstance(keep, int) else ("rows", len(keep)), hidden)
+            key = (*ids.shape, cache.capacity, kind, keep if isinstance(keep, int) else ("rows", len(keep)), hidden, choose)
             with self.lock:
                 if key not in self.graphs:
                     self.graphs[key] = self.compiled.function(compat.fresh(_step))
                 step = self.graphs[key]
         ids, positions, mask, keep = tree_map_only(Tensor, _normal, (ids, positions, mask, keep))
         if step is _step:
-            logits, last = step(model, ids, positions, mask, cache, keep, hidden)
+            logits, last = step(model, ids, positions, mask, cache, keep, hidden, choose)
         else:
             with self.lock:  # compiled steps may have scratch memory of their own
-                logits, last = self._compiled(step, model, ids, positions, mask, cache, keep, hidden)
+                logits, last = self._compiled(step, model, ids, positions, mask, cache, keep, hidden, choose)
         cache.length += ids.shape[1]
         return logits, last
 
-    def _compiled(self, step: Callable[..., Any], model: Any, ids: Tensor, positions: Tensor, mask: Any, cache: Slots, keep: Any, hidden: bool) -> Any:
+    def again(self, cache: Slots, *changing: Tensor) -> Tensor | None:
+        """What a step like the last compiled one on this cache gives first, `changing` (ids, positions, perhaps a mask) aside; None where it has to go
+        through `run`. What `run` looks up and sets up around a native step is a tenth of the step."""
+        replay = cache.latest
+        if replay is None:
+            return None
+        with self.lock:
+            logits: Tensor | None = replay(*changing)
+        if logits is not None:
+            cache.length += changing[0].shape[1]
+        return logits
+
+    def _compiled(
+        self, step: Callable[..., Any], model: Any, ids: Tensor, positions: Tensor, mask: Any, cache: Slots, keep: Any, hidden: bool, choose: bool
+    ) -> Any:
         """A compiled step: through Dynamo the first time that a call of `generate` comes to it, then by itself."""
         changing = [ids, positions] if mask is None else [ids, positions, mask]
         known = cache.replays.get(step)
         found = known(*changing) if known is not None else None
-        if found is not None:
+        if known is not None and found is not None:
+            cache.latest = known if known.bound else None
             return found, None
+        cache.latest = None
         with recording() as calls:
-            logits, last = _guarded(step, model, ids, positions, mask, cache, keep, hidden)
+            logits, last = _guarded(step, model, ids, positions, mask, cache, keep, hidden, choose)
         if step not in cache.replays:
             fits = last is None and isinstance(keep, int) and not isinstance(mask, dict)
             cache.replays[step] = Replay.of(calls, logits, changing) if fits else None
@@ -156,6 +173,7 @@ class Steps:
             yield cache
         finally:
             cache.replays.clear()  # they hold the model's weights
+            cache.latest = None
             with self.lock:
                 if not waiting and model.device.type != "cpu":
                     waiting.append(cache)
@@ -188,14 +206,14 @@ def forget(model: Any) -> None:
         _steps.pop(model, None)
 
 
-def _step(model: Any, ids: Tensor, positions: Tensor, mask: Any, cache: Any, keep: Any, hidden: bool) -> tuple[Tensor, Tensor | None]:
+def _step(model: Any, ids: Tensor, positions: Tensor, mask: Any, cache: Any, keep: Any, hidden: bool, choose: bool) -> tuple[Tensor, Tensor | None]:
     if hidden:
         # not output_hidden_states, which Dynamo cannot follow. What some models do behind the head (soft caps, scales) is left out: a draft's
         # distribution may be any, as long as it is the one that is drawn from
         last: Tensor = model.base_model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True).last_hidden_state
         return model.get_output_embeddings()(last), last
     out = model(input_ids=ids, position_ids=positions, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=keep)
-    return out.logits, None
+    return out.logits.argmax(-1) if choose else out.logits, None
 
 
 def _normal(t: Tensor) -> Tensor:

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from effllm.lowering import step_fuse
-from effllm.lowering.step_parts import ANY, DIMS, FIRST, KINDS, NUMBERS, WORKSPACE, Buffer, Instruction, Step, Value
+from effllm.lowering.step_parts import ANY, DIMS, FIRST, KINDS, NOTHING, NUMBERS, RANGE, WORKSPACE, Buffer, Instruction, Step, Value
 from effllm.lowering.step_parts import CODE as CONSTANTS
 
-CODES = ("copy", "binary", "unary", "norm", "glu", "rotate", "write", "packed", "packed_a8", "quantize", "attend", "dense")
-BINARY = ("add", "sub", "mul", "div")
-UNARY = ("silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh", "neg")
+CODES = ("copy", "binary", "unary", "norm", "glu", "rotate", "write", "packed", "packed_a8", "quantize", "attend", "dense", "rows", "packed_rows", "largest")
+BINARY = ("add", "sub", "mul", "div", "le", "lt", "ge", "gt", "eq", "ne", "and", "or")  # from "le" on the result is bool
+UNARY = ("silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh", "neg", "cos", "sin")
 _ALIGN = 64
 
 
@@ -69,6 +69,10 @@ class Builder:
         slot = CONSTANTS if dtype == torch.int64 else NUMBERS
         return Value(Buffer(len(values), dtype, slot=slot, offset=offset), torch.empty(tuple(shape), dtype=dtype, device="meta"))
 
+    def range(self, start: int, length: int) -> Value:
+        """int64 numbers from `start` on, (length,), which are stored nowhere: "binary" and "copy" read such operands, and their views."""
+        return Value(Buffer(length, torch.int64, slot=RANGE, offset=start), torch.empty(length, dtype=torch.int64, device="meta"))
+
     def number(self, value: float) -> int:
         """The index of a number, for an instruction's arguments."""
         if value not in self.numbers:
@@ -104,12 +108,14 @@ class Builder:
 
 
 def _read(i: Instruction) -> int:
+    if i.code in ("rows", "packed_rows", "largest"):  # a few rows of the table
+        return sum(v.meta.numel() * v.meta.element_size() for v in i.operands[: i.outputs] if v is not None)
     return sum(v.meta.numel() * v.meta.element_size() for v in i.operands[i.outputs :] if v is not None and v.buffer.tensor >= 0)
 
 
 def _view(value: Value | None, constants: int) -> list[int]:
     if value is None:
-        return [-1, 0, 0, *[1] * DIMS, *[0] * DIMS]
+        return [NOTHING, 0, 0, *[1] * DIMS, *[0] * DIMS]
     meta, buffer = value.meta, value.buffer
     pad = DIMS - meta.dim()
     stride = [0 if n == 1 else s for n, s in zip(meta.shape, meta.stride(), strict=True)]

@@ -12,6 +12,7 @@ KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int64: 3, 
 ANY = 5  # kind of operands that are read as bytes, such as codes
 DIMS = 5
 CODE, NUMBERS, WORKSPACE, FIRST = 0, 1, 2, 3  # slots: the program's integers, its numbers, the workspace, the tensors of the call
+NOTHING, RANGE = -1, -2  # slots of operands that are not there, or are integers in order that nobody stored
 
 
 @dataclass(eq=False)

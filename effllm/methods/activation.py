@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from effllm.errors import RecipeError, nearest
 from effllm.methods import base
 
-ALLOCATIONS = ("greedy", "uniform")
+ALLOCATIONS = ("greedy", "measured", "uniform")
 LAYERS = ("uniform", "measured")
 
 
@@ -24,7 +24,8 @@ class Activation:
     layers: whether all blocks have the same share, or one by what each alone costs the model's output, with the same mean.
     attention: chess: whether inputs of the query and output projections are dropped too; weigh: whether
     what is dropped also counts by the norm of its column of the weight that would multiply it. allocation: of teal and rsparse, shares per
-    projection by TEAL's greedy search over block outputs, or the same for all. tokens: of each search; budget and seed: of rsparse's
+    projection by what each alone costs the model's output ("measured"; `layers` adds nothing to it), by TEAL's greedy search over block outputs, in steps
+    of `step`, or the same for all. tokens: of each search; budget and seed: of rsparse's
     search for the split between columns and low rank, in evaluations per block.
     """
 
@@ -40,7 +41,7 @@ class Activation:
     layers: str = "uniform"
     attention: bool = True
     weigh: bool = False
-    allocation: str = "greedy"
+    allocation: str = "measured"
     step: float = 0.1
     tokens: int = 512
     budget: int = 48
@@ -84,6 +85,11 @@ class Activation:
     def gated(self) -> bool:
         """Whether gates decide, not inputs."""
         return self.name in ("chess", "cats")
+
+    @property
+    def compares(self) -> bool:
+        """Whether shares come from what the model's output loses."""
+        return self.sparsity > 0 and (self.layers == "measured" or (not self.gated and self.allocation == "measured"))
 
     def to_dict(self) -> dict[str, Any]:
         """The method and what a recipe would set."""

@@ -9,8 +9,8 @@ from typing import Any
 from torch import fx
 
 from effllm import compat
-from effllm.passes.step_nodes import views
 from effllm.passes.step_program import is_program
+from effllm.passes.step_views import views
 from effllm.runtime.step import StepProgram
 
 Compile = Callable[[fx.GraphModule, list[Any]], Callable[..., Any]]
@@ -24,7 +24,7 @@ def in_parts(gm: fx.GraphModule, compile: Compile) -> Callable[..., Any]:
     if at is None:
         return compile(gm, [compat.example_value(n) for n in inputs])
     call, output = nodes[at], nodes[-1]
-    before = [n for n in nodes[:at] if n.op not in ("placeholder", "get_attr")]
+    before = [n for n in nodes[:at] if n.op not in ("placeholder", "get_attr") and not compat.is_log(n)]
     items = [n for n in nodes[at + 1 : -1] if n.op == "call_function" and n.args and n.args[0] is call]  # in the order of the program's outputs
     behind = [n for n in nodes[at + 1 : -1] if n.op != "get_attr" and n not in items]
     later = {call, *behind, output}
@@ -45,6 +45,27 @@ class Ready:
 
     run: Callable[..., Any]
     keep: tuple[int, ...]
+    native: bool = False  # nothing is computed here
+
+
+@dataclass(frozen=True)
+class Straight:
+    """A bound program that the changing inputs go right into, and whose values go right to the back."""
+
+    bound: Callable[..., Any]
+    order: Sequence[int]  # of the changing inputs
+    kept: Sequence[int]  # of the program's values
+    back: Ready
+
+    @property
+    def native(self) -> bool:
+        """Whether nothing but the program runs."""
+        return self.back.native
+
+    def __call__(self, *values: Any) -> Any:
+        """The graph's outputs for other values."""
+        found = self.bound([values[i] for i in self.order])
+        return self.back.run(*[found[i] for i in self.kept])
 
 
 @dataclass(frozen=True)
@@ -66,27 +87,22 @@ class Parts:
     def bind(self, args: Sequence[Any], changing: Sequence[int]) -> Callable[..., Any]:
         """The graph on these inputs for good, but those at `changing`, which come with each call: no other is touched again."""
         made = self.front.run(*[args[i] for i in self.front.keep])
-        have = [*args, *made]
-        fresh = [p for i, p in enumerate(self.needed) if i in self.program.fresh]
-        if any(p in changing for i, p in enumerate(self.needed) if i not in self.program.fresh):
-            return lambda *values: self(*_exchanged(args, changing, values))
-        bound = self.program.bind([have[i] for i in self.needed])
-        few = {p: have[p] for p in {*self.front.keep, *self.back.keep, *fresh} if p < self.inputs}  # what is read of the inputs
+        have, first = [*args, *made], self.inputs + len(made)  # where what the program makes begins
+        moves = [i for i, p in enumerate(self.needed) if p in changing or p >= self.inputs]
+        bound = self.program.bind([have[i] for i in self.needed], moves)
+        moved = [self.needed[i] for i in moves]
+        if not made and all(p in changing for p in moved) and all(p >= first for p in self.back.keep):
+            order, kept = [changing.index(p) for p in moved], [p - first for p in self.back.keep]
+            return Straight(bound, order, kept, self.back)
+        few = {p: have[p] for p in {*self.front.keep, *self.back.keep, *moved} if p < self.inputs}  # what is read of the inputs
 
         def run(*values: Any) -> Any:
             now = few | dict(zip(changing, values, strict=True))
             now.update(enumerate(self.front.run(*[now[i] for i in self.front.keep]), start=self.inputs))
-            now.update(enumerate(bound([now[p] for p in fresh]), start=self.inputs + len(made)))
+            now.update(enumerate(bound([now[p] for p in moved]), start=first))
             return self.back.run(*[now[i] for i in self.back.keep])
 
         return run
-
-
-def _exchanged(args: Sequence[Any], changing: Sequence[int], values: Sequence[Any]) -> list[Any]:
-    found = list(args)
-    for i, value in zip(changing, values, strict=True):
-        found[i] = value
-    return found
 
 
 def _part(gm: fx.GraphModule, nodes: Sequence[fx.Node], inputs: Sequence[fx.Node], outputs: Any) -> fx.GraphModule:
@@ -113,5 +129,17 @@ def _ready(part: fx.GraphModule, inputs: Sequence[fx.Node], nodes: Sequence[fx.N
         if not n.users:
             part.graph.erase_node(n)
     part.recompile()
+    if not nodes:
+        return Ready(_outputs(part), keep, native=True)
     given = [compat.example_value(inputs[i]) for i in keep]
     return Ready(part.forward if all(views(n) for n in nodes) else compile(part, given), keep)
+
+
+def _outputs(part: fx.GraphModule) -> Callable[..., Any]:
+    """A graph that does nothing, without its interpreter."""
+    held = [n for n in part.graph.nodes if n.op == "placeholder"]
+    output = next(n for n in part.graph.nodes if n.op == "output")
+    if not all(isinstance(n, fx.Node) and n in held for n in output.args[0]):
+        return part.forward
+    order = [held.index(n) for n in output.args[0]]
+    return lambda *values: tuple([values[i] for i in order])

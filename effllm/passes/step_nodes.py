@@ -1,95 +1,18 @@
-"""Graph nodes as instructions of a step program: which nodes are mere views, which have an instruction, and its operands."""
+"""Graph nodes as a step program: values, their views, and the instructions that make them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from effllm import compat
-from effllm.autotune import use
 from effllm.errors import EffllmError
-from effllm.lowering.bipolar_linear import plain, provider
-from effllm.lowering.op import OPS
-from effllm.lowering.step_code import BINARY, DIMS, KINDS, UNARY, Builder, Code, Value
+from effllm.lowering.step_code import Builder, Code, Value
+from effllm.lowering.step_parts import RANGE
 from effllm.passes.match import arguments, cast, name
-
-PACKED = ("bipolar_linear", "bipolar_linear_many", "bipolar_linear_a8", "bipolar_linear_a8_many")
-_VIEWS = ("view", "transpose", "permute", "expand", "unsqueeze", "squeeze", "narrow", "select", "t", "chunk", "split", "unbind", "getitem",
-          "expand_as", "view_as")  # fmt: skip
-_MAYBE = ("reshape", "contiguous", "flatten", "unflatten")
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class Unsupported(Exception):
-    """A node that the program cannot hold after all."""
-
-    def __init__(self, node: fx.Node, reason: str) -> None:
-        super().__init__(reason)
-        self.node, self.reason = node, reason
-
-
-def views(node: fx.Node) -> bool:
-    """Whether a node's value is memory of its input: a view, an item of several values, or a cast to what it is already."""
-    found = node.meta.get("effllm_view")
-    if found is None:
-        found = node.meta["effllm_view"] = _views(node)
-    return bool(found)
-
-
-def _views(node: fx.Node) -> bool:
-    what = name(node)
-    if not what or not arguments(node) or not isinstance(arguments(node)[0], fx.Node):
-        return False
-    base = compat.example_value(arguments(node)[0])
-    if isinstance(base, tuple | list):
-        return what == "getitem"
-    if not isinstance(base, Tensor):
-        return False
-    if what == "getitem":
-        index = arguments(node)[1] if isinstance(arguments(node)[1], tuple) else (arguments(node)[1],)
-        return all(i is None or i is Ellipsis or isinstance(i, int | slice) for i in index) and not any(_symbolic(i) for i in index)
-    if what in _VIEWS:
-        return True
-    if what == "dropout":
-        return not node.kwargs.get("training", arguments(node)[2] if len(arguments(node)) > 2 else True)
-    if what in _MAYBE:
-        try:
-            like = _meta(base)
-            return compat.same_storage(_applied(node, like), like)
-        except (RuntimeError, TypeError):
-            return False
-    source = cast(node)
-    return source is not None and compat.example_value(source).dtype == compat.example_value(node).dtype and not node.kwargs.get("copy", False)
-
-
-def _symbolic(index: Any) -> bool:
-    return isinstance(index, slice) and any(isinstance(i, fx.Node | torch.SymInt) for i in (index.start, index.stop, index.step))
-
-
-def _meta(value: Tensor) -> Tensor:
-    return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
-
-
-def _applied(node: fx.Node, base: Tensor) -> Any:
-    """The node's operation on a meta tensor."""
-    args = fx.node.map_arg(arguments(node)[1:], lambda n: _meta(compat.example_value(n)))
-    if isinstance(node.target, str):
-        return getattr(base, node.target)(*args, **node.kwargs)
-    return node.target(base, *args, **node.kwargs)
-
-
-def kernel_of(node: fx.Node) -> str:
-    """The kernel that a node of ours names, without its stamp; empty for others."""
-    last = arguments(node)[-1] if arguments(node) and _op(node) else None
-    return plain(last) if isinstance(last, str) and compat.argument_names(node.target)[-1] == "kernel" else ""
-
-
-def _op(node: fx.Node) -> str:
-    text = str(node.target)
-    return text.split(".")[1] if node.op == "call_function" and text.startswith("effllm.") else ""
+from effllm.passes.step_handlers import fits, handler
+from effllm.passes.step_views import MAYBE, Unsupported, applied, views
 
 
 class Emitter:
@@ -105,31 +28,43 @@ class Emitter:
     @staticmethod
     def holds(node: fx.Node) -> bool:
         """Whether there is an instruction for a node, by its operation and dtypes."""
-        handler = _handler(node)
-        return handler is not None and _fits(node)
+        make = handler(node)
+        return make is not None and fits(node)
 
     def emit(self, node: fx.Node) -> None:
         """Append a node's instructions. Raises Unsupported."""
-        handler = _handler(node)
-        if handler is None:
+        make = handler(node)
+        if make is None:
             raise Unsupported(node, f"{node.target} has no instruction")
         self.builder.label = compat.module_of(node)[0]
         try:
-            handler(self, node)
+            make(self, node)
         except (EffllmError, RuntimeError) as error:
             raise Unsupported(node, str(error)) from error
 
     def finish(self, wanted: list[fx.Node]) -> Code:
         """The program that gives these nodes' values."""
-        return self.builder.finish([self.value(n) for n in wanted])
+        given: list[Value] = []
+        for n in wanted:
+            value = self.value(n)
+            if not value.meta.is_contiguous() or value.meta.numel() != value.buffer.numel or any(value.buffer is v.buffer for v in given):
+                value = self.stored(value)
+            given.append(value)
+        return self.builder.finish(given)
 
-    def run(self, *args: Any) -> None:
-        """Call the kernel."""
-        isa = self.kernel.removeprefix("cpu-")
-        getattr(torch.ops, f"effllm_cpu_{isa}").step_program(*args)
+    def stored(self, value: Value) -> Value:
+        """A contiguous copy."""
+        made = self.builder.produce(value.meta.shape, value.meta.dtype)
+        self.builder.emit("copy", [made, value])
+        return made
 
-    def value(self, node: fx.Node) -> Value:
-        """A node's value: made here, a view of one, or an input."""
+    @property
+    def namespace(self) -> str:
+        """Of the torch ops that run the program."""
+        return f"effllm_cpu_{self.kernel.removeprefix('cpu-')}"
+
+    def value(self, node: fx.Node, ranges: bool = False) -> Value:
+        """A node's value: made here, a view of one, or an input; stored, unless the instruction takes `ranges`."""
         found = self.values.get(node)
         if found is None:
             if views(node):
@@ -145,6 +80,8 @@ class Emitter:
             self.values[node] = found
         if not isinstance(found, Value):
             raise Unsupported(node, "it holds several values")
+        if found.buffer.slot == RANGE and not ranges:
+            found = self.values[node] = self.stored(found)
         return found
 
     def _view(self, node: fx.Node, base: fx.Node) -> Any:
@@ -154,22 +91,25 @@ class Emitter:
                 assert isinstance(source, fx.Node)
                 self.values[base] = self._view(base, source)
             else:
-                self.value(base)
+                self.value(base, ranges=True)
         have = self.values.get(base)
         if isinstance(have, tuple | list):
             return have[arguments(node)[1]]
         if have is None:
             raise Unsupported(node, f"{base.name} is no tensor")
-        if name(node) == "dropout" or (cast(node) is not None and name(node) not in _MAYBE):
+        if name(node) == "dropout" or (cast(node) is not None and name(node) not in MAYBE):
             return have
-        made = _applied(node, have.meta)
+        try:
+            made = applied(node, have.meta)
+        except RuntimeError:  # a view of what the graph stores without gaps and the program does not
+            have = self.stored(have)
+            made = applied(node, have.meta)
         if isinstance(made, tuple | list):
             return tuple(have.like(m) for m in made)
-        if not made._is_view() and name(node) in _MAYBE and not have.meta.is_contiguous():
+        if not made._is_view() and name(node) in MAYBE and not have.meta.is_contiguous():
             # a view of what the graph has, a copy of what was made here: an attention of several queries may have its heads elsewhere
-            whole = self.builder.produce(have.meta.shape, have.meta.dtype)
-            self.builder.emit("copy", [whole, have])
-            return whole.like(_applied(node, whole.meta))
+            whole = self.stored(have)
+            return whole.like(applied(node, whole.meta))
         return have.like(made)
 
     def produce(self, node: fx.Node) -> Value:
@@ -181,291 +121,10 @@ class Emitter:
     def contiguous(self, node: fx.Node) -> Value:
         """A node's value without gaps; copied where it has some."""
         value = self.value(node)
-        if value.meta.is_contiguous():
-            return value
-        made = self.builder.produce(value.meta.shape, value.meta.dtype)
-        self.builder.emit("copy", [made, value])
-        return made
+        return value if value.meta.is_contiguous() else self.stored(value)
 
     def use_kernel(self, node: fx.Node, kernel: str) -> None:
         """All nodes must name one kernel."""
         if self.kernel not in ("", kernel):
             raise Unsupported(node, f"it is for {kernel}, others are for {self.kernel}")
         self.kernel = kernel
-
-
-_Handler = Callable[[Emitter, fx.Node], None]
-
-
-def _handler(node: fx.Node) -> _Handler | None:
-    if node.op not in ("call_function", "call_method") or views(node):
-        return None
-    op = _op(node)
-    if op:
-        return _OURS.get(op) if not kernel_of(node) or kernel_of(node).startswith("cpu-") else None
-    if node.target in compat.LINEAR:
-        return _dense
-    if node.target is torch.nn.functional.layer_norm:
-        return _layer_norm
-    what = name(node)
-    if what in _MAYBE or cast(node) is not None or what == "clone":
-        return _copy
-    if what == "setitem" and not isinstance(arguments(node)[0], fx.Node):
-        return None
-    if what == "arange" and all(isinstance(a, int) for a in arguments(node)):
-        return _arange
-    return _PLAIN.get(what)
-
-
-def _fits(node: fx.Node) -> bool:
-    """Whether the node's tensors are of kinds and ranks that instructions take."""
-    own = () if name(node) == "setitem" else (node,)
-    values = [compat.example_value(n) for n in (*own, *node.all_input_nodes)]
-    flat = [t for v in values for t in (v if isinstance(v, tuple | list) else (v,))]
-    if not all(isinstance(t, Tensor) and t.dim() <= DIMS and all(isinstance(s, int) for s in t.shape) for t in flat):
-        return False
-    if _op(node) in PACKED:
-        return True
-    if _op(node) == "prompt_attention":
-        return not arguments(node)[4] and flat[2].shape == flat[3].shape
-    what = name(node)
-    if what in BINARY or what in ("add_", "mul_"):
-        dtypes = {t.dtype for t in flat}
-        numbers = [a for a in arguments(node) if isinstance(a, float | int)]
-        if node.kwargs or len(arguments(node)) != 2 or any(isinstance(a, bool) for a in numbers):
-            return False
-        whole = dtypes == {torch.int64} and not any(isinstance(a, float) for a in numbers)
-        return whole or all(d in _FLOATS for d in dtypes)
-    if what == "pow":
-        return all(t.dtype in _FLOATS for t in flat) and arguments(node)[1:] in ((2,), (3,), (2.0,), (3.0,))
-    if what in ("silu", "gelu", "relu", "sigmoid", "tanh", "neg") or node.target is torch.nn.functional.layer_norm or cast(node) is not None:
-        return all(t.dtype in _FLOATS for t in flat)
-    return all(t.dtype in KINDS for t in flat)
-
-
-def _unary(e: Emitter, node: fx.Node) -> None:
-    what = name(node)
-    if what == "gelu":
-        kind = node.kwargs.get("approximate", arguments(node)[1] if len(arguments(node)) > 1 else "none")
-        what = "gelu" if kind == "none" else "gelu_tanh"
-    x = e.value(arguments(node)[0])
-    e.builder.emit("unary", [e.produce(node), x], (UNARY.index(what),))
-
-
-def _binary(e: Emitter, node: fx.Node) -> None:
-    like = compat.example_value(node)
-    parts = []
-    for a in arguments(node):
-        if isinstance(a, fx.Node):
-            value = e.value(a)
-            parts.append(value.like(value.meta.expand(like.shape)))
-        else:
-            kind = torch.int64 if like.dtype == torch.int64 else torch.float32
-            number = e.builder.constant([a], kind, ())
-            parts.append(number.like(number.meta.expand(like.shape)))
-    what = name(node)
-    if what.endswith("_"):
-        target = e.value(arguments(node)[0])
-        e.values[node] = target
-        e.builder.emit("binary", [target, *parts], (BINARY.index(what[:-1]),))
-    else:
-        e.builder.emit("binary", [e.produce(node), *parts], (BINARY.index(what),))
-
-
-def _pow(e: Emitter, node: fx.Node) -> None:
-    x, times = e.value(arguments(node)[0]), BINARY.index("mul")
-    made = e.produce(node)
-    if arguments(node)[1] == 2:
-        e.builder.emit("binary", [made, x, x], (times,))
-        return
-    square = e.builder.produce(x.meta.shape, torch.float32)
-    e.builder.emit("binary", [square, x, x], (times,))
-    e.builder.emit("binary", [made, square, x], (times,))
-
-
-def _copy(e: Emitter, node: fx.Node) -> None:
-    source = e.value(arguments(node)[0])
-    made = e.produce(node)
-    e.builder.emit("copy", [made.like(made.meta.view(source.meta.shape)), source])
-
-
-def _cat(e: Emitter, node: fx.Node) -> None:
-    dim: Any = node.kwargs.get("dim", arguments(node)[1] if len(arguments(node)) > 1 else 0)
-    made, at = e.produce(node), 0
-    for part in arguments(node)[0]:
-        value = e.value(part)
-        size = value.meta.shape[dim]
-        e.builder.emit("copy", [made.like(made.meta.narrow(dim, at, size)), value])
-        at += size
-
-
-def _arange(e: Emitter, node: fx.Node) -> None:
-    like = compat.example_value(node)
-    if like.dtype != torch.int64 or like.numel() > 64:
-        raise Unsupported(node, "a long range")
-    e.values[node] = e.builder.constant(list(range(*arguments(node))), torch.int64, like.shape)
-
-
-def _write(e: Emitter, node: fx.Node) -> None:
-    target, dim, index, source = arguments(node)
-    into, at, new = (e.value(n) for n in (target, index, source))
-    if dim not in (into.meta.dim() - 2, -2) or into.meta.dtype != new.meta.dtype:
-        raise Unsupported(node, f"it writes along dimension {dim}")
-    e.values[node] = into
-    e.builder.emit("write", [into, at, new], (False,))
-
-
-def _roll(e: Emitter, node: fx.Node) -> None:
-    given = dict(zip(("input", "shifts", "dims"), arguments(node), strict=False)) | dict(node.kwargs)
-    value = e.value(given["input"])
-    dim, size = given.get("dims"), value.meta.dim()
-    if not isinstance(dim, int) or not isinstance(given["shifts"], int):
-        raise Unsupported(node, "it rolls along several dimensions")
-    made, n = e.produce(node), value.meta.shape[dim % size]
-    shift = given["shifts"] % n
-    for start, length, to in ((0, n - shift, shift), (n - shift, shift, 0)):
-        if length:
-            e.builder.emit("copy", [made.like(made.meta.narrow(dim, to, length)), value.like(value.meta.narrow(dim, start, length))])
-
-
-def _set(e: Emitter, node: fx.Node) -> None:
-    """x[:, :, index] = source, with a tensor of indices along the last dimension but one."""
-    target, at, source = arguments(node)
-    into, new = e.value(target), e.value(source)
-    lead = isinstance(at, tuple) and len(at) == into.meta.dim() - 1 and all(i == slice(None) for i in at[:-1]) and isinstance(at[-1], fx.Node)
-    if not lead or into.meta.dtype != new.meta.dtype:
-        raise Unsupported(node, "it is assigned to another way than by indices of rows")
-    index = e.value(at[-1])
-    if index.meta.dtype != torch.int64 or index.meta.dim() != 1 or new.meta.shape != (*into.meta.shape[:-2], index.meta.shape[0], into.meta.shape[-1]):
-        raise Unsupported(node, "what is assigned has another shape")
-    e.builder.emit("write", [into, index, new], (True,))
-
-
-def _into(e: Emitter, node: fx.Node) -> None:
-    target, source = (e.value(n) for n in arguments(node))
-    e.values[node] = target
-    e.builder.emit("copy", [target, source.like(source.meta.expand(target.meta.shape))])
-
-
-def _constant(e: Emitter, node: fx.Node) -> None:
-    like, values = compat.example_value(node), arguments(node)[0]
-    if like.dtype != torch.int64 or not isinstance(values, list | tuple) or not all(isinstance(v, int) for v in values):
-        raise Unsupported(node, "a constant that is no list of integers")
-    e.values[node] = e.builder.constant(list(values), torch.int64, like.shape)
-
-
-def _layer_norm(e: Emitter, node: fx.Node) -> None:
-    given = dict(zip(("input", "normalized_shape", "weight", "bias", "eps"), arguments(node), strict=False)) | dict(node.kwargs)
-    if len(given["normalized_shape"]) != 1:
-        raise Unsupported(node, "it normalizes several dimensions")
-    x = e.value(given["input"])
-    weight, bias = (e.value(given[n]) if given.get(n) is not None else None for n in ("weight", "bias"))
-    e.builder.emit("norm", [e.produce(node), None, x, weight, bias, None], (1, e.builder.number(given.get("eps", 1e-5)), e.builder.number(0.0), 0), outputs=2)
-
-
-def _rms_norm(e: Emitter, node: fx.Node) -> None:
-    x, weight, eps, offset, late = arguments(node)
-    value = e.value(x)
-    args = (0, e.builder.number(eps), e.builder.number(offset), not late)
-    e.builder.emit("norm", [e.produce(node), None, value, e.value(weight), None, None], args, outputs=2)
-
-
-def _glu(e: Emitter, node: fx.Node) -> None:
-    gate, up, act = arguments(node)
-    a, b = e.value(gate), e.value(up)
-    e.builder.emit("glu", [e.produce(node), a, b], (UNARY.index(act),))
-
-
-def _rotate(e: Emitter, node: fx.Node) -> None:
-    x, cos, sin, interleaved = arguments(node)
-    like = compat.example_value(node)
-    turned = e.value(x)
-    if like.shape[-1] % 2:
-        raise Unsupported(node, "an odd number of channels")
-    angles = [v.like(v.meta.expand(like.shape)) for v in (e.value(cos), e.value(sin))]
-    e.builder.emit("rotate", [e.produce(node), turned, *angles, None], (bool(interleaved), False))
-
-
-def _quantize(e: Emitter, node: fx.Node) -> None:
-    x = e.contiguous(arguments(node)[0])
-    pair = tuple(e.builder.produce(v.shape, v.dtype) for v in compat.example_value(node))
-    e.values[node] = pair
-    e.builder.emit("quantize", [*pair, x], outputs=2)
-
-
-def _packed(e: Emitter, node: fx.Node) -> None:
-    op = _op(node)
-    a8, many = "_a8" in op, op.endswith("_many")
-    e.use_kernel(node, kernel_of(node))
-    args: list[Any] = list(arguments(node))
-    head, args = args[: 2 if a8 else 1], args[2 if a8 else 1 :]
-    codes, scale, minimum = args[:3]
-    if many:
-        bias, bits, group, zero = None, *args[3:6]
-        minimum = list(minimum) or [None] * len(codes)
-    else:
-        bias, _, bits, group, zero = args[3:8]
-        codes, scale, minimum = [codes], [scale], [minimum]
-    x = e.contiguous(head[0])
-    weights: list[Value | None] = []
-    sizes: list[int] = []
-    total = compat.example_value(node).shape[-1]
-    for c, s, low in zip(codes, scale, minimum, strict=True):
-        shape, groups = compat.example_value(c).shape, compat.example_value(s).shape
-        n = shape[0] * 16 if many else total
-        sizes += [n, shape[0], shape[1], groups[1]]
-        weights += [e.value(c), e.value(s), None if low is None else e.value(low)]
-    half = compat.example_value(scale[0]).dtype == torch.float16
-    plan = _plan(op, node)
-    prologue = (0, 0, 0, 0, 0, 0)  # see step_fuse
-    fields = (len(codes), bits, group, e.builder.number(zero), half, *plan, *prologue, *sizes)
-    scales = e.value(head[1]) if a8 else None
-    low_bias = None if bias is None else e.value(bias)
-    e.builder.emit("packed_a8" if a8 else "packed", [e.produce(node), None, x, scales, low_bias, None, None, None, *weights], fields, outputs=2)
-
-
-def _plan(op: str, node: fx.Node) -> tuple[int, int, int, int]:
-    """unpack_from, rows, tiles, chunk of the configuration that the op itself would run with."""
-    read = OPS[op].problem
-    assert read is not None
-    problem, kernel = read(*fx.node.map_arg(arguments(node), compat.example_value))
-    found = provider(op, kernel)
-    tuning: Any = found.tuning
-    given = tuning.arguments(problem, use.choose(found, problem).config)
-    return given["unpack_from"], given.get("rows", 0), given.get("tiles", 0), given.get("chunk", 0)
-
-
-def _dense(e: Emitter, node: fx.Node) -> None:
-    given = dict(zip(("input", "weight", "bias"), arguments(node), strict=False)) | dict(node.kwargs)
-    weight = e.value(given["weight"])
-    if weight.meta.dim() != 2 or weight.meta.stride(1) != 1 or weight.meta.dtype != compat.example_value(given["input"]).dtype:
-        raise Unsupported(node, "its weight is no matrix of dense rows in the dtype of its input")
-    x = e.contiguous(given["input"])
-    bias = e.value(given["bias"]) if given.get("bias") is not None else None
-    e.builder.emit("dense", [e.produce(node), x, weight, bias])
-
-
-def _attend(e: Emitter, node: fx.Node) -> None:
-    q, k, v, mask, *rest = arguments(node)
-    *_, scale, kernel = rest
-    e.use_kernel(node, plain(kernel))
-    values = [e.value(n) for n in (q, k, v)]
-    if any(x.meta.stride(-1) != 1 for x in values) or len({x.meta.dtype for x in values}) > 1:
-        raise Unsupported(node, "its operands have gaps or differ in dtype")
-    masked = None if mask is None else e.value(mask)
-    made = e.produce(node)
-    if _op(node) == "prompt_attention":  # (B, Q, H, D): heads before queries, as the instruction counts them
-        made = made.like(made.meta.transpose(1, 2))
-    e.builder.emit("attend", [made, *values, masked], (e.builder.number(scale),))
-
-
-_OURS: dict[str, _Handler] = {
-    "rms_norm": _rms_norm, "glu": _glu, "rotate": _rotate, "quantize_activation": _quantize, "decode_attention": _attend,
-    "prompt_attention": _attend, **dict.fromkeys(PACKED, _packed),
-}  # fmt: skip
-_PLAIN: dict[str, _Handler] = {
-    "pow": _pow, "roll": _roll, "setitem": _set, "copy_": _into, "tensor": _constant,
-    **dict.fromkeys(("add", "sub", "mul", "div", "add_", "mul_"), _binary),
-    **dict.fromkeys(("silu", "gelu", "relu", "sigmoid", "tanh", "neg"), _unary),
-    "cat": _cat, "index_copy_": _write,
-}  # fmt: skip

@@ -1,6 +1,6 @@
 """A decoding step in one call: the layers of a graph of few tokens become one program for a native kernel.
 
-What the program cannot hold goes before it or behind it, to Inductor: embeddings, cosines and masks, sampling. Linears and attention are
+What the program cannot hold goes before it or behind it, to Inductor: masks of an unusual kind, sampling. Linears and attention are
 what a program is made of; where something that it cannot hold lies between those, the graph stays as it is, and the Decision names it.
 """
 
@@ -17,7 +17,8 @@ from effllm.lowering import step_code
 from effllm.lowering.op import rows_of
 from effllm.passes.base import Context
 from effllm.passes.match import erase_unused, writes
-from effllm.passes.step_nodes import Emitter, Unsupported, views
+from effllm.passes.step_nodes import Emitter
+from effllm.passes.step_views import Unsupported, views
 from effllm.report import Decision, PassReport
 from effllm.runtime.step import StepProgram
 
@@ -62,7 +63,8 @@ class StepPrograms:
         except Unsupported as error:
             return kept("unsupported", f"{error.node.name}: {error.reason}")
         code, call = _insert(graph, plan, emitter)
-        found = {"instructions": len(code.steps), "levels": code.steps[-1].level + 1, "workspace_bytes": code.workspace}
+        around = [n.name for n in graph.nodes if n.op in ("call_function", "call_method") and not views(n) and n.target is not _item and not compat.is_log(n)]
+        found = {"around": around, "instructions": len(code.steps), "levels": code.steps[-1].level + 1, "workspace_bytes": code.workspace}
         what = f"{len(heavy)} linears and attentions in one call"
         report.decisions.append(Decision(call.name, "", "applied", "one-call", what, kernel=emitter.kernel, config=found))
         return report
@@ -197,7 +199,7 @@ def _insert(graph: fx.Graph, plan: Plan, emitter: Emitter) -> tuple[step_code.Co
     label = "step_program"
     # what comes straight from a caller that is no parameter, buffer or cache may be another tensor each time, too
     fresh = [i for i, n in enumerate(emitter.inputs) if n.op != "placeholder"]
-    owner.add_submodule(label, StepProgram(code, emitter.run, fresh))
+    owner.add_submodule(label, StepProgram(code, emitter.namespace, fresh))
     output = next(n for n in graph.nodes if n.op == "output")
     later = [n for n in graph.nodes if n in behind or (views(n) and _root(n) in inside | behind)]
     with graph.inserting_before(output):

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import effllm
 from effllm.errors import CheckpointError, nearest
-from effllm.runtime import formats, recorded, shards
+from effllm.runtime import formats, host, recorded, shards
 from effllm.runtime import weights as kinds
 from effllm.runtime.activated import ThresholdedActivation
 from effllm.runtime.atomic import staged_directory
@@ -89,16 +89,25 @@ def load(
     skeleton = _skeleton(folder) if model is None else model
     _wrap(skeleton, header)
     _check_fit(skeleton, header)
+    weights, plain = _read(folder, header, wanted, device, verify, kernel)
+    _install(skeleton, header, weights, plain)
+    name = header.get("recipe")
+    recorded.record(skeleton, recorded.lowered(name if isinstance(name, str) else None, bits if wanted else None))
+    del plain
+    host.release_memory()
+    return skeleton.eval()
+
+
+def _read(
+    folder: Path, header: dict[str, Any], wanted: dict[str, int], device: str | torch.device, verify: bool, kernel: str | None
+) -> tuple[dict[str, PackedWeight], dict[str, Tensor]]:
+    """Packed weights as kernels read them, and the other tensors, by name."""
     reader = shards.Reader(folder, header["tensors"], verify)
     weights = {}
     for name, entry in header["weights"].items():
         packed = _read_weight(reader, name, entry, wanted.get(name)).to(device)
         weights[name] = kinds.make(packed, act=entry["act"], dtype=getattr(torch, entry["dtype"]), kernel=kernel)
-    plain = {name: reader.read(name).to(device) for name in header["plain"] if name not in header["ties"]}
-    _install(skeleton, header, weights, plain)
-    name = header.get("recipe")
-    recorded.record(skeleton, recorded.lowered(name if isinstance(name, str) else None, bits if wanted else None))
-    return skeleton.eval()
+    return weights, {name: reader.read(name).to(device) for name in header["plain"] if name not in header["ties"]}
 
 
 def _wrap(skeleton: nn.Module, header: dict[str, Any]) -> None:

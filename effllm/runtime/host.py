@@ -5,10 +5,12 @@ Below kernels and tuning, which both need them: the kernels to build and choose,
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 _CPUINFO = Path("/proc/cpuinfo")
 
@@ -17,6 +19,25 @@ def cache_root() -> Path:
     """The folder of everything that effllm keeps: the user's cache directory by the XDG convention."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
     return Path(base) / "effllm"
+
+
+@functools.cache
+def _malloc_trim() -> Any:
+    try:
+        return ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):  # not glibc
+        return None
+
+
+def release_memory() -> None:
+    """Give pages that are free inside of the C heap back to the system.
+
+    glibc keeps what was freed in blocks of up to 32 MB for later, and what is stored between them keeps it from ever going back: where large temporaries
+    and results that stay take turns the process grows by several times what stays.
+    """
+    trim = _malloc_trim()
+    if trim is not None:
+        trim(0)
 
 
 @functools.cache

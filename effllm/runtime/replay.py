@@ -54,7 +54,8 @@ class Replay:
 
     def __init__(self, call: Call, positions: Sequence[int]) -> None:
         self._call, self._positions = call, tuple(positions)
-        self._like = [(call.args[i].shape, call.args[i].dtype) for i in positions]
+        self._last: list[Tensor] = [call.args[i] for i in positions]
+        self._like = [_form(t) for t in self._last]
         bind = getattr(call.function, "bind", None)
         self._bound: Callable[..., Any] | None = None if bind is None else bind(call.args, self._positions)
 
@@ -75,9 +76,11 @@ class Replay:
         return Replay(calls[0], found)
 
     def __call__(self, *values: Tensor) -> Tensor | None:
-        """The first result for other values; None where their shapes or dtypes differ from the recorded ones."""
-        if [(v.shape, v.dtype) for v in values] != self._like:
-            return None
+        """The first result for other values; None where their shapes, strides or dtypes differ from the recorded ones."""
+        if any(v is not k for v, k in zip(values, self._last, strict=False)) or len(values) != len(self._last):
+            if [_form(v) for v in values] != self._like:
+                return None
+            self._last = list(values)
         if self._bound is not None:
             first: Tensor = self._bound(*values)[0]
             return first
@@ -86,3 +89,12 @@ class Replay:
             args[i] = value
         result: Tensor = self._call.function(*args)[0]
         return result
+
+    @property
+    def bound(self) -> bool:
+        """Whether a replay is nothing but a call of a native program, which neither records gradients nor asks for modes of torch."""
+        return self._bound is not None and bool(getattr(self._bound, "native", False))
+
+
+def _form(t: Tensor) -> tuple[Any, ...]:
+    return t.shape, t.stride(), t.dtype

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from effllm.errors import CheckpointError
+from effllm.runtime import host
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -37,6 +38,7 @@ DTYPES: dict[str, torch.dtype] = {
     "C64": torch.complex64,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
+_MAPPED = 32 << 20  # bytes of a file to read before it is mapped anew: pages that were read count as this process's memory until then
 DAMAGED = "copy the checkpoint again, or write it again with effllm.save"
 _LENGTH = 8  # bytes of the header length at the start of a safetensors file
 
@@ -145,6 +147,7 @@ class Reader:
     def __init__(self, folder: Path, records: dict[str, dict[str, Any]], verify: bool) -> None:
         self.folder, self.records, self.verify = folder, records, verify
         self._open: dict[str, Any] = {}
+        self._seen = 0  # bytes of the mapped files that were read since they were opened
 
     def read(self, name: str, first: int | None = None) -> Tensor:
         """A tensor, or its first `first` entries along dimension 0 (only those are read). Raises CheckpointError."""
@@ -152,11 +155,16 @@ class Reader:
 
         record = self.records[name]
         try:
+            if self._seen > _MAPPED:
+                self._open.clear()
+                self._seen = 0
+                host.release_memory()
             if record["file"] not in self._open:
                 self._open[record["file"]] = safe_open(self.folder / record["file"], framework="pt")
             file = self._open[record["file"]]
             view: Tensor = file.get_tensor(name) if first is None else file.get_slice(name)[:first]
             # a copy, because views of the mapped file would tie the model to it; of bytes, because copying bool mends damaged ones
+            self._seen += view.nbytes
             t = view.contiguous().reshape(-1).view(torch.uint8).clone().view(view.dtype).reshape(view.shape)
         except (OSError, SafetensorError) as error:
             raise CheckpointError("E-CKP-HASH", f"{name} cannot be read from {record['file']}: {error}", DAMAGED) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from effllm.errors import CalibrationError, OptionError, RecipeError
 from effllm.runtime.activated import ThresholdedActivation
 from tests.activation.models import INNER, WIDTH, decoder, windows
 
-QUICK = "step=0.3, tokens=256"
+QUICK = "allocation=greedy, step=0.3, tokens=256"
 METHODS = ("chess(sparsity=0.5)", "cats(sparsity=0.5)", f"teal(sparsity=0.5, {QUICK})", "teal(sparsity=0.5, allocation=uniform)",
            f"rsparse(sparsity=0.5, budget=6, {QUICK})")  # fmt: skip
 
@@ -120,6 +121,42 @@ def test_a_block_that_costs_more_drops_less(word: str) -> None:
     assert mean == pytest.approx(0.5)  # a gate's channels are skipped in up and down, inputs in q and o
     even = effllm.calibrate(loud(), windows(), word.replace("measured", "uniform")).plans[0]
     assert {c.target for c in {**even.inputs, **even.gates}.values()} == {0.5}
+
+
+@pytest.mark.parametrize("method", ["teal", "rsparse"])
+def test_a_linear_that_costs_the_output_more_drops_less(method: str) -> None:
+    """Of two alike, the one whose output is ten times larger gets the smaller share; the block's own error would not tell inputs of a residual apart."""
+    model = decoder()
+    with torch.no_grad():
+        model.layers[1].down.weight.mul_(10.0)
+        model.layers[1].o.weight.mul_(10.0)
+    plan = effllm.calibrate(model, windows(), f"{method}(sparsity=0.5, tokens=256)").plans[0]
+    sites, cuts = {n: math.prod(model.get_submodule(n).weight.shape) for n in plan.inputs}, plan.inputs
+    assert sum(sites[n] * cuts[n].target for n in sites) == pytest.approx(0.5 * sum(sites.values()))
+    assert all(cuts[f"layers.1.{n}"].target < cuts[f"layers.0.{n}"].target for n in ("down", "o"))
+    assert len({round(c.target, 3) for c in cuts.values()}) > 4
+
+
+class Tuple(torch.nn.Module):
+    """A model whose output is no tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = decoder()
+
+    def forward(self, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.model(ids)
+        return x, x + 1
+
+
+@pytest.mark.parametrize("word", ["teal(sparsity=0.5, step=0.3, tokens=256)", "chess(sparsity=0.5, layers=measured)"])
+def test_a_model_whose_output_cannot_be_compared_says_so(word: str) -> None:
+    model = Tuple().eval()
+    own = effllm.calibrate(model, windows(), word)
+    plan, greedy = own.plans[0], effllm.calibrate(Tuple().eval(), windows(), word.replace("measured", "uniform").replace("step", "allocation=greedy, step"))
+    assert [c.target for c in plan.inputs.values()] == [c.target for c in greedy.plans[0].inputs.values()]
+    report, _ = install(model, own, plan)
+    assert [d.code for d in report.decisions if "neither logits nor a tensor" in d.reason] == ["not-measured"]
 
 
 def test_a_low_rank_costs_what_it_takes() -> None:

@@ -46,7 +46,8 @@ def test_swiglu_geglu_and_attention_of_a_family(family: str) -> None:
     codes = Counter(d.code for d in report.decisions)
     assert codes["gate"] == LAYERS and codes["sparse"] == LAYERS * (2 if fused else 3)  # o and down, and q where it is a matrix of its own
     assert codes["fused-qkv"] == (LAYERS if fused else 0)
-    for step in (text(1, 1, 5), text(1, 3, 6)):
+    steps = (text(1, 1, 5), text(1, 3, 6))
+    for step in steps if family in ("llama", "phi3") else steps[1:]:  # one and several rows with gates apart and fused; several with the others
         torch._dynamo.reset()
         with torch.no_grad():
             got = torch.compile(model, fullgraph=True, backend="effllm", options=OPTIONS)(input_ids=step, use_cache=False).logits
@@ -71,7 +72,7 @@ def test_batches_change_between_steps_of_one_compiled_model() -> None:
     for dynamic in (False, True):
         torch._dynamo.reset()
         compiled = torch.compile(model, fullgraph=True, backend="effllm", options=OPTIONS, dynamic=dynamic)
-        for rows in (2, 5, 1, 3, 4, 9, 2):
+        for rows in (2, 5, 1, 4, 2):
             step = text(rows, 1, rows)
             with torch.no_grad():
                 got, want = (m(input_ids=step, use_cache=False).logits for m in (compiled, model))

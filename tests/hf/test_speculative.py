@@ -123,7 +123,7 @@ def joint(model: Any, prompt: Tensor, settings: dict[str, Any]) -> Tensor:
 def test_draws_are_distributed_as_those_of_the_model(shape: str, settings: dict[str, Any], own: bool) -> None:
     """A draft with a cache of its own, and one made of the model, which shares the model's."""
     model, other = cramped()
-    prompt, n = torch.tensor([1, 4, 2]), 700
+    prompt, n = torch.tensor([1, 4, 2]), 450
     draft: Any = other if own else "bipolar(bits=2, group=16)"
     counts, statistics = torch.zeros(6, 6), Statistics()
     for out in effllm.generate(model, [prompt] * n, draft=draft, speculative=shape, max_new_tokens=4, seed=11, statistics=statistics, **settings):

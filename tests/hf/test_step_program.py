@@ -39,6 +39,7 @@ def test_families_run_as_one_call(family):
     got, report = steps(model, "auto")
     found = decision(report)
     assert found.action == "applied", found
+    assert found.config["around"] == [], found  # embeddings, angles and masks are inside
     want, plain = steps(model, "off")
     assert decision(plain).action == "kept"
     assert torch.allclose(got, want, atol=2e-4 * float(want.abs().max()))
@@ -134,3 +135,17 @@ def test_a_profile_adds_up():
     runner.decode_step(torch.tensor([[5]]), torch.tensor([[5]]))
     *parts, whole = program.profile.tolist()
     assert min(parts) > 0 and sum(parts) <= whole * torch.get_num_threads()
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gpt2"])
+def test_a_padded_batch_is_one_call_without_copies(family):
+    """Masks by row, merged products whose parts lie apart, and positions by row: all inside; the tokens are those of each prompt alone."""
+    model = tiny(family)
+    effllm.compress(model, "w8")
+    prompts = [torch.randint(3, VOCAB, (n,), generator=torch.Generator().manual_seed(n)) for n in (5, 9, 2)]
+    together = effllm.generate(model, prompts, max_new_tokens=6, eos_token_id=-1, compile=True)
+    found = decision(effllm.last_report())
+    assert found.action == "applied" and found.config["around"] == [], found
+    assert found.config["instructions"] < 20 * len(model.base_model.layers if hasattr(model.base_model, "layers") else model.base_model.h) + 40
+    alone = [effllm.generate(model, [p], max_new_tokens=6, eos_token_id=-1)[0] for p in prompts]
+    assert [list(t) for t in together] == [list(t) for t in alone]

@@ -7,11 +7,13 @@ import torch
 
 from effllm.kernels.cpu import ensure
 from effllm.kernels.cpu.build import ISAS, missing
+from effllm.lowering.bipolar_linear import embedding
 from effllm.lowering.glu import ACTIVATIONS, glu
 from effllm.lowering.norm import rms_norm
 from effllm.lowering.rotate import rotate
 from effllm.lowering.step_code import BINARY, UNARY, Builder
 from effllm.runtime.step import StepProgram
+from tests.lowering.cases import all_cases, arguments, make_packed
 
 AVAILABLE = [isa for isa in ISAS if not missing(isa)]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -24,7 +26,7 @@ def run(isa, build, tensors, inputs):
     builder = Builder()
     values = [builder.external(t) for t in inputs]
     code = builder.finish(build(builder, values))
-    return StepProgram(code, getattr(torch.ops, isa.namespace).step_program)(*tensors), code
+    return StepProgram(code, isa.namespace)(*tensors), code
 
 
 def near(a, b, dtype):
@@ -37,7 +39,7 @@ def near(a, b, dtype):
 def test_unary(isa, dtype, op):
     x = torch.cat([torch.linspace(-30, 30, 157), torch.tensor([0.0, 1e-4, -1e-4])]).to(dtype)[None]
     plain = {"silu": torch.nn.functional.silu, "gelu": torch.nn.functional.gelu, "gelu_tanh": lambda t: torch.nn.functional.gelu(t, approximate="tanh"),
-             "relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "neg": torch.neg}[op]  # fmt: skip
+             "relu": torch.relu, "sigmoid": torch.sigmoid, "tanh": torch.tanh, "neg": torch.neg, "cos": torch.cos, "sin": torch.sin}[op]  # fmt: skip
 
     def build(b, v):
         y = b.produce(x.shape, dtype)
@@ -49,7 +51,7 @@ def test_unary(isa, dtype, op):
 
 
 @pytest.mark.parametrize("isa", AVAILABLE, ids=lambda i: i.name)
-@pytest.mark.parametrize("op", BINARY)
+@pytest.mark.parametrize("op", ("add", "sub", "mul", "div"))
 def test_binary_broadcasts_and_counts(isa, op):
     torch.manual_seed(0)
     x, y, n = torch.randn(3, 1, 5, dtype=torch.float32), torch.rand(1, 4, 5).bfloat16() + 1, torch.tensor([7, 9])
@@ -210,3 +212,123 @@ def test_gated_unit_of_two_halves(isa, act):
 
     (out,), _ = run(isa, build, [both], [both])
     assert torch.allclose(out, glu(both[:, :2500], both[:, 2500:], act), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", AVAILABLE, ids=lambda i: i.name)
+@pytest.mark.parametrize("op", BINARY[BINARY.index("le") :])
+def test_comparisons_of_ranges_and_numbers(isa, op):
+    """Positions from 3 on, stored nowhere, against one stored number a row; truth values against truth values."""
+    last, flags = torch.tensor([[2], [7], [40], [5]]), torch.rand(4, 11) < 0.5
+    function = {"le": torch.le, "lt": torch.lt, "ge": torch.ge, "gt": torch.gt, "eq": torch.eq, "ne": torch.ne,
+                "and": torch.logical_and, "or": torch.logical_or}[op]  # fmt: skip
+    both = op in ("and", "or")
+
+    def build(b, v):
+        out, first, positions = b.produce((4, 11), torch.bool), v[1], b.range(3, 11)
+        if not both:
+            first = positions.like(positions.meta[None].expand(4, 11))
+        b.emit("binary", [out, first, v[0].like(v[0].meta.expand(4, 11))], (BINARY.index(op),))
+        return [out]
+
+    given = [last % 2 == 0, flags] if both else [last, flags]
+    (out,), _ = run(isa, build, given, given)
+    assert out.equal(function(flags, given[0].expand(4, 11)) if both else function(torch.arange(3, 14)[None], last))
+
+
+@pytest.mark.parametrize("isa", AVAILABLE, ids=lambda i: i.name)
+def test_angles_and_copies_of_integers(isa):
+    at, frequencies = torch.tensor([[0], [7], [2047]]), torch.logspace(0, -4, 24)
+
+    def build(b, v):
+        wide, angles = b.produce((3, 1), torch.float32), b.produce((3, 24), torch.float32)
+        b.emit("copy", [wide, v[0]])
+        b.emit("binary", [angles, wide.like(wide.meta.expand(3, 24)), v[1].like(v[1].meta.expand(3, 24))], (BINARY.index("mul"),))
+        made = [b.produce((3, 24), torch.float32) for _ in range(2)]
+        for value, op in zip(made, ("cos", "sin"), strict=True):
+            b.emit("unary", [value, angles], (UNARY.index(op),))
+        numbers, stored = b.range(5, 9), b.produce((3, 3), torch.int64)
+        b.emit("copy", [stored, numbers.like(numbers.meta.view(3, 3).t())])
+        return [*made, stored]
+
+    (cos, sin, stored), _ = run(isa, build, [at, frequencies], [at, frequencies])
+    angles = at.float() * frequencies
+    assert torch.allclose(cos, angles.cos(), atol=3e-7) and torch.allclose(sin, angles.sin(), atol=3e-7)
+    assert stored.equal(torch.arange(5, 14).view(3, 3).t())
+
+
+@pytest.mark.parametrize("isa", AVAILABLE, ids=lambda i: i.name)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_where_rows_are_largest(isa, dtype):
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 2500).to(dtype)
+    x[0, 0] = -5.0  # equals: the first
+    x[0, 1, 2499] = 50.0
+    x[0, 2, [100, 2000]] = 60.0
+    x[1, 0, [1700, 1800]] = torch.nan
+    x[1, 1] = -torch.inf
+
+    def build(b, v):
+        out = b.produce((2, 3), torch.int64)
+        b.emit("largest", [out, v[0]])
+        return [out]
+
+    (at,), _ = run(isa, build, [x], [x])
+    assert at.tolist() == [[0, 2499, 100], [1700, 0, int(x[1, 2].argmax())]]
+
+
+@pytest.mark.parametrize("isa", AVAILABLE, ids=lambda i: i.name)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rows_of_a_table(isa, dtype):
+    table, ids = torch.randn(33, 50).to(dtype)[:, :48], torch.tensor([[32, 0], [7, 7]])
+
+    def build(b, v):
+        out = b.produce((2, 2, 48), dtype)
+        b.emit("rows", [out, v[0], v[1]])
+        return [out]
+
+    (rows,), _ = run(isa, build, [ids, table], [ids, table])
+    assert rows.equal(table[ids])
+    for wrong in (33, -1):
+        with pytest.raises(RuntimeError, match="outside of the embedding"):
+            run(isa, build, [torch.tensor([[0, 1], [wrong, 2]]), table], [ids, table])
+
+
+@pytest.mark.parametrize("isa", AVAILABLE, ids=lambda i: i.name)
+@pytest.mark.parametrize("case", all_cases(), ids=str)
+def test_rows_of_a_packed_table(isa, case):
+    """The same values as the op of packed embeddings gives, bit for bit."""
+    packed = make_packed(case)
+    codes, scale, low, zero = arguments(packed, "tile16")
+    ids = torch.tensor([[case.n - 1, 0, case.n // 2]])
+    given = [ids, codes, scale, *([] if low is None else [low])]
+
+    def build(b, v):
+        out = b.produce((1, 3, case.k), torch.bfloat16)
+        sizes = (case.n, case.bits, case.group, b.number(zero), scale.dtype == torch.float16, codes.shape[1], scale.shape[1])
+        b.emit("packed_rows", [out, v[0], v[1], v[2], None if low is None else v[3]], sizes)
+        return [out]
+
+    (rows,), _ = run(isa, build, given, given)
+    assert rows.equal(embedding(ids, codes, scale, low, case.n, case.k, case.bits, case.group, zero, torch.bfloat16, f"cpu-{isa.name}"))
+
+
+@pytest.mark.parametrize("isa", AVAILABLE, ids=lambda i: i.name)
+def test_bound_programs_follow_what_moves_and_the_number_of_threads(isa):
+    x, y = torch.randn(4, 4096), torch.randn(4, 4096)
+
+    def build(b, v):
+        out = b.produce(x.shape, torch.float32)
+        b.emit("binary", [out, v[0], v[1]], (0,))
+        return [out]
+
+    ensure(isa)
+    builder = Builder()
+    code = builder.finish(build(builder, [builder.external(x), builder.external(y)]))
+    bound, threads = StepProgram(code, isa.namespace).bind([x, y], [1]), torch.get_num_threads()
+    for count in (1, 2, 1):
+        torch.set_num_threads(count)
+        other = torch.randn(4, 4096)
+        assert bound([other])[0].equal(x + other)
+    torch.set_num_threads(threads)
+    with pytest.raises(RuntimeError, match="no tensor 7"):
+        StepProgram(code, isa.namespace).bind([x, y], [7])([y])

@@ -65,14 +65,24 @@ class CpuTuning:
     def predict(self, problem: Problem, config: Config) -> Prediction:
         """The model's figures of a configuration. Automatic threads count as one or all, whichever is faster."""
         model = cost.models(self.isa)[config["path"]]
+        return min((model.evaluate(values) for values in self._values(problem, config)), key=lambda p: p.seconds)
+
+    @staticmethod
+    def _values(problem: Problem, config: Config) -> list[dict[str, float]]:
+        """The model's symbols, for one thread and for all where threads are automatic."""
         sizes = {name: value for name, value in config.items() if name not in ("path", "threads")}
         symbols = values_of(problem) | machines.cpu() | sizes
         counts = [config["threads"]] if config["threads"] else [1, torch.get_num_threads()]
-        return min((model.evaluate(symbols | {"threads": t}) for t in counts), key=lambda p: p.seconds)
+        return [symbols | {"threads": t} for t in counts]
 
     def first(self, problem: Problem) -> Config:
         """The model's choice: the configuration that it finds fastest, threads by the kernel."""
-        return min((c for c in self.configs(problem) if c["threads"] == 0), key=lambda c: self.predict(problem, c).seconds)
+        models = cost.models(self.isa)  # their times alone: this is asked before a model's first token
+
+        def seconds(config: Config) -> float:
+            return min(models[config["path"]].time(values) for values in self._values(problem, config))
+
+        return min((c for c in self.configs(problem) if c["threads"] == 0), key=seconds)
 
     def arguments(self, problem: Problem, config: Config | None) -> dict[str, int]:
         """What the op takes besides its operands."""

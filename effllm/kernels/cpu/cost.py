@@ -31,6 +31,10 @@ _DOT = {"avx512": 1.0, "avx2": 6.0, "portable": 24.0}  # instructions of one 16-
 _WIDTH = {"avx512": 1.0, "avx2": 2.0, "portable": 4.0}  # instructions per operation on 64 bytes
 
 
+# sympy would compare the arguments first, which takes longer than to compute with them
+least, most = functools.partial(sympy.Min, evaluate=False), functools.partial(sympy.Max, evaluate=False)
+
+
 @functools.cache
 def models(isa: str) -> Mapping[str, Model]:
     """Path -> model of an instruction set's linear kernels."""
@@ -42,7 +46,7 @@ def _model(path: str, isa: str) -> Model:
     steps = N * K / 64
     extract = sympy.Piecewise((1, sympy.Eq(BITS, 8)), (2.5 * PARTS, True)) * width
     # with 16-bit activations a segment is a block of 32 columns, with int8 ones a group
-    segment = sympy.Piecewise((sympy.Min(GROUP, K), sympy.Eq(DIGITS, 1)), (sympy.Min(GROUP, 32), True))
+    segment = sympy.Piecewise((least(GROUP, K), sympy.Eq(DIGITS, 1)), (least(GROUP, 32), True))
     fold = N / 16 * K / segment * width
     take = sympy.Piecewise((0.1 * M * K, sympy.Eq(DIGITS, 1)), (1.2 * M * K, True)) * width
     if path == "registers":
@@ -52,7 +56,7 @@ def _model(path: str, isa: str) -> Model:
         each = sympy.Piecewise((1, M <= 1), (1.4 if isa == "avx512" else 2.2, paired), (1 + 0.6 * DIGITS, True))
         instructions = steps * (extract * sympy.ceiling(M / ROWS) + M * DIGITS * dot * each) + fold * (3 + 3 * M) + take
     elif path == "unpack":
-        held = sympy.Max(48, 24 * sympy.floor(CHUNK * 1024 / (DIGITS * (K + PAD)) / 24))  # tokens
+        held = most(48, 24 * sympy.floor(CHUNK * 1024 / (DIGITS * (K + PAD)) / 24))  # tokens
         rows = M / sympy.ceiling(M / ROWS)  # the last pass has what is left
         loads = (TILES + rows * DIGITS) / (TILES * rows * DIGITS)  # codes and activations, per product
         each = 0.85 + 0.45 * loads
@@ -63,20 +67,20 @@ def _model(path: str, isa: str) -> Model:
         masks = 1.2 * PARTS + sympy.Piecewise((4, sympy.Eq(sympy.Mod(BITS, 2), 1)), (0, True))
         instructions = (steps * (masks + 1) + fold * (6 + 4 * PARTS)) * sympy.Piecewise((1, TILES <= 1), (1.3, True)) + take
     else:
-        held = sympy.Max(56, 14 * sympy.floor(512 * 1024 / (2 * K) / 14))
-        rows = sympy.Min(M, 14)
+        held = most(56, 14 * sympy.floor(512 * 1024 / (2 * K) / 14))
+        rows = least(M, 14)
         each = 0.85 + 0.45 * (2 + rows) / (2 * rows)
         instructions = steps * ((extract + 16) * sympy.ceiling(M / held) + 2 * each * M) + 4 * M * N / 16
     nbytes = WEIGHT_BYTES + M * (K * ACT + N * OUT)
     flops = 2 * M * N * K
-    rate = sympy.Min(THREADS * SINGLE, BANDWIDTH)
+    rate = least(THREADS * SINGLE, BANDWIDTH)
     busy = instructions / (ISSUE * THREADS)
     # one path reads while it multiplies, the others unpack first
-    reading = nbytes / rate + busy if path in ("unpack", "expand") else sympy.Max(nbytes / rate, busy)
+    reading = nbytes / rate + busy if path in ("unpack", "expand") else most(nbytes / rate, busy)
     seconds = reading + CALL + sympy.Piecewise((0, THREADS <= 1), (WAKE, True))
     # the products alone, 64 (expand: 32) multiply-adds an instruction
     products = M * N * K / 32 if path == "expand" else M * N * K * DIGITS * dot / 64
-    bound = sympy.Max(nbytes / BANDWIDTH, products / (ISSUE * THREADS))
+    bound = most(nbytes / BANDWIDTH, products / (ISSUE * THREADS))
     return Model(nbytes, flops, instructions, seconds, bound)
 
 

@@ -3,6 +3,7 @@
 // Operand   slot, offset, kind, sizes[5], strides[5]: elements, leading dimensions of size 1 where there are fewer. Offsets count from the
 //           first element of the slot's tensor.
 // Kinds     f32, bf16, f16 as in Type; then int64, bool, int8.
+// Ranges    a view of no slot whose elements are its offset and what follows: positions that are compared and not worth storing.
 // Sharing   an instruction is cut into tasks by what it writes; a task computes what it reads in common with others by itself.
 #pragma once
 #include "activation.h"
@@ -13,9 +14,12 @@ constexpr int kDims = 5;
 enum class Kind : int64_t { f32, bf16, f16, i64, b8, i8 };
 inline int64_t size_of(Kind k) { return k == Kind::i64 ? 8 : k == Kind::f32 ? 4 : k == Kind::b8 || k == Kind::i8 ? 1 : 2; }
 
+constexpr int64_t kNoRange = INT64_MIN;
+
 struct Operand {
   char* data = nullptr;
   Kind kind = Kind::f32;
+  int64_t begin = kNoRange;  // else the view is a range of integers that is stored nowhere: element i of it is begin + i
   int64_t size[kDims], stride[kDims];
   int64_t inner() const { return size[kDims - 1]; }
   int64_t step() const { return stride[kDims - 1]; }
@@ -29,6 +33,9 @@ struct Operand {
     return at;
   }
   char* at(int64_t element) const { return data + element * size_of(kind); }
+  int64_t integer(int64_t element) const {  // of an i64 or bool operand
+    return begin != kNoRange ? begin + element : kind == Kind::i64 ? reinterpret_cast<const int64_t*>(data)[element] : static_cast<int64_t>(data[element] != 0);
+  }
 };
 
 // n things cut for `of` takers: where taker i begins.

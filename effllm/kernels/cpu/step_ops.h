@@ -11,8 +11,8 @@ namespace effllm::step {
 
 using V = EFFLLM_ISA;
 
-enum class Binary : int64_t { add, sub, mul, div };
-enum class Unary : int64_t { silu, gelu, gelu_tanh, relu, sigmoid, tanh, neg };
+enum class Binary : int64_t { add, sub, mul, div, le, lt, ge, gt, eq, ne, both, either };
+enum class Unary : int64_t { silu, gelu, gelu_tanh, relu, sigmoid, tanh, neg, cos, sin };
 
 struct Lines {  // room of one thread
   std::vector<float> a, b, c;
@@ -48,7 +48,13 @@ inline void copy(const Operand& to, const Operand& from, int64_t task, int64_t o
   float* line = room(lines().a, n);
   for (int64_t r = p.row0; r < p.row1; ++r) {
     const int64_t t = to.row(r) + p.col0 * to.step(), f = from.row(r) + p.col0 * from.step();
-    if (to.kind != from.kind) {
+    if (from.kind == Kind::i64 && (from.begin != kNoRange || to.kind != from.kind)) {
+      for (int64_t i = 0; i < n; ++i) {
+        const int64_t x = from.integer(f + i * from.step());
+        if (to.kind == Kind::i64) reinterpret_cast<int64_t*>(to.data)[t + i * to.step()] = x;
+        else store_from_float(to.data, t + i * to.step(), to.type(), static_cast<float>(x));
+      }
+    } else if (to.kind != from.kind) {
       const float* x = widened(from, f, n, line);
       if (to.step() == 1) narrowed(to, t, n, x);
       else for (int64_t i = 0; i < n; ++i) store_from_float(to.data, t + i * to.step(), to.type(), x[i]);
@@ -61,18 +67,40 @@ inline void copy(const Operand& to, const Operand& from, int64_t task, int64_t o
 }
 
 template <class T> inline T apply(Binary op, T x, T y) { return op == Binary::add ? x + y : op == Binary::sub ? x - y : op == Binary::mul ? x * y : x / y; }
+inline bool holds(Binary op, int64_t x, int64_t y) {
+  switch (op) {
+    case Binary::le: return x <= y;
+    case Binary::lt: return x < y;
+    case Binary::ge: return x >= y;
+    case Binary::gt: return x > y;
+    case Binary::eq: return x == y;
+    case Binary::ne: return x != y;
+    case Binary::both: return x && y;
+    default: return x || y;
+  }
+}
+
+// Integers and truth values; what is compared may be ranges.
+inline void whole_numbers(const Operand& to, const Operand& x, const Operand& y, Binary kind, const Part& p) {
+  for (int64_t r = p.row0; r < p.row1; ++r) {
+    const int64_t t = to.row(r), a = x.row(r), b = y.row(r);
+    if (to.kind == Kind::i64) {
+      for (int64_t i = p.col0; i < p.col1; ++i) reinterpret_cast<int64_t*>(to.data)[t + i * to.step()] = apply(kind, x.integer(a + i * x.step()), y.integer(b + i * y.step()));
+    } else if (kind == Binary::le && x.begin != kNoRange && x.step() == 1 && y.step() == 0 && to.step() == 1) {  // causal masks
+      const int64_t last = y.integer(b), full = std::clamp<int64_t>(last - (x.begin + a) + 1, p.col0, p.col1);
+      std::memset(to.data + t + p.col0, 1, static_cast<size_t>(full - p.col0));
+      std::memset(to.data + t + full, 0, static_cast<size_t>(p.col1 - full));
+    } else {
+      for (int64_t i = p.col0; i < p.col1; ++i) to.data[t + i * to.step()] = holds(kind, x.integer(a + i * x.step()), y.integer(b + i * y.step()));
+    }
+  }
+}
 
 inline void binary(const Operand& to, const Operand& x, const Operand& y, int64_t op, int64_t task, int64_t of) {
   const Part p(to, task, of);
   const int64_t n = p.col1 - p.col0;
   const auto kind = static_cast<Binary>(op);
-  if (to.kind == Kind::i64) {
-    for (int64_t r = p.row0; r < p.row1; ++r)
-      for (int64_t i = p.col0; i < p.col1; ++i)
-        reinterpret_cast<int64_t*>(to.data)[to.row(r) + i * to.step()] =
-            apply(kind, reinterpret_cast<int64_t*>(x.data)[x.row(r) + i * x.step()], reinterpret_cast<int64_t*>(y.data)[y.row(r) + i * y.step()]);
-    return;
-  }
+  if (to.kind == Kind::i64 || to.kind == Kind::b8) { whole_numbers(to, x, y, kind, p); return; }
   Lines& l = lines();
   float *ra = room(l.a, n), *rb = room(l.b, n), *rc = room(l.c, n);
   for (int64_t r = p.row0; r < p.row1; ++r) {
@@ -124,6 +152,8 @@ inline void activate(Unary op, const float* x, float* y, int64_t n) {
       for (int64_t i = 0; i < n; ++i) y[i] = tanh_of(x[i]);
       break;
     case Unary::neg: for (int64_t i = 0; i < n; ++i) y[i] = -x[i]; break;
+    case Unary::cos: for (int64_t i = 0; i < n; ++i) y[i] = std::cos(x[i]); break;
+    case Unary::sin: for (int64_t i = 0; i < n; ++i) y[i] = std::sin(x[i]); break;
   }
 }
 
@@ -370,6 +400,80 @@ inline void packed(const Operand* v, const int64_t* a, const float* constants, b
                         bias ? bias + col : nullptr, to.data, to.type(), plan);
     first += count, col += w.n;
   }
+}
+
+// Rows of a table by their numbers: to (.., k), ids, table (n, k). False where a number is out of range.
+inline bool id_of(const Operand& ids, int64_t r, int64_t n, int64_t& id) {  // `to` has one dimension more: its rows are the ids' elements
+  id = ids.integer(ids.row(r / ids.inner()) + r % ids.inner() * ids.step());
+  return id >= 0 && id < n;
+}
+inline bool rows(const Operand& to, const Operand& ids, const Operand& table) {
+  const int64_t size = size_of(to.kind), k = to.inner();
+  for (int64_t r = 0, id; r < to.rows(); ++r) {
+    if (!id_of(ids, r, table.size[kDims - 2], id)) return false;
+    std::memcpy(to.at(to.row(r)), table.at(id * table.stride[kDims - 2]), static_cast<size_t>(k * size));
+  }
+  return true;
+}
+
+// The same of a packed table: to, ids, codes, scale, minimum or none. a = n, bits, group, index of zero, whether scales are fp16, blocks, groups.
+// Parts and fields of a code lie as runtime/layouts/tile16.py says.
+inline bool packed_rows(const Operand* v, const int64_t* a, const float* constants) {
+  const Operand &to = v[0], &ids = v[1], &low = v[4];
+  const int64_t k = to.inner(), bits = a[1], group = a[2], blocks = a[5], groups = a[6];
+  const float zero = constants[a[3]];
+  const Type half = a[4] ? Type::f16 : Type::f32;
+  float* line = room(lines().a, blocks * 32);
+  for (int64_t r = 0, id; r < to.rows(); ++r) {
+    if (!id_of(ids, r, a[0], id)) return false;
+    const int64_t tile = id / 16, lane = id % 16;
+    const auto* codes = reinterpret_cast<const uint8_t*>(v[2].data) + tile * blocks * 64 * bits;
+    for (int64_t b = 0; b < blocks; ++b, codes += 64 * bits) {
+      uint8_t u[32] = {0};
+      const uint8_t* unit = codes + 4 * lane;
+      for (int64_t left = bits, p; left > 0; left -= p) {
+        for (p = 8; p > left; p /= 2) {}
+        for (int64_t q = 0; q < p; ++q, unit += 64)
+          for (int64_t f = 0; f < 8 / p; ++f)
+            for (int64_t i = 0; i < 4; ++i) {
+              uint8_t& code = u[q * 32 / p + 4 * f + i];
+              code = static_cast<uint8_t>(code << p | (unit[i] >> f * p & ((1 << p) - 1)));
+            }
+      }
+      for (int64_t i = 0; i < 32; ++i) line[b * 32 + i] = static_cast<float>(u[i]);
+    }
+    for (int64_t i = 0; i < k; ++i) {
+      const int64_t at = (tile * groups + (groups == 1 ? 0 : i / group)) * 16 + lane;
+      const float scale = 2.f * load_as_float(v[3].data, at, half);
+      line[i] = low.data ? line[i] * scale + load_as_float(low.data, at, half) : (line[i] - zero) * scale;
+    }
+    narrowed(to, to.row(r), k, line);
+  }
+  return true;
+}
+
+// Where row `task` of x is largest: the first of equals, or the first that is no number, as torch has it.
+inline void largest(const Operand& to, const Operand& x, int64_t task) {
+  constexpr int64_t kBlock = 1024;
+  const int64_t n = x.inner(), row = x.row(task);
+  float* line = room(lines().a, kBlock);
+  float best = -INFINITY;
+  int64_t block = 0;
+  bool nan = false;
+  for (int64_t from = 0; from < n && !nan; from += kBlock) {
+    const int64_t count = std::min(kBlock, n - from);
+    const float* f = widened(x, row + from * x.step(), count, line);
+    float top = -INFINITY;
+    int wrong = 0;
+#pragma omp simd reduction(max : top) reduction(| : wrong)
+    for (int64_t i = 0; i < count; ++i) top = f[i] > top ? f[i] : top, wrong |= f[i] != f[i];
+    if (wrong || top > best) best = top, block = from, nan = wrong != 0;
+  }
+  const int64_t count = std::min(kBlock, n - block);
+  const float* f = widened(x, row + block * x.step(), count, line);
+  int64_t i = 0;
+  while (i + 1 < count && (nan ? f[i] == f[i] : f[i] != best)) ++i;
+  reinterpret_cast<int64_t*>(to.data)[to.row(task / to.inner()) + task % to.inner() * to.step()] = block + i;
 }
 
 // A dense linear. Views: to, x, weight (n, k), bias or none.

@@ -25,6 +25,7 @@ from effllm.runtime.formats import bipolar
 from effllm.runtime.formats.base import Packed
 
 ROWS, BLOCK = 16, 32
+_AT_ONCE = 2048  # rows
 PARTS: dict[int, tuple[int, ...]] = {1: (1,), 2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 
 
@@ -47,15 +48,14 @@ def _tile_rows(t: Tensor, width: int) -> Tensor:
     return full.view(tiles, ROWS, width).transpose(1, 2).contiguous()
 
 
-def repack(packed: Packed) -> dict[str, Tensor]:
-    """Canonical planes to tiles."""
-    (n, k), bits, group = packed.shape, packed.attrs["bits"], packed.attrs["group"]
-    u = bipolar.unpack_codes(packed.tensors["planes"])
-    tiles, kb = -(-n // ROWS), blocks(k, group)
-    full = u.new_zeros(tiles * ROWS, kb * BLOCK)
-    full[:n, : u.shape[1]] = u
-    out = torch.empty(tiles, kb, bits, ROWS, dtype=torch.int32, device=u.device)
-    fours = full.view(torch.int32).view(tiles, ROWS, kb, BLOCK // 4)  # codes of four columns each, shifted side by side
+def _tiles(u: Tensor, out: Tensor, bits: int) -> None:
+    """Codes (R, Kp) into tiles (T, KB, bits, 16) of int32."""
+    tiles, kb, *_ = out.shape
+    full = u
+    if u.shape != (tiles * ROWS, kb * BLOCK):
+        full = u.new_zeros(tiles * ROWS, kb * BLOCK)
+        full[: u.shape[0], : u.shape[1]] = u
+    fours = full.contiguous().view(torch.int32).view(tiles, ROWS, kb, BLOCK // 4)  # codes of four columns each, shifted side by side
     below, at = bits, 0
     for p in PARTS[bits]:
         below -= p
@@ -66,6 +66,16 @@ def repack(packed: Packed) -> dict[str, Tensor]:
             unit = unit | more << f * p
         out[:, :, at : at + p] = unit.permute(0, 2, 3, 1)
         at += p
+
+
+def repack(packed: Packed) -> dict[str, Tensor]:
+    """Canonical planes to tiles."""
+    (n, k), bits, group = packed.shape, packed.attrs["bits"], packed.attrs["group"]
+    planes = packed.tensors["planes"]
+    tiles, kb = -(-n // ROWS), blocks(k, group)
+    out = torch.empty(tiles, kb, bits, ROWS, dtype=torch.int32, device=planes.device)
+    for first in range(0, n, _AT_ONCE):  # a head's codes side by side take several times its packed bytes
+        _tiles(bipolar.unpack_codes(planes[:, first : first + _AT_ONCE]), out[first // ROWS : -(-min(n, first + _AT_ONCE) // ROWS)], bits)
     out = out.view(torch.uint8).view(tiles, kb, 64 * bits)
     g = kernel_groups(k, group)
     result = {"codes": out, "scale": _tile_rows(packed.tensors["scale"], g)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from effllm.solvers.activation import rsparse, teal, thresholds
+from effllm.solvers.activation import measured, rsparse, teal, thresholds
 from effllm.solvers.activation.histogram import Histogram
 
-__all__ = ["Histogram", "rsparse", "teal", "thresholds"]
+__all__ = ["Histogram", "measured", "rsparse", "teal", "thresholds"]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
+import numpy as np
 import pytest
 import torch
 
 from effllm.errors import RecipeError
-from effllm.solvers.activation import across, rsparse, teal
+from effllm.solvers.activation import across, measured, rsparse, teal
 
 SIZES = {"small": 100, "large": 300, "frail": 200}
 
@@ -131,3 +132,38 @@ def test_shares_of_blocks_stay_in_their_span() -> None:
     assert max(high.values()) <= 0.95 and sum(high.values()) == pytest.approx(2.7)
     assert across.shares(dict.fromkeys("abc", 0.0), sizes, 0.5) == dict.fromkeys("abc", 0.5)
     assert across.shares(costs, sizes, 0.0) == dict.fromkeys("abc", 0.0)
+
+
+def test_growth_passes_through_what_was_measured() -> None:
+    curve = measured.growth([0.25, 0.5, 0.75], [0.2, 1.0, 8.0], 0.5)
+    assert len(curve) == 96 and curve[0] == 0 and curve == sorted(curve)
+    assert [curve[k] for k in (25, 50, 75)] == pytest.approx([0.2, 1.0, 8.0])
+    assert curve[10] == pytest.approx(0.2 * 0.4**3)  # a cube below
+    assert curve[95] / curve[75] == pytest.approx(8 ** (0.2 / 0.25))  # the last exponential above
+
+
+def test_measured_shares_cost_the_same_per_further_weight() -> None:
+    levels = [0.25, 0.5, 0.75]
+    curves = dict.fromkeys(SIZES, measured.growth(levels, [0.2, 1.0, 8.0], 0.5)) | {"frail": measured.growth(levels, [0.1, 1.0, 60.0], 0.5)}
+    costs = {"small": 0.3, "large": 0.5, "frail": 1.0}
+    shares = measured.shares(costs, curves, SIZES, 0.5)
+    assert sum(SIZES[n] * s for n, s in shares.items()) == pytest.approx(0.5 * sum(SIZES.values()))
+
+    def total(moved: Mapping[str, float]) -> float:
+        return sum(costs[n] * float(np.interp(s * 100, range(96), curves[n])) for n, s in moved.items())
+
+    best = total(shares)
+    for a in SIZES:
+        for b in SIZES:  # weights moved from one to another cost more, by steps that are larger than those of the search
+            if a != b:
+                assert total(shares | {a: shares[a] + 3 / SIZES[a], b: shares[b] - 3 / SIZES[b]}) > best
+    assert best < total(dict.fromkeys(SIZES, 0.5))
+
+
+def test_measured_shares_at_their_ends() -> None:
+    curve = measured.growth([0.25, 0.5, 0.75], [0.2, 1.0, 8.0], 0.5)
+    free = measured.shares({"a": 0.0, "b": 1.0}, {"a": curve, "b": curve}, {"a": 1, "b": 1}, 0.4)
+    assert free["a"] == pytest.approx(0.8) and free["b"] == pytest.approx(0.0)  # one that costs nothing takes all
+    same = {"a": curve, "b": curve}
+    assert measured.shares({"a": 1.0, "b": 1.0}, same, {"a": 1, "b": 2}, 0.99) == pytest.approx({"a": measured.TOP, "b": measured.TOP})
+    assert measured.shares({"a": 0.0, "b": 0.0}, same, {"a": 1, "b": 2}, 0.3) == {"a": 0.3, "b": 0.3}
