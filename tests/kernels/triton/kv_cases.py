@@ -43,8 +43,8 @@ APPEND: tuple[tuple[str, int, str], ...] = (
     ("kivi(bits=8,page=64,group=64,window=0)", 64, "bfloat16"),
     ("mustafar(page=64,window=8,sparsity=0.7)", 48, "float32"), ("mustafar(page=128,window=0,sparsity=0.5,bits=4)", 64, "float16"),
     ("mustafar(page=64,window=3,sparsity=0.6,bits=8)", 80, "bfloat16"),
-    ("gear(page=64,window=8,bits=4,group=32)", 64, "bfloat16"), ("gear(page=48,window=3,bits=2,group=16,rank=3,factors=8,outliers=0.08)", 80, "float32"),
-    ("gear(page=64,window=1,bits=8,rank=1,rounds=2,loops=1)", 128, "float16"), ("gear(page=64,window=1,bits=2,outliers=0)", 64, "float16"),
+    ("gear(page=64,window=8,bits=4,group=32)", 64, "bfloat16"), ("gear(page=48,window=3,bits=2,group=16,rank=3,factors=8,outliers=0.06)", 48, "float32"),
+    ("gear(page=64,window=12,bits=8,rank=1,rounds=2,loops=1)", 128, "float16"), ("gear(page=64,window=12,bits=2,group=16,outliers=0)", 80, "float16"),
     ("bfp(page=64,window=8,bits=4,vbits=8,block=16)", 80, "float32"), ("bfp(page=48,window=3,bits=3,vbits=2,block=64,rule=raise)", 128, "bfloat16"),
     ("bfp(page=20,window=0,bits=8,vbits=5,block=32,rule=raise)", 64, "float16"),
 )  # fmt: skip

@@ -70,10 +70,10 @@ def test_bytes_are_the_ranks() -> None:
 
 
 def test_bad_input() -> None:
-    for spec, code in (("matryoshka(k=0)", "VALUE"), ("matryoshka(k=a)", "VALUE"), ("matryoshka(k=nan)", "VALUE"), ("matryoshka(v=inf/2)", "VALUE"), ("matryoshka(v=1.5)", "VALUE")):
+    for setting in ("k=0", "k=a", "k=nan", "v=inf/2", "v=1.5"):
         with pytest.raises(CacheError) as caught:
-            parse(spec)
-        assert caught.value.code == f"E-KVC-{code}"
+            parse(f"matryoshka({setting})")
+        assert caught.value.code == "E-KVC-VALUE"
     k, v = states(10)
     for spec in ("matryoshka(k=33)", "matryoshka(k=8/8/8)"):
         with pytest.raises(CacheError, match="E-KVC-SHAPE"):
