@@ -230,14 +230,14 @@ def test_peak_memory_of_the_process(tmp_path: Path, how: str, sizes: dict[str, i
         model.save_pretrained(tmp_path / name, max_shard_size="50MB")
     dense = sum(p.numel() * p.element_size() for p in model.parameters())
     del model
+    slack = 16 * 2**20  # the allocator's own
     command = [sys.executable, "-c", PEAK, str(tmp_path / "few"), str(tmp_path / "many"), how]
     found = {"grown": dense, "packed": 0}
     for _ in range(3):  # a peak is up to 15 MB higher in some runs, for reasons of the allocator's: what counts is the least
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found = min(found, json.loads(done.stdout.splitlines()[-1]), key=lambda f: f["grown"])
-        if found["grown"] <= found["packed"] + 16 * 2**20:
+        if found["grown"] <= found["packed"] + slack:
             break
-    slack = 24 * 2**20
     assert found["grown"] <= found["packed"] + slack, found
     assert found["packed"] + slack < dense / 2
 
