@@ -10,7 +10,7 @@
 #include <chrono>
 #include <memory>
 
-#include "step_ops.h"
+#include "step_rows.h"
 
 namespace {
 
