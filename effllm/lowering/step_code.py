@@ -21,7 +21,9 @@ from effllm.lowering import step_fuse
 from effllm.lowering.step_parts import ANY, DIMS, FIRST, KINDS, NOTHING, NUMBERS, RANGE, WORKSPACE, Buffer, Instruction, Step, Value
 from effllm.lowering.step_parts import CODE as CONSTANTS
 
-CODES = ("copy", "binary", "unary", "norm", "glu", "rotate", "write", "packed", "packed_a8", "quantize", "attend", "dense", "rows", "packed_rows", "largest")
+CODES = (
+    "copy", "binary", "unary", "norm", "glu", "rotate", "write", "packed", "packed_a8", "quantize", "attend", "dense", "rows", "packed_rows", "largest", "call",
+)  # fmt: skip
 BINARY = ("add", "sub", "mul", "div", "le", "lt", "ge", "gt", "eq", "ne", "and", "or")  # from "le" on the result is bool
 UNARY = ("silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh", "neg", "cos", "sin")
 _ALIGN = 64
@@ -103,12 +105,17 @@ class Builder:
         written = sorted({v.buffer.tensor for i in order for v in i.operands[: i.outputs] if v is not None and 0 <= v.buffer.tensor < len(self.buffers)})
         return Code(
             torch.tensor([*words, *self.integers], dtype=torch.int64), numbers, [b.numel for b in self.buffers], size,
-            [(tuple(v.meta.shape), v.meta.dtype) for v in outputs], written, [Step(i.code, i.level, i.label, _read(i)) for i in order],
+            [(tuple(v.meta.shape), v.meta.dtype) for v in outputs], written, [Step(_title(i), i.level, i.label, _read(i)) for i in order],
         )  # fmt: skip
 
 
+def _title(i: Instruction) -> str:
+    """Calls by what they call (passes/step_calls.py)."""
+    return i.code if i.code != "call" else "".join(map(chr, i.args[2 : 2 + i.args[1]]))
+
+
 def _read(i: Instruction) -> int:
-    if i.code in ("rows", "packed_rows", "largest"):  # a few rows of the table
+    if i.code in ("rows", "packed_rows", "largest", "call"):  # a few rows of the table
         return sum(v.meta.numel() * v.meta.element_size() for v in i.operands[: i.outputs] if v is not None)
     return sum(v.meta.numel() * v.meta.element_size() for v in i.operands[i.outputs :] if v is not None and v.buffer.tensor >= 0)
 

@@ -15,6 +15,7 @@ from effllm.lowering.op import OPS
 from effllm.lowering.step_code import BINARY, DIMS, KINDS, UNARY, Value
 from effllm.lowering.step_parts import RANGE, WORKSPACE
 from effllm.passes.match import arguments, cast, name, writes
+from effllm.passes.step_calls import callable_op, emit_call
 from effllm.passes.step_views import MAYBE, Unsupported, views
 
 if TYPE_CHECKING:
@@ -47,7 +48,9 @@ def handler(node: fx.Node) -> _Handler | None:
         return None
     op = _op(node)
     if op:
-        return _OURS.get(op) if not kernel_of(node) or kernel_of(node).startswith("cpu-") else None
+        if kernel_of(node) and not kernel_of(node).startswith("cpu-"):
+            return None
+        return _OURS.get(op) or (emit_call if kernel_of(node) else None)
     if node.target in compat.LINEAR:
         return _dense
     if node.target in compat.EMBEDDING:
@@ -66,6 +69,8 @@ def handler(node: fx.Node) -> _Handler | None:
 
 def fits(node: fx.Node) -> bool:
     """Whether the node's tensors are of kinds and ranks that instructions take."""
+    if handler(node) is emit_call:
+        return callable_op(node)
     own = () if name(node) == "setitem" else (node,)
     values = [compat.example_value(n) for n in (*own, *node.all_input_nodes)]
     flat = [t for v in values for t in (v if isinstance(v, tuple | list) else (v,))]

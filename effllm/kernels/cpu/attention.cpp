@@ -7,6 +7,7 @@
 // Bytes     2 * B * Hk * S' * D * element size, S' the keys that any query attends to.
 // Numerics  fp32 throughout, one rounding to the output's dtype.
 #include "attend.h"
+#include "offer.h"
 
 namespace {
 
@@ -49,4 +50,4 @@ Tensor decode_attention(const Tensor q_in, const Tensor k, const Tensor v, std::
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
   m.def("decode_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, float scale) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { m.impl("decode_attention", TORCH_BOX(&decode_attention)); }
+STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { effllm::offer(m, "decode_attention", TORCH_BOX(&decode_attention)); }

@@ -2,6 +2,7 @@
 // the builder (build.py). Threads are PyTorch's own.
 #include "bipolar.h"
 #include "expand.h"
+#include "offer.h"
 #include "packed.h"
 #include "single.h"
 
@@ -200,8 +201,8 @@ STABLE_TORCH_LIBRARY(EFFLLM_NAMESPACE, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) {
-  m.impl("linear", TORCH_BOX(&linear));
-  m.impl("linear_a8", TORCH_BOX(&linear_a8));
-  m.impl("linear_many", TORCH_BOX(&linear_many));
-  m.impl("linear_a8_many", TORCH_BOX(&linear_a8_many));
+  effllm::offer(m, "linear", TORCH_BOX(&linear));
+  effllm::offer(m, "linear_a8", TORCH_BOX(&linear_a8));
+  effllm::offer(m, "linear_many", TORCH_BOX(&linear_many));
+  effllm::offer(m, "linear_a8_many", TORCH_BOX(&linear_a8_many));
 }

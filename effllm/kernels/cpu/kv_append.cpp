@@ -3,6 +3,7 @@
 //
 // Bytes   2 * B * G * n * D * element size read and written.
 #include "kv_append.h"
+#include "offer.h"
 
 namespace {
 
@@ -21,4 +22,4 @@ void kv_append(Tensor pages, Tensor ring, Tensor lens, const Tensor start, const
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
   m.def("kv_append(Tensor(a!) pages, Tensor(b!) ring, Tensor(c!) lens, Tensor start, Tensor k, Tensor v, Tensor[] tables, str spec, int page) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { m.impl("kv_append", TORCH_BOX(&kv_append)); }
+STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { effllm::offer(m, "kv_append", TORCH_BOX(&kv_append)); }

@@ -7,6 +7,7 @@
 // Bytes     per token and matrix: D bits / 8 + D / block, bits 4 or 8.
 // Numerics  codes times powers of two are exact in fp32; products and sums in fp32.
 #include "kv.h"
+#include "offer.h"
 
 namespace {
 
@@ -104,4 +105,4 @@ Tensor kv_attend_bfp(const Tensor q, const Tensor pages, const Tensor ring, cons
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
   m.def("kv_attend_bfp(Tensor q, Tensor pages, Tensor ring, Tensor lens, Tensor korder, Tensor vorder, Tensor? mask, float scale, int page, int block, int bits, int vbits, int kcodes, int kexp, int vcodes, int vexp, Tensor? row, Tensor? cos, Tensor? sin, bool half) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { m.impl("kv_attend_bfp", TORCH_BOX(&kv_attend_bfp)); }
+STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { effllm::offer(m, "kv_attend_bfp", TORCH_BOX(&kv_attend_bfp)); }

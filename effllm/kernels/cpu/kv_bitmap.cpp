@@ -10,6 +10,7 @@
 // Numerics  fp32 products; with AVX512-BF16 and bf16 elements bf16 products (of exact bf16 keys, values and queries, probabilities rounded to
 //           bf16) summed in fp32.
 #include "kv.h"
+#include "offer.h"
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
@@ -282,4 +283,4 @@ Tensor kv_attend_bitmap(const Tensor q, const Tensor pages, const Tensor ring, c
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
   m.def("kv_attend_bitmap(Tensor q, Tensor pages, Tensor ring, Tensor lens, Tensor? mask, float scale, int page, int keep, int bits, int kval, int kmap, int vval, int vmap, int kscale, int vscale, Tensor? row, Tensor? cos, Tensor? sin, bool half) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { m.impl("kv_attend_bitmap", TORCH_BOX(&kv_attend_bitmap)); }
+STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { effllm::offer(m, "kv_attend_bitmap", TORCH_BOX(&kv_attend_bitmap)); }

@@ -6,8 +6,9 @@
 // Numerics q_c S and p_t S become integer digits of 8 bits (two for bf16 and fp16, three for fp32), so both sums are byte dot products of
 //          codes; the rounding is 2^-16 (2^-24) of the largest factor of the sum. Everything else is fp32.
 // Layout   codes 16 rows by 4 columns to 64 bytes (runtime/caches/codes.py): rows tokens and columns channels for keys, the other way for values.
+#include "gemv.h"
 #include "kv.h"
-#include "vector.h"
+#include "offer.h"
 
 namespace {
 
@@ -16,40 +17,35 @@ using effllm::kv::Tensor;
 
 constexpr int kRows = 4;  // queries at a time: 4 rows of 2 digits keep their sums in registers
 
-// f (n) ~ unit * sum_d 256^(digits-1-d) x[d]; x[d] of `stride` bytes. NaN or infinity anywhere makes unit NaN.
-template <int DIGITS> float split(const float* f, int64_t n, int8_t* x, int64_t stride) {
-  float big = 0, poison = 0;
-#pragma omp simd reduction(max : big) reduction(+ : poison)
-  for (int64_t i = 0; i < n; ++i) {
-    const float a = std::fabs(f[i]);
-    big = a > big ? a : big;
-    poison += a * 0.f;
-  }
+// f (n) ~ unit * sum_d 256^(DIGITS-1-d) x[d], x[d] of `stride` bytes, `big` the largest |f|; n a multiple of 16. Returns unit.
+template <class A, int DIGITS> inline float split(const float* f, int64_t n, float big, int8_t* x, int64_t stride) {
   const float unit = big / (DIGITS == 2 ? 127.f * 256.f : 127.f * 65536.f), inv = unit > 1e-37f ? 1.f / unit : 0.f;
+  if constexpr (DIGITS == 2) {
+    for (int64_t i = 0; i < n; i += 16) A::digits(A::load_f(f + i), inv, x + i, x + stride + i);
+  } else {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) {
-    int32_t v = static_cast<int32_t>(std::nearbyint(f[i] * inv));
-    for (int d = DIGITS - 1; d > 0; --d) {
-      const int8_t low = static_cast<int8_t>(v);
-      x[d * stride + i] = low;
-      v = (v - low) >> 8;
+    for (int64_t i = 0; i < n; ++i) {
+      int32_t v = static_cast<int32_t>(std::nearbyint(f[i] * inv));
+      for (int d = DIGITS - 1; d > 0; --d) {
+        const int8_t low = static_cast<int8_t>(v);
+        x[d * stride + i] = low;
+        v = (v - low) >> 8;
+      }
+      x[i] = static_cast<int8_t>(v);
     }
-    x[i] = static_cast<int8_t>(v);
   }
-  return poison == 0.f ? (inv > 0 ? unit : 0.f) : NAN;
+  return inv > 0 ? unit : 0.f;
 }
 
-// out[b][r] (16 rows each) = sum over columns of codes * digits, BLOCKS blocks of rows from `codes`; x[r * kDigits + d] are digit streams.
+// acc[b][r][d] (16 rows) = sum over columns of the codes of BLOCKS blocks * digits; x[(r * DIGITS + d) * stride] are digit streams.
 template <class A, int BITS, int ROWS, int DIGITS, int BLOCKS>
-inline void dots(const uint8_t* codes, int64_t quads, const int8_t* x, int64_t stride, typename A::F (&out)[BLOCKS][ROWS]) {
+inline void dots32(const uint8_t* codes, int64_t lines, const int8_t* x, int64_t stride, typename A::I (&acc)[BLOCKS][ROWS][DIGITS]) {
   constexpr int F = 8 / BITS, MASK = (1 << BITS) - 1;
-  typename A::I acc[BLOCKS][ROWS][DIGITS];
   for (auto& block : acc) for (auto& row : block) for (auto& sum : row) sum = A::zero_i();
   auto step = [&](const typename A::W& w, int b, const int8_t* at) {
     for (int r = 0; r < ROWS; ++r)
       for (int d = 0; d < DIGITS; ++d) acc[b][r][d] = A::template dp<BITS == 8>(acc[b][r][d], w, at + (r * DIGITS + d) * stride);
   };
-  const int64_t lines = quads / F;
   for (int64_t j = 0; j < lines; ++j)
     for (int b = 0; b < BLOCKS; ++b) {
       const auto w = A::load(codes + (b * lines + j) * 64);
@@ -61,6 +57,58 @@ inline void dots(const uint8_t* codes, int64_t quads, const int8_t* x, int64_t s
         step(A::template field<3 * BITS, MASK>(w), b, at + 12);
       }
     }
+}
+
+// The same of one block where products of small codes gather in 16 bits: sums of few rows at a time, which fit into sixteen registers.
+template <class A, int BITS, int ROWS, int DIGITS>
+[[gnu::noinline]] void dots16(const uint8_t* codes, int64_t lines, const int8_t* x, int64_t stride, typename A::I* acc) {
+  constexpr int F = 8 / BITS, MASK = (1 << BITS) - 1;
+  constexpr int64_t most = 32767 / (2 * MASK * 128) / F;  // lines between two gatherings
+  for (int i = 0; i < ROWS * DIGITS; ++i) acc[i] = A::zero_i();  // in memory, so that the sums of the loop have the registers
+  for (int64_t j = 0; j < lines;) {
+    typename A::H sums[ROWS][DIGITS][2];
+    for (auto& row : sums) for (auto& digit : row) digit[0] = digit[1] = A::zero_h();
+    auto step = [&](const typename A::H& a, const typename A::H& b, const int8_t* at) {
+      for (int r = 0; r < ROWS; ++r)
+        for (int d = 0; d < DIGITS; ++d) {
+          const auto four = A::spread(at + (r * DIGITS + d) * stride);
+          sums[r][d][0] = A::add16(sums[r][d][0], a, four);
+          sums[r][d][1] = A::add16(sums[r][d][1], b, four);
+        }
+    };
+    for (const int64_t end = std::min(lines, j + most); j < end; ++j) {
+      const auto a = A::half(codes + j * 64), b = A::half(codes + j * 64 + 32);
+      const int8_t* at = x + 4 * F * j;
+      step(A::template half_field<0, MASK>(a), A::template half_field<0, MASK>(b), at);
+      step(A::template half_field<BITS, MASK>(a), A::template half_field<BITS, MASK>(b), at + 4);
+      if constexpr (F > 2) {
+        step(A::template half_field<2 * BITS, MASK>(a), A::template half_field<2 * BITS, MASK>(b), at + 8);
+        step(A::template half_field<3 * BITS, MASK>(a), A::template half_field<3 * BITS, MASK>(b), at + 12);
+      }
+    }
+    for (int r = 0; r < ROWS; ++r)
+      for (int d = 0; d < DIGITS; ++d) {
+        auto& to = acc[r * DIGITS + d];
+        to = {A::gather(to.a, sums[r][d][0]), A::gather(to.b, sums[r][d][1])};
+      }
+  }
+}
+
+// out[b][r] (16 rows each) = sum over columns of codes * digits, BLOCKS blocks of rows from `codes`.
+template <class A, int BITS, int ROWS, int DIGITS, int BLOCKS>
+inline void dots(const uint8_t* codes, int64_t quads, const int8_t* x, int64_t stride, typename A::F (&out)[BLOCKS][ROWS]) {
+  const int64_t lines = quads * BITS / 8;
+  typename A::I acc[BLOCKS][ROWS][DIGITS];
+  if constexpr (BITS < 8 && requires { typename A::H; }) {
+    for (int b = 0; b < BLOCKS; ++b) {
+      constexpr int AT_ONCE = DIGITS == 2 ? 2 : 1;
+      const uint8_t* block = codes + b * lines * 64;
+      int r = 0;
+      for (; r + AT_ONCE <= ROWS; r += AT_ONCE) dots16<A, BITS, AT_ONCE, DIGITS>(block, lines, x + r * DIGITS * stride, stride, acc[b][r]);
+      for (; r < ROWS; ++r) dots16<A, BITS, 1, DIGITS>(block, lines, x + r * DIGITS * stride, stride, acc[b][r]);
+    }
+  }
+  else dots32<A, BITS, ROWS, DIGITS, BLOCKS>(codes, lines, x, stride, acc);
   for (int b = 0; b < BLOCKS; ++b)
     for (int r = 0; r < ROWS; ++r) {
       auto f = A::to_float(acc[b][r][0]);
@@ -89,41 +137,50 @@ struct Shape {
 template <class A, int BITS, int DIGITS> struct Codec : effllm::kv::Plain {
   Shape z;
   std::vector<int8_t> x;   // digits of kRows rows
-  std::vector<float> f;       // one row of scaled queries or weights
+  std::vector<float> f;       // kRows rows of scaled queries or weights
   std::vector<uint16_t> a, b;  // one row of A and of B as halves
   int64_t stride;
 
   explicit Codec(const Shape& shape) : z(shape), stride(std::max(shape.page, shape.dim)) {
     x.resize(static_cast<size_t>(kRows * DIGITS * stride));
-    f.resize(static_cast<size_t>(stride));
+    f.resize(static_cast<size_t>(kRows * stride));
     a.resize(static_cast<size_t>(stride));
     b.resize(static_cast<size_t>(stride));
   }
 
   static const uint16_t* halves(const uint8_t* p) { return reinterpret_cast<const uint16_t*>(p); }
 
-  // f = a * scale, returns sum of a * minimum; n a multiple of 16.
-  float fold(const float* a, const uint16_t* scale, const uint16_t* minimum, int64_t n) {
-    auto total = A::zero_f();
-    for (int64_t i = 0; i < n; i += 16) {
-      const auto v = A::load_f(a + i);
-      A::store_f(f.data() + i, A::fma(v, A::load_h(scale + i), A::zero_f()));
-      total = A::fma(v, A::load_h(minimum + i), total);
+  // to = rows of a, `ld` floats apart, times scales; unit the largest of them, bias the sum of a * minimum, NaN where anything is not finite. n a
+  // multiple of 16.
+  template <int ROWS> void fold(const float* a, int64_t ld, const uint16_t* scale, const uint16_t* minimum, int64_t n, float* to, float* unit, float* bias) {
+    constexpr int AT_ONCE = A::gemm_rows > 2 ? 4 : 2;  // whose sums fit into registers
+    if constexpr (ROWS > AT_ONCE) {
+      fold<AT_ONCE>(a, ld, scale, minimum, n, to, unit, bias);
+      fold<ROWS - AT_ONCE>(a + AT_ONCE * ld, ld, scale, minimum, n, to + AT_ONCE * stride, unit + AT_ONCE, bias + AT_ONCE);
+    } else {
+      typename A::F total[ROWS], big[ROWS];
+      for (int r = 0; r < ROWS; ++r) total[r] = big[r] = A::zero_f();
+      for (int64_t i = 0; i < n; i += 16) {
+        const auto s = A::load_h(scale + i), low = A::load_h(minimum + i);
+        for (int r = 0; r < ROWS; ++r) {
+          const auto v = A::load_f(a + r * ld + i), w = A::fma(v, s, A::zero_f());
+          A::store_f(to + r * stride + i, w);
+          total[r] = A::fma1(w, 0.f, A::fma(v, low, total[r]));
+          big[r] = A::larger(big[r], w);
+        }
+      }
+      for (int r = 0; r < ROWS; ++r) bias[r] = sum16(total[r]), unit[r] = A::most(big[r]);
     }
-    return sum(total);
   }
-  static float sum(const typename A::F& v) {
-    alignas(64) float t[16];
-    A::store_f(t, v);
-    for (int half = 8; half > 0; half /= 2)  // in pairs: a chain of sixteen additions takes as long as a group's products
-      for (int i = 0; i < half; ++i) t[i] += t[i + half];
-    return t[0];
+  template <int ROWS> void fold_and_split(const float* a, int64_t ld, const uint8_t* scale, const uint8_t* minimum, int64_t group, int64_t n, float (&unit)[ROWS], float (&bias)[ROWS]) {
+    fold<ROWS>(a, ld, halves(scale) + group * n, halves(minimum) + group * n, n, f.data(), unit, bias);
+    for (int r = 0; r < ROWS; ++r) unit[r] = split<A, DIGITS>(f.data() + r * stride, n, unit[r], x.data() + r * DIGITS * stride, stride);
   }
   // dot of n floats with n halves.
   static float dot(const float* a, const uint16_t* b, int64_t n) {
     auto total = A::zero_f();
     for (int64_t i = 0; i < n; i += 16) total = A::fma(A::load_f(a + i), A::load_h(b + i), total);
-    return sum(total);
+    return sum16(total);
   }
   // y += w * halves
   static void axpy(float w, const uint16_t* b, int64_t n, float* y) {
@@ -141,10 +198,7 @@ template <class A, int BITS, int DIGITS> struct Codec : effllm::kv::Plain {
     constexpr int BLOCKS = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;
     float unit[ROWS], bias[ROWS];
     for (int64_t g = 0; g < z.page / z.group; ++g) {
-      for (int r = 0; r < ROWS; ++r) {
-        bias[r] = fold(q + r * z.dim, halves(record + z.kscale) + g * z.dim, halves(record + z.kmin) + g * z.dim, z.dim);
-        unit[r] = split<DIGITS>(f.data(), z.dim, x.data() + r * DIGITS * stride, stride);
-      }
+      fold_and_split<ROWS>(q, z.dim, record + z.kscale, record + z.kmin, g, z.dim, unit, bias);
       const int64_t quads = z.dim / 4, block = z.dim * 16 * BITS / 8;
       auto run = [&](int64_t tb, auto& out) {
         dots<A, BITS, ROWS, DIGITS>(record + z.kcodes + tb * block, quads, x.data(), stride, out);
@@ -163,10 +217,7 @@ template <class A, int BITS, int DIGITS> struct Codec : effllm::kv::Plain {
     constexpr int BLOCKS = ROWS == 1 ? 4 : ROWS == 2 ? 2 : 1;
     float unit[ROWS], bias[ROWS];
     for (int64_t k = 0; k < z.dim / z.vgroup; ++k) {
-      for (int r = 0; r < ROWS; ++r) {
-        bias[r] = fold(p + r * z.page, halves(record + z.vscale) + k * z.page, halves(record + z.vmin) + k * z.page, z.page);
-        unit[r] = split<DIGITS>(f.data(), z.page, x.data() + r * DIGITS * stride, stride);
-      }
+      fold_and_split<ROWS>(p, z.page, record + z.vscale, record + z.vmin, k, z.page, unit, bias);
       const int64_t quads = z.page / 4, block = z.page * 16 * BITS / 8;
       auto run = [&](int64_t cb, auto& out) {
         dots<A, BITS, ROWS, DIGITS>(record + z.vcodes + cb * block, quads, x.data(), stride, out);
@@ -255,4 +306,4 @@ Tensor kv_kivi(const Tensor q, const Tensor pages, const Tensor ring, const Tens
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
   m.def("kv_kivi(Tensor q, Tensor pages, Tensor ring, Tensor lens, Tensor? mask, float scale, int page, int bits, int group, int rank, int kout, int vout, int factors, Tensor? row, Tensor? cos, Tensor? sin, bool half) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { m.impl("kv_kivi", TORCH_BOX(&kv_kivi)); }
+STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { effllm::offer(m, "kv_kivi", TORCH_BOX(&kv_kivi)); }

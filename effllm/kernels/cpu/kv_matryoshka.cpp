@@ -7,6 +7,7 @@
 // Bytes     per token: (sum of kranks + sum of vranks) elements.
 // Numerics  fp32 throughout, one rounding at the end.
 #include "kv.h"
+#include "offer.h"
 
 namespace {
 
@@ -91,4 +92,4 @@ Tensor kv_attend_matryoshka(const Tensor q, const Tensor pages, const Tensor rin
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
   m.def("kv_attend_matryoshka(Tensor q, Tensor pages, Tensor ring, Tensor lens, Tensor uk, Tensor mk, Tensor uv, Tensor mv, Tensor? mask, float scale, int page, int[] kranks, int[] vranks, int kat, int vat, Tensor? row, Tensor? cos, Tensor? sin, bool half) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { m.impl("kv_attend_matryoshka", TORCH_BOX(&kv_attend_matryoshka)); }
+STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { effllm::offer(m, "kv_attend_matryoshka", TORCH_BOX(&kv_attend_matryoshka)); }

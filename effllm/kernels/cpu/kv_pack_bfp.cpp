@@ -5,6 +5,7 @@
 // Layout  codes (T, D) bytes, or (T, D / 2) for at most 4 bits: channel i in the low half, i + D / 2 in the high one; exponents (T, D / block). Channels lie in
 //         the order of the tables (G, D).
 #include "kv_append.h"
+#include "offer.h"
 
 namespace {
 
@@ -86,4 +87,4 @@ void kv_append_bfp(Tensor pages, Tensor ring, Tensor lens, const Tensor start, c
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
   m.def("kv_append_bfp(Tensor(a!) pages, Tensor(b!) ring, Tensor(c!) lens, Tensor start, Tensor k, Tensor v, Tensor korder, Tensor vorder, int page, int block, int bits, int vbits, bool up, int kcodes, int kexp, int vcodes, int vexp) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { m.impl("kv_append_bfp", TORCH_BOX(&kv_append_bfp)); }
+STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { effllm::offer(m, "kv_append_bfp", TORCH_BOX(&kv_append_bfp)); }

@@ -7,6 +7,7 @@
 #include <cfloat>
 
 #include "kv_append.h"
+#include "offer.h"
 
 namespace {
 
@@ -147,4 +148,4 @@ void kv_append_bitmap(Tensor pages, Tensor ring, Tensor lens, const Tensor start
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
   m.def("kv_append_bitmap(Tensor(a!) pages, Tensor(b!) ring, Tensor(c!) lens, Tensor start, Tensor k, Tensor v, int page, int keep, int bits, int kval, int kmap, int vval, int vmap, int kscale, int vscale) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { m.impl("kv_append_bitmap", TORCH_BOX(&kv_append_bitmap)); }
+STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { effllm::offer(m, "kv_append_bitmap", TORCH_BOX(&kv_append_bitmap)); }

@@ -8,6 +8,7 @@
 #include <numeric>
 
 #include "kv_quantize.h"
+#include "offer.h"
 
 namespace {
 
@@ -217,4 +218,4 @@ void kv_append_gear(Tensor pages, Tensor ring, Tensor lens, const Tensor start, 
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
   m.def("kv_append_gear(Tensor(a!) pages, Tensor(b!) ring, Tensor(c!) lens, Tensor start, Tensor k, Tensor v, int page, int bits, int group, int rank, int kout, int vout, int factors, int loops, int rounds) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { m.impl("kv_append_gear", TORCH_BOX(&kv_append_gear)); }
+STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { effllm::offer(m, "kv_append_gear", TORCH_BOX(&kv_append_gear)); }

@@ -2,6 +2,7 @@
 //
 // Bytes   a page of keys and values read once, codes and scales written once; some 4 operations an element and one division.
 #include "kv_quantize.h"
+#include "offer.h"
 
 namespace {
 
@@ -44,4 +45,4 @@ void kv_append_kivi(Tensor pages, Tensor ring, Tensor lens, const Tensor start, 
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
   m.def("kv_append_kivi(Tensor(a!) pages, Tensor(b!) ring, Tensor(c!) lens, Tensor start, Tensor k, Tensor v, int page, int bits, int group) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { m.impl("kv_append_kivi", TORCH_BOX(&kv_append_kivi)); }
+STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { effllm::offer(m, "kv_append_kivi", TORCH_BOX(&kv_append_kivi)); }

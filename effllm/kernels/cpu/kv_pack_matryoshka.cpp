@@ -6,6 +6,7 @@
 // Bytes    a page read once, r of D columns of a basis a task; T D r multiply-adds in fp64.
 // Numerics sums are fp64, as in Python, so that their order does not show in what is stored.
 #include "kv_append.h"
+#include "offer.h"
 
 namespace {
 
@@ -99,4 +100,4 @@ void kv_append_matryoshka(Tensor pages, Tensor ring, Tensor lens, const Tensor s
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
   m.def("kv_append_matryoshka(Tensor(a!) pages, Tensor(b!) ring, Tensor(c!) lens, Tensor start, Tensor k, Tensor v, Tensor uk, Tensor mk, Tensor uv, Tensor mv, int page, int[] kranks, int[] vranks, int kat, int vat) -> ()");
 }
-STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { m.impl("kv_append_matryoshka", TORCH_BOX(&kv_append_matryoshka)); }
+STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { effllm::offer(m, "kv_append_matryoshka", TORCH_BOX(&kv_append_matryoshka)); }

@@ -7,6 +7,7 @@
 // Numerics  the intermediate is fp32 and never rounded; fp32 sums, one rounding to the output's dtype. From `products_from` rows on two products
 //           of PyTorch's own with the intermediate in x's dtype.
 #include "gemv.h"
+#include "offer.h"
 #include "operands.h"
 #include "phases.h"
 #include "sparse.h"
@@ -251,4 +252,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
   m.def("lowrank(Tensor x, Tensor[] a, Tensor[] b, Tensor? channels, Tensor[] pivots, Tensor? bias, Tensor? values, Tensor? columns, Tensor? rows, int threads=0, int products_from=0) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { m.impl("lowrank", TORCH_BOX(&lowrank)); }
+STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { effllm::offer(m, "lowrank", TORCH_BOX(&lowrank)); }

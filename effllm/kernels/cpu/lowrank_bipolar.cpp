@@ -5,6 +5,7 @@
 // Bytes     both factors' codes and scales once.
 // Numerics  the intermediate as int8 digits, two for 16-bit x and three for fp32: its rounding, 2^-16 (2^-24) of a segment's maximum, is far below
 //           that of bf16 (fp32). From `expand_from` rows on two linears of bipolar.cpp with the intermediate in x's dtype.
+#include "offer.h"
 #include "packed.h"
 #include "phases.h"
 
@@ -153,4 +154,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
         "int a_bits, int a_group, float a_zero, int b_bits, int b_group, float b_zero, int threads=0, int unpack_from=0, int expand_from=0) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { m.impl("lowrank_bipolar", TORCH_BOX(&lowrank_bipolar)); }
+STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { effllm::offer(m, "lowrank_bipolar", TORCH_BOX(&lowrank_bipolar)); }

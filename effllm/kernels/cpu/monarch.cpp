@@ -9,6 +9,7 @@
 // Numerics  few rows: fp32 throughout, one rounding. Many rows: z rounded to the output's dtype, as a dense chain of two layers would.
 #include "monarch.h"
 #include "monarch_codes.h"
+#include "offer.h"
 
 namespace {
 
@@ -158,6 +159,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) {
-  m.impl("monarch_linear", TORCH_BOX(&monarch_linear));
-  m.impl("monarch_bipolar_linear", TORCH_BOX(&monarch_bipolar_linear));
+  effllm::offer(m, "monarch_linear", TORCH_BOX(&monarch_linear));
+  effllm::offer(m, "monarch_bipolar_linear", TORCH_BOX(&monarch_bipolar_linear));
 }

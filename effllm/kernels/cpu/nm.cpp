@@ -16,6 +16,7 @@
 #include "nm_codes.h"
 #include "nm_rows.h"
 #include "nm_tiles.h"
+#include "offer.h"
 
 namespace {
 
@@ -335,6 +336,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) {
-  m.impl("nm_rows", TORCH_BOX(&nm_rows));
-  m.impl("nm_tiles", TORCH_BOX(&nm_tiles));
+  effllm::offer(m, "nm_rows", TORCH_BOX(&nm_rows));
+  effllm::offer(m, "nm_tiles", TORCH_BOX(&nm_tiles));
 }

@@ -27,8 +27,8 @@ inline void wait_for(const std::atomic<int64_t>& done, int64_t count) {
 
 // run(phase, task) for every task with start[phase] <= its number < start[phase + 1], on at most `threads` threads. Tasks must not throw.
 template <class Run> void in_phases(const int64_t* start, int64_t phases, int64_t threads, Run&& run) {
-  alignas(64) std::atomic<int64_t> next{0};
-  alignas(64) std::atomic<int64_t> done{0};
+  alignas(64) std::atomic<int64_t> next{start[0]};
+  alignas(64) std::atomic<int64_t> done{start[0]};
   auto work = [&](int64_t, int64_t) {
     int64_t p = 0;
     for (int64_t task; (task = next.fetch_add(1, std::memory_order_relaxed)) < start[phases];) {
@@ -39,7 +39,7 @@ template <class Run> void in_phases(const int64_t* start, int64_t phases, int64_
       done.fetch_add(1, std::memory_order_release);
     }
   };
-  threads = std::min<int64_t>(threads, start[phases]);
+  threads = std::min<int64_t>(threads, start[phases] - start[0]);
   if (threads <= 1) work(0, 1);
   else torch::stable::parallel_for(0, threads, 1, work);
 }

@@ -9,6 +9,7 @@
 // Bytes     pie_apply: 2 * B * G * T * D * element size. rotated_attention: those of k and v, as without segments.
 // Numerics  fp32, one rounding to the output's dtype; cos 1 and sin 0 give the input back exactly. A query is rotated once per table row
 //           that its keys use, in fp32 and never rounded.
+#include "offer.h"
 #include "turns.h"
 
 namespace {
@@ -114,6 +115,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
   m.def("rotated_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor row, Tensor cos, Tensor sin, bool half, float scale) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) {
-  m.impl("pie_apply", TORCH_BOX(&pie_apply));
-  m.impl("rotated_attention", TORCH_BOX(&rotated_attention));
+  effllm::offer(m, "pie_apply", TORCH_BOX(&pie_apply));
+  effllm::offer(m, "rotated_attention", TORCH_BOX(&rotated_attention));
 }

@@ -8,6 +8,7 @@
 //           a causal mask they see most.
 // Flops     4 * H * D for every query and key of a tile that is not hidden.  Bytes  per block, its keys and values once.
 #include "flash.h"
+#include "offer.h"
 #include "phases.h"
 
 namespace {
@@ -123,4 +124,4 @@ Tensor prompt_attention(const Tensor q_in, const Tensor k_in, const Tensor v_in,
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
   m.def("prompt_attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { m.impl("prompt_attention", TORCH_BOX(&prompt_attention)); }
+STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { effllm::offer(m, "prompt_attention", TORCH_BOX(&prompt_attention)); }

@@ -14,6 +14,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include "flash.h"
+#include "offer.h"
 #include "phases.h"
 
 namespace {
@@ -120,4 +121,4 @@ Tensor packed_attention(const Tensor q, const Tensor k, const Tensor v, const Te
 STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
   m.def("packed_attention(Tensor q, Tensor k, Tensor v, Tensor table, float scale, int window, float softcap) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { m.impl("packed_attention", TORCH_BOX(&packed_attention)); }
+STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) { effllm::offer(m, "packed_attention", TORCH_BOX(&packed_attention)); }

@@ -10,6 +10,7 @@
 //           by output: rows in quads that share each load of x.
 // Numerics  fp32 sums in the order of channels, whatever the threads; one rounding to the output's dtype. bf16 sums lie as `place` says.
 // Many rows a product of PyTorch's own, of x or of x masked.
+#include "offer.h"
 #include "skip.h"
 
 namespace {
@@ -316,7 +317,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) {
-  m.impl("skip_input", TORCH_BOX(&skip_input));
-  m.impl("skip_rest", TORCH_BOX(&skip_rest));
-  m.impl("skip_output", TORCH_BOX(&skip_output));
+  effllm::offer(m, "skip_input", TORCH_BOX(&skip_input));
+  effllm::offer(m, "skip_rest", TORCH_BOX(&skip_rest));
+  effllm::offer(m, "skip_output", TORCH_BOX(&skip_output));
 }

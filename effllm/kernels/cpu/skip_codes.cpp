@@ -12,6 +12,7 @@
 //           some of those that are read taken together, front to back, and the next ones prefetched.
 // Numerics  the rounding of activations, 2^-16 of a segment's largest (fp32: 2^-24), is below that of bf16 (fp32) products; deterministic.
 // Many rows the weight expanded to x's dtype, then PyTorch's own product.
+#include "offer.h"
 #include "quads.h"
 #include "skip.h"
 
@@ -486,6 +487,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(EFFLLM_NAMESPACE, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(EFFLLM_NAMESPACE, CPU, m) {
-  m.impl("skip_input_codes", TORCH_BOX(&skip_input_codes));
-  m.impl("skip_output_codes", TORCH_BOX(&skip_output_codes));
+  effllm::offer(m, "skip_input_codes", TORCH_BOX(&skip_input_codes));
+  effllm::offer(m, "skip_output_codes", TORCH_BOX(&skip_output_codes));
 }

@@ -8,9 +8,23 @@
 // Numerics  every instruction computes in fp32 and rounds once to what it writes.
 // Errors    an index out of range stops the call with an error; what it would have written stays as it was.
 #include <chrono>
+#include <map>
 #include <memory>
 
+#include "calls.h"
 #include "step_rows.h"
+
+namespace EFFLLM_NAMESPACE {
+static std::map<std::string, Boxed>& offered() {
+  static std::map<std::string, Boxed> ops;
+  return ops;
+}
+void remember(const char* name, Boxed op) { offered()[name] = op; }
+Boxed find(const std::string& name) {
+  const auto at = offered().find(name);
+  return at == offered().end() ? nullptr : at->second;
+}
+}  // namespace EFFLLM_NAMESPACE
 
 namespace {
 
@@ -18,7 +32,7 @@ using namespace effllm;
 using namespace effllm::step;
 using torch::stable::Tensor;
 
-enum class Code : int64_t { copy, binary, unary, norm, glu, rotate, write, packed, packed_a8, quantize, attend, dense, rows, packed_rows, largest };
+enum class Code : int64_t { copy, binary, unary, norm, glu, rotate, write, packed, packed_a8, quantize, attend, dense, rows, packed_rows, largest, call };
 
 struct Instruction {
   Code code;
@@ -35,6 +49,7 @@ struct Program {
   std::vector<int64_t> first;  // task of each instruction
   std::vector<int64_t> start;  // task of each level
   std::vector<int64_t> leading;  // instruction that begins each level
+  std::vector<std::pair<int64_t, step::Call>> calls;  // by instruction: ops that run by themselves, on all threads, between regions
   std::vector<Moved> moved;
   const float* constants = nullptr;
   int64_t threads = 1;
@@ -60,7 +75,7 @@ void decode(Program& p, const Tensor& code, const Tensor& numbers, const Tensor&
     STD_TORCH_CHECK(moves[i] >= 0 && moves[i] < count, "effllm: a step program has no tensor ", moves[i]);
     moving[static_cast<size_t>(moves[i])] = i;
   }
-  p.instructions.clear(), p.views.clear(), p.first.clear(), p.start.clear(), p.leading.clear(), p.moved.clear();
+  p.instructions.clear(), p.views.clear(), p.first.clear(), p.start.clear(), p.leading.clear(), p.calls.clear(), p.moved.clear();
   p.constants = static_cast<const float*>(numbers.const_data_ptr()), p.threads = threads;
   const int64_t* at = words + 2;
   int64_t tasks = 0;
@@ -85,10 +100,12 @@ void decode(Program& p, const Tensor& code, const Tensor& numbers, const Tensor&
     ins.tasks = ins.code == Code::packed || ins.code == Code::packed_a8 ? packed_tasks(v, ins.args, threads)
               : ins.code == Code::dense ? dense_tasks(v, threads)
               : ins.code == Code::attend ? attend_tasks(v, threads)
+              : ins.code == Code::call ? 0
               : ins.code == Code::largest ? v[0].rows() * v[0].inner()
               : ins.code == Code::quantize || ins.code == Code::rows || ins.code == Code::packed_rows ? 1
               : few_tasks(ins.code == Code::rotate ? v[1] : ins.code == Code::write ? v[2] : v[0], threads);
     while (static_cast<int64_t>(p.start.size()) <= ins.level) p.start.push_back(tasks), p.leading.push_back(i);
+    if (ins.code == Code::call) p.calls.emplace_back(i, step::Call(ins.args, ins.views));
     p.first.push_back(tasks);
     p.instructions.push_back(ins);
     tasks += ins.tasks;
@@ -112,7 +129,7 @@ void run(Program& p, int64_t* spent) {
   const auto began = std::chrono::steady_clock::now();
   static std::atomic<int64_t> calls{0};
   const int64_t call = calls.fetch_add(1);
-  in_phases(p.start.data(), static_cast<int64_t>(p.start.size()) - 1, p.threads, [program = &p, call, spent, &bad](int64_t level, int64_t of_level) {
+  auto region = [program = &p, call, spent, &bad](int64_t level, int64_t of_level) {
     if (bad.load(std::memory_order_relaxed) >= 0) return;  // nothing is written any more
     const int64_t number = program->start[static_cast<size_t>(level)] + of_level, instructions = static_cast<int64_t>(program->instructions.size());
     int64_t index = program->leading[static_cast<size_t>(level)];
@@ -140,9 +157,22 @@ void run(Program& p, int64_t* spent) {
       case Code::rows: if (!rows(v[0], v[1], v[2])) bad.store(index); break;
       case Code::largest: largest(v[0], v[1], task); break;
       case Code::packed_rows: if (!packed_rows(v, a, constants)) bad.store(index); break;
+      case Code::call: break;  // has no tasks
     }
     if (spent) std::atomic_ref<int64_t>(spent[index]).fetch_add(nanoseconds(from), std::memory_order_relaxed);
-  });
+  };
+  const int64_t levels = static_cast<int64_t>(p.start.size()) - 1;
+  int64_t done = 0;  // levels
+  for (auto& [index, op] : p.calls) {
+    const Instruction& ins = p.instructions[static_cast<size_t>(index)];
+    if (ins.level > done) in_phases(p.start.data() + done, ins.level - done, p.threads, [&](int64_t level, int64_t task) { region(done + level, task); });
+    done = ins.level;
+    if (bad.load() >= 0) break;
+    const auto from = std::chrono::steady_clock::now();
+    op(p.views.data() + ins.operands);
+    if (spent) spent[index] += nanoseconds(from) * p.threads;
+  }
+  if (bad.load() < 0) in_phases(p.start.data() + done, levels - done, p.threads, [&](int64_t level, int64_t task) { region(done + level, task); });
   if (spent) spent[p.instructions.size()] += nanoseconds(began);
   if (bad.load() < 0) return;
   const Code code = p.instructions[static_cast<size_t>(bad.load())].code;

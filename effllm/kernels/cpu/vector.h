@@ -48,6 +48,14 @@ struct Portable {
   }
   static int32_t sum32(const int8_t* p) { int32_t s = 0; for (int i = 0; i < 32; ++i) s += p[i]; return s; }
   static F plus(F a, float b) { for (int i = 0; i < 16; ++i) a.v[i] += b; return a; }
+  static F larger(F a, const F& b) { for (int i = 0; i < 16; ++i) a.v[i] = std::max(a.v[i], std::fabs(b.v[i])); return a; }
+  static float most(const F& a) { float m = 0; for (int i = 0; i < 16; ++i) m = std::max(m, a.v[i]); return m; }
+  static void digits(const F& f, float scale, int8_t* high, int8_t* low) {
+    for (int i = 0; i < 16; ++i) {
+      const int32_t v = static_cast<int32_t>(std::nearbyint(f.v[i] * scale));
+      high[i] = static_cast<int8_t>((v + 128) >> 8), low[i] = static_cast<int8_t>(v);
+    }
+  }
   static void store_f(float* p, const F& f) { std::memcpy(p, f.v, 64); }
   static void store_bf16(uint16_t* p, const F& f) { for (int i = 0; i < 16; ++i) p[i] = float_to_bf16(f.v[i]); }
   static void store_h(uint16_t* p, const F& f) { for (int i = 0; i < 16; ++i) store_from_float(p, i, Type::f16, f.v[i]); }
@@ -94,6 +102,18 @@ struct Avx2 {
     r = {dot(r.a, half.a, x), dot(r.b, half.b, x)};
     return {dot(r.a, half.a, x), dot(r.b, half.b, x)};
   }
+  // Half of a W, eight rows, whose products with small codes gather in 16 bits: `add16` takes half the multiplications of `dot`. Between two
+  // calls of `gather` as many additions may lie as 2 * the largest code * 128 fits 32767.
+  using H = __m256i;
+  static H half(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+  template <int SHIFT, int MASK> static H half_field(H u) { return _mm256_and_si256(shifted<SHIFT>(u), _mm256_set1_epi8(static_cast<char>(MASK))); }
+  static H zero_h() { return _mm256_setzero_si256(); }
+  static H spread(const int8_t* p) {
+    int32_t four; std::memcpy(&four, p, 4);
+    return _mm256_set1_epi32(four);
+  }
+  static H add16(H acc, H w, H x) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, x)); }
+  static H gather(H acc, H sums) { return _mm256_add_epi32(acc, _mm256_madd_epi16(sums, _mm256_set1_epi16(1))); }
   static I shift_add(const I& hi, const I& lo) {
     return {_mm256_add_epi32(_mm256_slli_epi32(hi.a, 8), lo.a), _mm256_add_epi32(_mm256_slli_epi32(hi.b, 8), lo.b)};
   }
@@ -116,6 +136,27 @@ struct Avx2 {
   }
   static F plus(const F& x, float y) {
     const __m256 b = _mm256_set1_ps(y); return {_mm256_add_ps(x.a, b), _mm256_add_ps(x.b, b)};
+  }
+  // The larger of a and |b|, by lane; the largest of all lanes, none of which is below 0.
+  static F larger(const F& x, const F& y) {
+    const __m256 sign = _mm256_set1_ps(-0.f); return {_mm256_max_ps(x.a, _mm256_andnot_ps(sign, y.a)), _mm256_max_ps(x.b, _mm256_andnot_ps(sign, y.b))};
+  }
+  static float most(const F& x) {
+    const __m256 a = _mm256_max_ps(x.a, x.b);
+    const __m128 b = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)), c = _mm_max_ps(b, _mm_movehl_ps(b, b));
+    return _mm_cvtss_f32(_mm_max_ss(c, _mm_movehdup_ps(c)));
+  }
+  // f * scale, within 127 * 256 of zero, as integers of two digits, high * 256 + low.
+  static void digits(const F& f, float scale, int8_t* high, int8_t* low) {
+    const __m256 by = _mm256_set1_ps(scale);
+    const __m256i words = _mm256_packs_epi32(_mm256_cvtps_epi32(_mm256_mul_ps(f.a, by)), _mm256_cvtps_epi32(_mm256_mul_ps(f.b, by)));
+    words_to_digits(_mm256_permute4x64_epi64(words, 0xD8), high, low);
+  }
+  static void words_to_digits(__m256i v, int8_t* high, int8_t* low) {
+    const __m256i h = _mm256_srai_epi16(_mm256_add_epi16(v, _mm256_set1_epi16(128)), 8), l = _mm256_sub_epi16(v, _mm256_slli_epi16(h, 8));
+    const __m256i both = _mm256_permute4x64_epi64(_mm256_packs_epi16(h, l), 0xD8);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(high), _mm256_castsi256_si128(both));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm256_extracti128_si256(both, 1));
   }
   static void store_f(float* p, const F& f) { _mm256_storeu_ps(p, f.a); _mm256_storeu_ps(p + 8, f.b); }
   static void store_bf16(uint16_t* p, const F& f) {
@@ -170,6 +211,11 @@ struct Avx512 {
   static void store_f(float* p, F f) { _mm512_storeu_ps(p, f); }
   static int32_t sum32(const int8_t* p) { return Avx2::lanes(_mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(1), _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))); }
   static F plus(F a, float b) { return _mm512_add_ps(a, _mm512_set1_ps(b)); }
+  static F larger(F a, F b) { return _mm512_max_ps(a, _mm512_abs_ps(b)); }
+  static float most(F a) { return _mm512_reduce_max_ps(a); }
+  static void digits(F f, float scale, int8_t* high, int8_t* low) {
+    Avx2::words_to_digits(_mm512_cvtepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(f, _mm512_set1_ps(scale)))), high, low);
+  }
   static void store_h(uint16_t* p, F f) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(f, _MM_FROUND_TO_NEAREST_INT)); }
 #if defined(__AVX512BF16__)
   template <int C> static F column(W w) { return _mm512_cvtepi32_ps(_mm512_and_si512(C ? _mm512_srli_epi32(w, 8 * C) : w, _mm512_set1_epi32(255))); }
