@@ -38,8 +38,8 @@ def lowrank_reference(x: Tensor, a: Tensor, b: Tensor, channels: Tensor | None, 
 
 def placed(first: Tensor, rest: Tensor, pivots: Tensor, bias: Tensor | None) -> Tensor:
     """concat(first, rest) with column i moved to pivots[i], plus bias."""
-    back = torch.empty_like(pivots).scatter_(0, pivots, torch.arange(pivots.shape[0], device=pivots.device))
-    y = torch.cat([first, rest], -1).index_select(-1, back)
+    both = torch.cat([first, rest], -1)
+    y = torch.empty_like(both).index_copy(-1, pivots, both)
     return y if bias is None else y + bias.to(y.dtype)
 
 

@@ -83,3 +83,12 @@ def writes(node: fx.Node) -> bool:
     if node.op == "call_method":
         return str(node.target).endswith("_") and not str(node.target).endswith("__")
     return node.op == "call_function" and (node.target is operator.setitem or compat.is_mutation(node.target))
+
+
+def changed(node: fx.Node) -> list[fx.Node]:
+    """The inputs that a node changes in place."""
+    if not writes(node):
+        return []
+    schema = getattr(getattr(node.target, "default", node.target), "_schema", None)
+    given = [a for a, about in zip(node.args, schema.arguments, strict=False) if about.alias_info is not None and about.alias_info.is_write] if schema else []
+    return [a for a in given if isinstance(a, fx.Node)] or node.all_input_nodes[:1]

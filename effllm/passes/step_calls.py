@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from effllm import compat
 from effllm.lowering.bipolar_linear import plain
-from effllm.lowering.step_code import DIMS, Value
+from effllm.lowering.step_code import BINARY, DIMS, Value
 from effllm.lowering.step_parts import KINDS
 from effllm.passes.match import arguments
 from effllm.passes.step_views import Unsupported
@@ -31,6 +31,7 @@ _DTYPES = {
     torch.uint8: 0, torch.int8: 1, torch.int16: 2, torch.int32: 3, torch.int64: 4, torch.float16: 5, torch.float32: 6, torch.float64: 7, torch.bool: 11,
     torch.bfloat16: 15,
 }  # fmt: skip
+_PLAIN = [["aten", n] for n in ("cat", "add", "empty_like", "index_copy")]  # what providers do around their kernels
 _COPIES = ("aten.clone", "aten.contiguous")
 _VIEWS = ("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "transpose", "t", "permute", "expand", "select", "slice", "alias", "detach", "unbind", "split")
 
@@ -94,6 +95,8 @@ class _Recorder(TorchDispatchMode):
             return self.remember(copied)
         if name.startswith("aten.") and name.split(".")[1] in _VIEWS:
             return self._viewed(func, args, kwargs)
+        if name.split(".")[:2] in _PLAIN:
+            return self._plain(name.split(".")[1], func, args, kwargs)
         if name.startswith(("prim.", "aten.sym_", "aten.is_", "aten.dim")) or not any(isinstance(a, Tensor) for a in args):
             return func(*args, **kwargs)
         raise Unsupported(self.node, f"its kernel uses {name}, which the program does not hold")
@@ -105,6 +108,36 @@ class _Recorder(TorchDispatchMode):
         if isinstance(made, tuple | list):
             return [self.remember(source.like(m)) for m in made]
         return self.remember(source.like(made))
+
+    def _plain(self, name: str, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """Columns side by side, their order, a bias."""
+        found, builder = func(*args, **kwargs), self.emitter.builder
+        with _disable_current_modes():
+            made = builder.produce(found.shape, found.dtype)
+            if name == "cat":
+                at = 0
+                for part in args[0]:
+                    size = part.shape[-1]
+                    if len(args) > 1 and args[1] not in (-1, part.dim() - 1):
+                        raise Unsupported(self.node, "its kernel joins other dimensions than the last")
+                    builder.emit("copy", [made.like(made.meta.narrow(-1, at, size)), self.value(part)])
+                    at += size
+            elif name == "index_copy":
+                base, dim, index, source = args
+                if dim not in (-1, base.dim() - 1):
+                    raise Unsupported(self.node, "its kernel orders another dimension than the last")
+                # rows of one channel; every channel is written, so what was there before does not matter
+                columns, new = made.like(made.meta.unsqueeze(-1)), self.value(source)
+                if base.shape[-1] != source.shape[-1] or not source.dtype.is_floating_point:
+                    raise Unsupported(self.node, "its kernel writes some of the channels")
+                builder.emit("write", [columns, self.value(index), new.like(new.meta.unsqueeze(-1))], (False,))
+            elif name == "add":
+                x, y = args
+                if kwargs or not isinstance(y, Tensor) or not found.dtype.is_floating_point:
+                    raise Unsupported(self.node, "its kernel adds more than a bias")
+                parts = [v.like(v.meta.expand(found.shape)) for v in (self.value(x), self.value(y))]
+                builder.emit("binary", [made, *parts], (BINARY.index("add"),))
+        return self.remember(made)
 
     def _native(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         e, schema = self.emitter, func._schema

@@ -16,7 +16,7 @@ from effllm import compat
 from effllm.lowering import step_code
 from effllm.lowering.op import rows_of
 from effllm.passes.base import Context
-from effllm.passes.match import erase_unused, writes
+from effllm.passes.match import changed, erase_unused, writes
 from effllm.passes.step_nodes import Emitter
 from effllm.passes.step_views import Unsupported, views
 from effllm.report import Decision, PassReport
@@ -164,16 +164,16 @@ def _order(graph: fx.Graph, plan: Plan) -> str:
     """Whether in-place changes keep their place among what reads the same memory; a reason where not."""
     inside, behind = set(plan.inside), set(plan.behind)
     touched: dict[fx.Node, list[fx.Node]] = {}
-    changed: dict[fx.Node, list[fx.Node]] = {}
+    writers: dict[fx.Node, list[fx.Node]] = {}
     for n in graph.nodes:
         if n.op in ("placeholder", "get_attr", "output") or views(n):
             continue
         for i in n.all_input_nodes:
             touched.setdefault(_root(i), []).append(n)
-        if writes(n):
-            changed.setdefault(_root(n.all_input_nodes[0]), []).append(n)
+        for i in changed(n):
+            writers.setdefault(_root(i), []).append(n)
     rank = {n: i for i, n in enumerate(graph.nodes)}
-    for base, nodes in changed.items():
+    for base, nodes in writers.items():
         here = [n for n in touched[base] if n in inside]
         if not here:
             continue

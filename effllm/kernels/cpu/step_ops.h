@@ -280,10 +280,23 @@ inline bool rotate(const Operand& to, const Operand& x, const Operand& cos, cons
   return true;
 }
 
+// Rows of one element, as a permutation of channels has: to[.., index[i]] = from[.., i].
+inline void scatter(const Operand& to, const Operand& index, const Operand& from, int64_t task, int64_t of) {
+  constexpr int rows = kDims - 2;
+  const int64_t count = from.size[rows], size = size_of(from.kind), outer = from.rows() / count;
+  for (int64_t o = 0; o < outer; ++o) {
+    char* out = to.at(to.row(o * to.size[rows]));
+    const char* in = from.at(from.row(o * count));
+    for (int64_t i = cut(count, task, of); i < cut(count, task + 1, of); ++i)
+      std::memcpy(out + index.integer(i * index.step()) * to.stride[rows] * size, in + i * from.stride[rows] * size, static_cast<size_t>(size));
+  }
+}
+
 // cache[.., index[j], :] = from[.., j, :]: index_copy_ along the last dimension but one. False where an index is out of range.
 inline bool write(const Operand& cache, const Operand& index, const Operand& from, int64_t wraps, int64_t task, int64_t of) {
   const int64_t n = from.inner(), size = size_of(cache.kind);
   if (!in_range(cache, index, from.size[kDims - 2], wraps)) return false;
+  if (n == 1 && !wraps) { scatter(cache, index, from, task, of); return true; }
   for (int64_t r = cut(from.rows(), task, of); r < cut(from.rows(), task + 1, of); ++r) {
     const int64_t base = indexed_row(cache, index, from, r), f = from.row(r);
     if (from.step() == 1 && cache.step() == 1) std::memcpy(cache.at(base), from.at(f), static_cast<size_t>(n * size));
