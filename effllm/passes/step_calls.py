@@ -33,7 +33,9 @@ _DTYPES = {
 }  # fmt: skip
 _PLAIN = [["aten", n] for n in ("cat", "add", "empty_like", "index_copy")]  # what providers do around their kernels
 _COPIES = ("aten.clone", "aten.contiguous")
-_VIEWS = ("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "transpose", "t", "permute", "expand", "select", "slice", "alias", "detach", "unbind", "split")
+_VIEWS = (
+    "view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "transpose", "t", "permute", "expand", "select", "slice", "alias", "detach", "unbind", "split",
+)  # fmt: skip
 
 
 def emit_call(e: Emitter, node: fx.Node) -> None:

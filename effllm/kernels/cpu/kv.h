@@ -254,7 +254,11 @@ template <class Codec> void by_page(const Work& w, int64_t i, const Codec& codec
   std::vector<std::unique_ptr<Lane<Codec>>> lanes;
   for (int64_t g = 0; g < w.z.heads; ++g) lanes.push_back(std::make_unique<Lane<Codec>>(w, codec, b, g, part + ((b * w.z.heads + g) * w.runs + turn) * w.slot()));
   for (int64_t n = filled * turn / w.runs; n < until; ++n)
-    for (auto& lane : lanes) lane->page(n, nullptr, s);
+    for (int64_t g = 0; g < w.z.heads; ++g) {
+      Lane<Codec>& lane = *lanes[static_cast<size_t>(g)];
+      const bool more = w.z.record && (g + 1 < w.z.heads || n + 1 < until);  // what follows in memory is read next
+      lane.page(n, more ? lane.record(n) + w.z.record : nullptr, s);
+    }
   for (int64_t g = 0; g < w.z.heads; ++g) lanes[static_cast<size_t>(g)]->finish(g % w.runs == turn, s);
 }
 
