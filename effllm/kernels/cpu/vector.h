@@ -17,6 +17,7 @@ inline uint8_t shift_byte(uint8_t u) { return SHIFT >= 0 ? u >> (SHIFT & 7) : st
 
 struct Portable {
   static constexpr const char* name = "portable";
+  static constexpr bool narrow = false;  // narrow.h
   static constexpr int gemm_rows = 2;
   static constexpr bool fast_single = false;
   static constexpr bool fast_bf16 = false;
@@ -56,6 +57,7 @@ struct Portable {
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 struct Avx2 {
   static constexpr const char* name = "avx2";
+  static constexpr bool narrow = true;  // narrow.h
   static constexpr int gemm_rows = 2;
   static constexpr bool fast_single = false;
   static constexpr bool fast_bf16 = false;
@@ -93,6 +95,27 @@ struct Avx2 {
     I r{dot(acc.a, lo.a, x), dot(acc.b, lo.b, x)};
     r = {dot(r.a, half.a, x), dot(r.b, half.b, x)};
     return {dot(r.a, half.a, x), dot(r.b, half.b, x)};
+  }
+  // Products without bytes that accumulate (narrow.h): of words, or of bytes into sums of 16 bits.
+  struct S { __m256i a, b; };  // 16 rows x 2 sums of 16 bits
+  static S zero_s() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  // The sums are made here: the compiler would keep products of several steps to add them later, and has no registers for them.
+  template <class T> static T now(T sum) { asm("" : "+x"(sum.a), "+x"(sum.b)); return sum; }
+  static W even(const W& w) { const __m256i m = _mm256_set1_epi16(255); return {_mm256_and_si256(w.a, m), _mm256_and_si256(w.b, m)}; }
+  static W odd(const W& w) { return {_mm256_srli_epi16(w.a, 8), _mm256_srli_epi16(w.b, 8)}; }
+  static I dp_words(const I& acc, const W& w, const int16_t* p) {
+    int32_t two; std::memcpy(&two, p, 4);
+    const __m256i x = _mm256_set1_epi32(two);
+    return now(I{_mm256_add_epi32(acc.a, _mm256_madd_epi16(w.a, x)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(w.b, x))});
+  }
+  static S dp_short(const S& acc, const W& w, const int8_t* p) {
+    int32_t four; std::memcpy(&four, p, 4);
+    const __m256i x = _mm256_set1_epi32(four);
+    return now(S{_mm256_add_epi16(acc.a, _mm256_maddubs_epi16(w.a, x)), _mm256_add_epi16(acc.b, _mm256_maddubs_epi16(w.b, x))});
+  }
+  static I add_short(const I& acc, const S& s) {
+    const __m256i one = _mm256_set1_epi16(1);
+    return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(s.a, one)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(s.b, one))};
   }
   static I shift_add(const I& hi, const I& lo) {
     return {_mm256_add_epi32(_mm256_slli_epi32(hi.a, 8), lo.a), _mm256_add_epi32(_mm256_slli_epi32(hi.b, 8), lo.b)};
@@ -134,6 +157,7 @@ struct Avx2 {
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 struct Avx512 {
   static constexpr const char* name = "avx512";
+  static constexpr bool narrow = false;  // narrow.h
   static constexpr int gemm_rows = 6;
   static constexpr bool fast_single = true;
 #if defined(__AVX512BF16__)
