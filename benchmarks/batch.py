@@ -33,6 +33,16 @@ def same(model: Any, count: int) -> int:
     return sum(torch.equal(ids, run([prompt])[0]) for ids, prompt in zip(run(prompts), prompts, strict=True))
 
 
+def summary(rates: dict[tuple[str, int], list[float]], first: int) -> list[dict[str, Any]]:
+    """A row for each (recipe, batch) of tokens a second by round; `ratio` is to the batch `first` of the same recipe and round."""
+    rows = []
+    for (recipe, count), seen in rates.items():
+        ratio = [a / b for a, b in zip(seen, rates[recipe, first], strict=True)]
+        row = {"recipe": recipe, "batch": count, "tok_s": statistics.median(seen), "tok_s_range": _range(seen, ".0f")}
+        rows.append(row | {"ratio": statistics.median(ratio), "ratio_range": _range(ratio, ".2f")})
+    return rows
+
+
 def _range(values: list[float], form: str) -> str:
     return f"{min(values):{form}}..{max(values):{form}}"
 
@@ -60,11 +70,9 @@ def main() -> None:
     for _ in range(args.rounds):
         for (recipe, count), seconds in calls.items():
             rates[recipe, count].append(TOKENS * count / seconds())
-    rows = []
-    for (recipe, count), seen in rates.items():
-        ratio = [a / b for a, b in zip(seen, rates[recipe, batches[0]], strict=True)]
-        rows.append({"recipe": recipe, "batch": count, "same": alike[recipe, count], "tok_s": statistics.median(seen), "ratio": statistics.median(ratio)})
-        rows[-1] |= {"tok_s_range": _range(seen, ".0f"), "ratio_range": _range(ratio, ".2f")}
+    rows = summary(rates, batches[0])
+    for row in rows:
+        row["same"] = alike[row["recipe"], row["batch"]]
     save("batch", rows, threads=args.threads, rounds=args.rounds, prompt=PROMPT, tokens=TOKENS)
 
 

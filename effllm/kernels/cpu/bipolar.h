@@ -163,13 +163,12 @@ inline void gemv_rows(const Weight& w, const Activations& x, int64_t tile, int64
 }
 
 template <class V, int BITS, int D>
-void multiply_tiles(const Weight& w, const Activations& x, int64_t from, int64_t to, const float* out_scale, const float* bias, void* y, Type type, const Plan& plan) {
+void wide_tiles(const Weight& w, const Activations& x, int64_t from, int64_t to, const float* out_scale, const float* bias, void* y, Type type, const Plan& plan) {
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
   if constexpr (D == 1 && V::fast_single)
     if (x.m == 1 && single_wanted(BITS, plan)) { gemv_single<V, BITS>(w, x, from, to, out_scale, bias, y, type, plan); return; }
 #endif
-  if constexpr (takes_narrow<V>(BITS, D)) { narrow_tiles<V, BITS, D>(w, x, from, to, out_scale, bias, y, type, plan); return; }
-  else if (plan.unpack_from > 0 ? x.m < plan.unpack_from : !prefer_gemm<V, BITS, D>(x.m)) {
+  if (plan.unpack_from > 0 ? x.m < plan.unpack_from : !prefer_gemm<V, BITS, D>(x.m)) {
     int64_t t = from;
     if constexpr (V::gemm_rows >= 6 && D < 3)
       if (plan.rows == 8)
@@ -192,6 +191,13 @@ void multiply_tiles(const Weight& w, const Activations& x, int64_t from, int64_t
           unpack_steps<V, BITS, 0>(w.codes + ((t + i) * w.blocks + b) * 64 * BITS, aligned + (i * steps + b * 8) * 64);
       gemm_pass<V, BITS == 8, D>(plan, w, x, aligned, t, tiles, m0, std::min(x.m, m0 + chunk), out_scale, bias, y, type);
     }
+}
+
+// Tiles from .. to of w times prepared activations.
+template <class V, int BITS, int D>
+void multiply_tiles(const Weight& w, const Activations& x, int64_t from, int64_t to, const float* out_scale, const float* bias, void* y, Type type, const Plan& plan) {
+  if constexpr (takes_narrow<V>(BITS, D)) narrow_tiles<V, BITS, D>(w, x, from, to, out_scale, bias, y, type, plan);
+  else wide_tiles<V, BITS, D>(w, x, from, to, out_scale, bias, y, type, plan);
 }
 
 }  // namespace effllm

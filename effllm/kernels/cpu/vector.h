@@ -141,11 +141,15 @@ struct Avx2 {
     const __m256 b = _mm256_set1_ps(y); return {_mm256_add_ps(x.a, b), _mm256_add_ps(x.b, b)};
   }
   static void store_f(float* p, const F& f) { _mm256_storeu_ps(p, f.a); _mm256_storeu_ps(p + 8, f.b); }
+  static __m256i rounded(__m256 f) {  // to bf16, in the lower half of each lane
+    const __m256i u = _mm256_castps_si256(f), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i near = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
+    const __m256i nan = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
+    return _mm256_blendv_epi8(near, nan, _mm256_castps_si256(_mm256_cmp_ps(f, f, _CMP_UNORD_Q)));
+  }
   static void store_bf16(uint16_t* p, const F& f) {
-    float v[16];
-    store_f(v, f);
-#pragma omp simd
-    for (int i = 0; i < 16; ++i) p[i] = float_to_bf16(v[i]);
+    const __m256i both = _mm256_packus_epi32(rounded(f.a), rounded(f.b));  // lane by lane
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(both, 0xD8));
   }
   static void store_h(uint16_t* p, const F& f) {
     auto q = reinterpret_cast<__m128i*>(p);
