@@ -1,10 +1,10 @@
 """Decoding of several sequences at once beside one: tokens of all of them a second, over those of one, for each recipe of the demo model.
 
-    python -m benchmarks.batch [--recipes w4,w4a8,w8a8] [--batches 1,4] [--rounds 7] [--threads 2]
+    python -m benchmarks.batch [--recipes w4,w4a8,w8a8] [--batches 1,4] [--rounds 7] [--threads 2] [--out batch]
 
 `effllm.generate(.., compile=True)`, 64 tokens behind prompts of 32 (what a run of 8 tokens takes is taken off). Recipes and batches take turns,
 so that a slow minute of the machine meets all of them; a ratio is taken within its round. Prints medians and ranges, and how many of the sequences
-come out as they do alone. Results go to benchmarks/results/batch.json.
+come out as they do alone. Results go to benchmarks/results/OUT.json.
 """
 
 from __future__ import annotations
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("--batches", default="1,4", help="the first is what the others are compared to")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--out", default="batch")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     dense, _ = load_demo()
@@ -73,7 +74,7 @@ def main() -> None:
     rows = summary(rates, batches[0])
     for row in rows:
         row["same"] = alike[row["recipe"], row["batch"]]
-    save("batch", rows, threads=args.threads, rounds=args.rounds, prompt=PROMPT, tokens=TOKENS)
+    save(args.out, rows, threads=args.threads, rounds=args.rounds, prompt=PROMPT, tokens=TOKENS)
 
 
 if __name__ == "__main__":

@@ -134,9 +134,9 @@ __attribute__((always_inline)) inline void finish_tiles(const Weight& w, int64_t
 
 // Codes some KB ahead: hardware prefetchers stop at every page, and a tile is about one page long.
 constexpr int64_t kAhead = 1024;
-template <int BITS> inline void fetch_ahead(const uint8_t* block) {
+template <int BITS, int64_t AHEAD = kAhead> inline void fetch_ahead(const uint8_t* block) {
 #pragma GCC unroll 8
-  for (int i = 0; i < BITS; ++i) __builtin_prefetch(block + kAhead + 64 * i);
+  for (int i = 0; i < BITS; ++i) __builtin_prefetch(block + AHEAD + 64 * i);
 }
 
 // Tokens of a chunk whose activations, `bytes` each, stay in the second-level cache while all tiles pass by.

@@ -73,7 +73,7 @@ void narrow_tile(const Weight& w, const Activations& x, int64_t tile, int64_t m0
       else steps.template operator()<4, 8>(b), ++b;
     } else {
       for (const int64_t end = std::min(w.blocks, b + per); b < end; ++b) {
-        fetch_ahead<BITS>(block + b * 64 * BITS);
+        fetch_ahead<BITS, 3 * kAhead>(block + b * 64 * BITS);  // one stream, not one a tile: measured
         steps.template operator()<0, 8>(b);
       }
     }
