@@ -67,8 +67,9 @@ def _issue(provider: Provider, call: float) -> float:
     """Vector instructions per second of one thread, as the model counts them, on weights that stay in cache."""
     problem = Problem("bipolar_linear_a8", 256, 1024, 8, 128, False, "a8", 64)
     assert provider.tuning is not None
-    counted = provider.tuning.predict(problem, _config(provider, problem, "unpack", 1)).instructions
-    return counted / max(1e-9, _linear(provider, problem.m or 1, problem.n, problem.k, "unpack", 1) - call)
+    path = "unpack" if any(c["path"] == "unpack" for c in provider.tuning.configs(problem)) else "registers"
+    counted = provider.tuning.predict(problem, _config(provider, problem, path, 1)).instructions
+    return counted / max(1e-9, _linear(provider, problem.m or 1, problem.n, problem.k, path, 1) - call)
 
 
 def _config(provider: Provider, problem: Problem, path: str, threads: int) -> Config:

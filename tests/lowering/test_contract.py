@@ -134,6 +134,43 @@ NATIVE = [(op, p) for op, p in HERE if p.name != "reference" and p.supports(prob
 
 
 @pytest.mark.parametrize(("op", "provider"), NATIVE, ids=[f"{o}-{p.name}" for o, p in NATIVE])
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_sums_of_the_largest_codes_and_activations_do_not_overflow(op: str, provider: Provider, bits: int) -> None:
+    """All codes at their largest, all activations at an end of their range: pair sums of 16 bits just hold what is added to them."""
+    for group, m in ((16, 1), (32, 4), (128, 7), (0, 3)):
+        case = Case(bits, group, "affine", m, 16, 256, torch.bfloat16)
+        shape = (16, bipolar.groups(256, group))
+        full = torch.full((16, 256), 2**bits - 1, dtype=torch.uint8)
+        packed = bipolar.make(full, torch.rand(shape).half() + 0.5, torch.randn(shape).half(), k=256, bits=bits, group=group, grid="affine")
+        codes, scale, minimum, zero = arguments(packed, provider.layout)
+        w = bipolar.unpack(packed).double()
+        for value in (-128, 127):
+            more = {"problem": problem(op, case), "config": None}
+            if op == "bipolar_linear":
+                x = torch.full((m, 256), float(value), dtype=case.dtype)
+                y = provider.call(x, codes, scale, minimum, None, 16, bits, group, zero, **more)
+                true = x.double() @ w.T
+            else:
+                xq, xs = torch.full((m, 256), value, dtype=torch.int8), torch.ones(m, 1)
+                y = provider.call(xq, xs, codes, scale, minimum, None, 16, bits, group, zero, case.dtype, **more)
+                true = xq.double() @ w.T
+            assert distance(y, true) < 0.01, (group, m, value)
+
+
+@pytest.mark.parametrize(("op", "provider"), NATIVE, ids=[f"{o}-{p.name}" for o, p in NATIVE])
+@pytest.mark.parametrize("bits", [3, 4, 6, 8])
+def test_tokens_of_a_batch_are_as_alone(op: str, provider: Provider, bits: int) -> None:
+    """Bit for bit, for every number of tokens that has a pass of its own."""
+    case = Case(bits, 32, "affine", 7, 48, 160, torch.bfloat16)
+    x, _ = data(case)
+    whole = run(op, provider, case, x, None)
+    for i in range(case.m):
+        assert run(op, provider, dataclasses.replace(case, m=1), x[i : i + 1], None).equal(whole[i : i + 1]), i
+    for m in (2, 3, 4):
+        assert run(op, provider, dataclasses.replace(case, m=m), x[:m], None).equal(whole[:m]), m
+
+
+@pytest.mark.parametrize(("op", "provider"), NATIVE, ids=[f"{o}-{p.name}" for o, p in NATIVE])
 def test_opcheck(op: str, provider: Provider) -> None:
     case = Case(4, 32, "affine", 2, 32, 64, torch.float32)
     codes, scale, minimum, zero = arguments(make_packed(case), provider.layout)

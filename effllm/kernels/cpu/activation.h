@@ -6,6 +6,9 @@
 //       below that of bf16 (fp32) arithmetic on the same block.
 //
 // A segment is the run of columns that share one weight scale and one activation step: the group for A8, at most 32 for A16.
+//
+// Words     instruction sets whose byte products do not accumulate (narrow.h) take two digits, or one that meets 8-bit codes, as one int16 a
+//           column instead; of each four columns the order is 0, 2, 1, 3, as codes come apart into even and odd bytes.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -43,24 +46,30 @@ struct Activations {
   int digits = 1;
   int64_t m = 0, k = 0, kp = 0;  // tokens, columns, columns padded to blocks of 32
   int64_t seg = 0, segs = 0;     // columns per segment, segments per token
-  std::vector<int8_t> x;         // [m][digit][kp], most significant digit first
+  bool words = false;            // int16 columns instead of digits
+  std::vector<int8_t> x;         // [m][digit][kp], most significant digit first; or [m][kp] words
   std::vector<float> step;       // [m][segs], A16 only
   std::vector<float> corr;       // [m][segs]: what multiplies scale (-2 zero) or minimum: sum of x in the segment, see Kernel notes
   std::vector<uint8_t> tables;   // sums of four activations for the 1-bit lookup, see lookup.h
   const uint8_t* aligned_tables() const { return tables.data() + (64 - reinterpret_cast<uintptr_t>(tables.data()) % 64) % 64; }
   int64_t stride() const { return kp + 64; }  // rows a power of two apart would share one set of the cache
   const int8_t* row(int64_t i, int d) const { return x.data() + (i * digits + d) * stride(); }
+  const int16_t* word_row(int64_t i) const { return reinterpret_cast<const int16_t*>(x.data() + i * 2 * stride()); }
+  int16_t* word_row(int64_t i) { return reinterpret_cast<int16_t*>(x.data() + i * 2 * stride()); }
 
-  void shape(int64_t m_, int64_t k_, int64_t kp_, int64_t seg_, int digits_) {
+  // Room for m tokens that weights of `bits` are to meet, by the kernels of V.
+  template <class V> void shape(int64_t m_, int64_t k_, int64_t kp_, int64_t seg_, int digits_, int64_t bits) {
     m = m_; k = k_; kp = kp_; seg = seg_; digits = digits_;
+    words = V::narrow && (digits == 2 || (digits == 1 && bits == 8));
     segs = (kp + seg - 1) / seg;
-    x.assign(static_cast<size_t>(m * digits * stride()), 0);
+    x.assign(static_cast<size_t>(m * (words ? 2 : digits) * stride()), 0);
     corr.resize(static_cast<size_t>(m * segs));
     if (digits > 1) step.resize(static_cast<size_t>(m * segs));
   }
 
   // One token of int8 codes. `factor` turns a sum of x into the correction term.
   template <class V> void take_int8(int64_t i, const int8_t* src, float factor) {
+    if (words) return take_int8_words(i, src, factor);
     int8_t* dst = x.data() + i * stride();
     std::memcpy(dst, src, static_cast<size_t>(k));
     for (int64_t s = 0; s < segs; ++s) {
@@ -71,6 +80,25 @@ struct Activations {
       for (; c < end; ++c) sum += dst[c];
       corr[static_cast<size_t>(i * segs + s)] = factor * static_cast<float>(sum);
     }
+  }
+
+  void take_int8_words(int64_t i, const int8_t* src, float factor) {
+    for (int64_t s = 0; s < segs; ++s) {
+      const int64_t from = s * seg, end = std::min(k, from + seg);
+      int32_t sum = 0;
+#pragma omp simd reduction(+ : sum)
+      for (int64_t c = from; c < end; ++c) sum += src[c];
+      corr[static_cast<size_t>(i * segs + s)] = factor * static_cast<float>(sum);
+    }
+    put_words(word_row(i), src, k);
+  }
+
+  // n columns from q, in the order of words; `to` is the place of the first, whose number is a multiple of four.
+  template <class Q> static void put_words(int16_t* to, const Q* q, int64_t n) {
+    int64_t c = 0;
+    for (; c + 4 <= n; c += 4)
+      to[c] = static_cast<int16_t>(q[c]), to[c + 1] = static_cast<int16_t>(q[c + 2]), to[c + 2] = static_cast<int16_t>(q[c + 1]), to[c + 3] = static_cast<int16_t>(q[c + 3]);
+    for (; c < n; ++c) to[c % 4 == 1 ? c + 1 : c % 4 == 2 ? c - 1 : c] = static_cast<int16_t>(q[c]);
   }
 
   // One token of floats.
@@ -119,7 +147,8 @@ struct Activations {
     int32_t sum = 0;  // 32 times 127 * 2^16 fits
 #pragma omp simd reduction(+ : sum)
     for (int c = 0; c < N; ++c) q[c] = static_cast<int32_t>(std::nearbyint(f[c] * inv)), sum += q[c];
-    for (int d = digits - 1; d >= 0; --d) {
+    if (words) put_words(word_row(i) + s * seg, q, N);
+    else for (int d = digits - 1; d >= 0; --d) {
       int8_t* dst = x.data() + (i * digits + d) * stride() + s * seg;
 #pragma omp simd
       for (int c = 0; c < N; ++c) {
@@ -151,7 +180,8 @@ struct Activations {
     const float unit = big > 0 ? big / top : 0.f, inv = unit > 0 && std::isfinite(1.f / unit) ? 1.f / unit : 0.f;
     int64_t sum = 0;
     for (int64_t c = 0; c < n; ++c) q[c] = static_cast<int32_t>(std::nearbyint(f[c] * inv)), sum += q[c];
-    for (int d = digits - 1; d >= 0; --d) {
+    if (words) put_words(word_row(i) + s * seg, q, n);
+    else for (int d = digits - 1; d >= 0; --d) {
       int8_t* dst = x.data() + (i * digits + d) * stride() + s * seg;
       for (int64_t c = 0; c < n; ++c) {
         const int32_t up = (q[c] + 128) >> 8;

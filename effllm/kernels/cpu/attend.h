@@ -31,6 +31,13 @@ struct AttendScratch {
   std::vector<float> q, scores, acc;
 };
 
+// A row of a cache: the weights of a step have driven it out of ours.
+constexpr int64_t kKeysAhead = 8;
+template <Type T, int NF> inline void fetch_row(const char* row) {
+#pragma GCC unroll 8
+  for (int byte = 0; byte < NF * 16 * (T == Type::f32 ? 4 : 2); byte += 64) __builtin_prefetch(row + byte);
+}
+
 template <class V, Type T, int NF, int R> inline void key_scores(const float* q, const KeyHead& h, int64_t keys, float* out, int64_t ldo) {
   using F = typename V::F;
   F qf[R][NF];
@@ -39,6 +46,7 @@ template <class V, Type T, int NF, int R> inline void key_scores(const float* q,
   for (int64_t s = 0; s < keys; ++s) {
     F kf[NF];
     const char* row = h.k + s * h.k_stride;
+    fetch_row<T, NF>(row + kKeysAhead * h.k_stride), fetch_row<T, NF>(h.v + s * h.v_stride);  // the values are wanted next
 #pragma GCC unroll 8
     for (int i = 0; i < NF; i += 2) widen<V, T>(row + i * 16 * (T == Type::f32 ? 4 : 2), kf[i], kf[i + 1]);
 #pragma GCC unroll 4
@@ -130,25 +138,41 @@ inline float soften(float* p, int64_t keys, const QueryRow& row, const KeyHead& 
       p[s] = m == -INFINITY ? m : p[s] + m;  // whatever a key holds that nobody attends to
     }
   }
-  float top = -INFINITY, sum = 0;
-#pragma omp simd reduction(max : top)
-  for (int64_t s = 0; s < keys; ++s) top = p[s] > top ? p[s] : top;
-  if (top == -INFINITY) top = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t s = 0; s < keys; ++s) {
-    const float e = p[s] == -INFINITY ? 0.f : exp_negative(p[s] - top);
-    p[s] = e;
-    sum += e;
+  return weigh(p, keys);
+}
+
+// A query, widened, times the scale; in the order of `place` where rows are taken in blocks of 32.
+template <class V, Type T, int NF> inline void take_query(const void* q, const KeyHead& h, float* to) {
+  if constexpr (NF == 0) {
+    for (int64_t i = 0; i < h.d; ++i) to[i] = load_as_float(q, i, T) * h.scale;
+  } else {
+    for (int i = 0; i < NF; i += 2) {
+      typename V::F a, b;
+      widen<V, T>(static_cast<const char*>(q) + i * 16 * (T == Type::f32 ? 4 : 2), a, b);
+      V::store_f(to + 16 * i, V::axpb(a, h.scale, 0.f)), V::store_f(to + 16 * i + 16, V::axpb(b, h.scale, 0.f));
+    }
   }
-  return sum;
+}
+// Sums in that order, times a factor, to a row.
+template <Type T, int NF> inline void put_row(const float* from, int64_t d, float factor, void* to) {
+  if constexpr (NF > 0 && T == Type::bf16) {
+    auto* h = static_cast<uint16_t*>(to);
+    for (int64_t c = 0; c < d; c += 32)
+#pragma omp simd
+      for (int64_t i = 0; i < 16; ++i) {
+        const uint32_t two = float_to_bf16(from[c + i] * factor) | static_cast<uint32_t>(float_to_bf16(from[c + 16 + i] * factor)) << 16;
+        std::memcpy(h + c + 2 * i, &two, 4);
+      }
+  } else {
+    for (int64_t i = 0; i < d; ++i) store_from_float(to, i, T, from[NF ? place(i, T) : i] * factor);
+  }
 }
 
 template <class V, Type T, int NF, int R> void attend_block(const QueryRow* rows, const KeyHead& h, AttendScratch& s) {
   int64_t keys = 0, count[R];
   for (int r = 0; r < R; ++r) count[r] = keys_of(rows[r], h), keys = std::max(keys, count[r]);
   s.q.resize(static_cast<size_t>(R * h.d + h.d)), s.acc.resize(static_cast<size_t>(R * h.d)), s.scores.resize(static_cast<size_t>(R * keys + 1));
-  for (int r = 0; r < R; ++r)
-    for (int64_t i = 0; i < h.d; ++i) s.q[static_cast<size_t>(r * h.d + (NF ? place(i, T) : i))] = load_as_float(rows[r].q, i, T) * h.scale;
+  for (int r = 0; r < R; ++r) take_query<V, T, NF>(rows[r].q, h, s.q.data() + r * h.d);
   float* line = s.q.data() + R * h.d;
   if constexpr (NF > 0) key_scores<V, T, NF, R>(s.q.data(), h, keys, s.scores.data(), keys);
   else key_scores_plain<T>(s.q.data(), R, h, keys, s.scores.data(), keys, line);
@@ -160,10 +184,7 @@ template <class V, Type T, int NF, int R> void attend_block(const QueryRow* rows
   }
   if constexpr (NF > 0) value_sums<V, T, NF, R>(s.scores.data(), keys, h, keys, s.acc.data());
   else value_sums_plain<T>(s.scores.data(), R, keys, h, keys, s.acc.data(), line);
-  for (int r = 0; r < R; ++r) {
-    const float inverse = total[r] > 0 ? 1.f / total[r] : (total[r] == 0 ? 0.f : total[r]);  // NaN stays
-    for (int64_t i = 0; i < h.d; ++i) store_from_float(rows[r].out, i, T, s.acc[static_cast<size_t>(r * h.d + (NF ? place(i, T) : i))] * inverse);
-  }
+  for (int r = 0; r < R; ++r) put_row<T, NF>(s.acc.data() + r * h.d, h.d, share_of(total[r]), rows[r].out);
 }
 
 template <class V, Type T, int NF> void attend_typed(const QueryRow* rows, int64_t count, const KeyHead& h, AttendScratch& s) {

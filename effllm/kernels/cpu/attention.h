@@ -16,6 +16,23 @@ inline float exp_negative(float x) {
   return p * two;
 }
 
+// Masked scores of a row to the weights of its softmax times their sum, which is returned.
+inline float weigh(float* p, int64_t keys) {
+  float top = -INFINITY, sum = 0;
+#pragma omp simd reduction(max : top)
+  for (int64_t s = 0; s < keys; ++s) top = p[s] > top ? p[s] : top;
+  if (top == -INFINITY) top = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t s = 0; s < keys; ++s) {
+    const float e = p[s] == -INFINITY ? 0.f : exp_negative(p[s] - top);
+    p[s] = e;
+    sum += e;
+  }
+  return sum;
+}
+// What a weighted sum of values is multiplied by: nothing was seen where the sum is 0, and NaN stays.
+inline float share_of(float sum) { return sum > 0 ? 1.f / sum : (sum == 0 ? 0.f : sum); }
+
 template <Type T> inline void widen(const void* base, int64_t at, int64_t d, float* out) {
   if constexpr (T == Type::f32) std::memcpy(out, static_cast<const float*>(base) + at, static_cast<size_t>(d) * 4);
   else
@@ -89,44 +106,6 @@ inline Type check(const Tensor& q, const Tensor& k, const Tensor& v) {
 
 // About 8 multiply-adds a nanosecond, and 3 us to wake a thread.
 inline int64_t grain_of(int64_t work) { return std::max<int64_t>(1, 24000 / std::max<int64_t>(1, work)); }
-
-// Softmax over the scores (rows, keys) of one key head, and the weighted sum of its values into out.
-template <Type T>
-void finish(float* scores, const View& v, int64_t b, int64_t hk, int64_t repeat, int64_t queries, int64_t keys, int64_t d, void* out, int64_t heads) {
-  const int64_t rows = repeat * queries;
-  std::vector<float> acc(static_cast<size_t>(rows * d), 0.f), line(static_cast<size_t>(d));
-  std::vector<float> total(static_cast<size_t>(rows));
-  for (int64_t r = 0; r < rows; ++r) {
-    float* p = scores + r * keys;
-    float top = -INFINITY, sum = 0;
-    for (int64_t s = 0; s < keys; ++s) top = std::max(top, p[s]);
-    if (top == -INFINITY) top = 0;
-#pragma omp simd reduction(+ : sum)
-    for (int64_t s = 0; s < keys; ++s) {
-      const float e = p[s] == -INFINITY ? 0.f : exp_negative(p[s] - top);
-      p[s] = e;
-      sum += e;
-    }
-    total[static_cast<size_t>(r)] = sum > 0 ? 1.f / sum : (sum == 0 ? 0.f : sum);
-  }
-  for (int64_t s = 0; s < keys; ++s) {
-    bool any = false;
-    for (int64_t r = 0; r < rows; ++r) any |= scores[r * keys + s] != 0.f;
-    if (!any) continue;
-    widen<T>(v.data, v.at(b, hk, s), d, line.data());
-    for (int64_t r = 0; r < rows; ++r) {
-      const float w = scores[r * keys + s];
-      float* a = acc.data() + r * d;
-      const float* y = line.data();
-#pragma omp simd
-      for (int64_t i = 0; i < d; ++i) a[i] += w * y[i];
-    }
-  }
-  for (int64_t r = 0; r < rows; ++r) {
-    const int64_t to = ((b * heads + hk * repeat + r / queries) * queries + r % queries) * d;
-    for (int64_t i = 0; i < d; ++i) effllm::store_from_float(out, to + i, T, acc[static_cast<size_t>(r * d + i)] * total[static_cast<size_t>(r)]);
-  }
-}
 
 }  // namespace attention
 }  // namespace effllm

@@ -53,7 +53,7 @@ bool wants_tables(int64_t bits) { return bits == 1 || bits == 3 || bits == 5 || 
 
 void prepare_int8(Activations& a, const int8_t* src, int64_t m, int64_t k, const Weight& w, double zero, int64_t bits, const Plan& how) {
   const int64_t kp = w.blocks * 32;
-  a.shape(m, k, kp, w.group == 0 ? kp : w.group, 1);
+  a.shape<V>(m, k, kp, w.group == 0 ? kp : w.group, 1, bits);
   const float factor = w.minimum ? 0.5f : -static_cast<float>(zero);
   torch::stable::parallel_for(0, m, 16, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) a.take_int8<V>(i, src + i * k, factor);
@@ -68,9 +68,9 @@ void prepare_int8(Activations& a, const int8_t* src, int64_t m, int64_t k, const
   (void)bits, (void)how;
 }
 
-void prepare_float(Activations& a, const void* x, int64_t m, int64_t k, const Weight& w, double zero, Type type) {
+void prepare_float(Activations& a, const void* x, int64_t m, int64_t k, const Weight& w, double zero, int64_t bits, Type type) {
   const int64_t kp = w.blocks * 32;
-  a.shape(m, k, kp, w.group == 16 ? 16 : 32, type == Type::f32 ? 3 : 2);
+  a.shape<V>(m, k, kp, w.group == 16 ? 16 : 32, type == Type::f32 ? 3 : 2, bits);
   const float factor = w.minimum ? 0.5f : -static_cast<float>(zero);
   torch::stable::parallel_for(0, m, 8, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) a.take_float(i, x, type, factor);
@@ -135,7 +135,7 @@ Tensor multiply(const Tensor& x_in, const float* xs, const std::vector<Tensor>& 
 #endif
   static thread_local Activations a;  // keeps its buffers between calls
   if (xs) prepare_int8(a, static_cast<const int8_t*>(x.const_data_ptr()), m, k, weights[0], zero, bits, how);
-  else prepare_float(a, x.const_data_ptr(), m, k, weights[0], zero, type_of(x.scalar_type()));
+  else prepare_float(a, x.const_data_ptr(), m, k, weights[0], zero, bits, type_of(x.scalar_type()));
   run(weights, bits, a, xs, bias ? b.data() : nullptr, y.mutable_data_ptr(), type_of(dtype), how);
   return y;
 }
@@ -183,7 +183,7 @@ template <> void multiply_range<V>(const Weight& w, int64_t bits, const Activati
 }
 
 template <> void take_codes<V>(Activations& a, const int8_t* x, int64_t m, int64_t k, const Weight& w, double zero, int64_t bits, const Plan& how) { prepare_int8(a, x, m, k, w, zero, bits, how); }
-template <> void take_floats<V>(Activations& a, const void* x, int64_t m, int64_t k, const Weight& w, double zero, Type type) { prepare_float(a, x, m, k, w, zero, type); }
+template <> void take_floats<V>(Activations& a, const void* x, int64_t m, int64_t k, const Weight& w, double zero, int64_t bits, Type type) { prepare_float(a, x, m, k, w, zero, bits, type); }
 
 template <>
 Tensor multiply_one<V>(const Tensor& x, const Tensor& codes, const Tensor& scale, const void* minimum, const std::optional<Tensor>& bias, int64_t n, int64_t bits, int64_t group, double zero,

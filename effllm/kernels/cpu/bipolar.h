@@ -8,112 +8,15 @@
 // Bytes     N * K * bits / 8 + scales; the activations stay in cache.
 // Work      per 64 codes: extraction (mask, shift) once, one byte dot product per token and digit.
 // Paths     gemv: weights are unpacked in registers for up to 4 tokens. gemm: 32 rows are unpacked to bytes once and reused by
-//           all tokens, from `unpack_from` tokens on, or where `prefer_gemm` finds fewer instructions. expand.h has a third.
+//           all tokens, from `unpack_from` tokens on, or where `prefer_gemm` finds fewer instructions. expand.h and narrow.h have others.
 // Numerics  integer sums exact; fp32 across segments.
 #pragma once
-#include "activation.h"
-#include "vector.h"
+#include "narrow.h"
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
 #include "lookup.h"
 #endif
 
 namespace effllm {
-
-constexpr int64_t kChunkBytes = 512 << 10;
-
-// What the caller chose (choose.py); 0 is the kernel's own choice for every field.
-struct Plan {
-  int64_t threads;      // at most so many
-  int64_t unpack_from;  // rows from which codes are unpacked to bytes first
-  int64_t expand_from;  // rows from which they are expanded to bf16; 0: never
-  int64_t rows;         // tokens of a pass over the codes
-  int64_t tiles;        // tiles of 16 rows side by side
-  int64_t chunk;        // KiB of activations that are to stay in cache (unpack)
-};
-
-struct Weight {
-  const uint8_t* codes;
-  const void* scale;
-  const void* minimum;  // null unless affine
-  bool half;            // scale and minimum are fp16, else fp32
-  int64_t n, tiles, blocks, groups, group;  // group 0: per channel
-  int64_t ldy, col;     // columns of y, and the first one that is this weight's
-};
-
-// Whether one token of int8 activations takes the masked path (single.h), where it exists: with a part of one bit it loses.
-inline bool single_wanted(int64_t bits, const Plan& plan) { return plan.tiles > 0 || (plan.rows == 0 && bits % 2 == 0); }
-
-constexpr int part_width(int bits, int part) {  // 3 = 2+1, 5 = 4+1, 6 = 4+2, 7 = 4+2+1
-  return bits == 8 ? (part == 0 ? 8 : 0)
-       : part == 0 ? (bits >= 4 ? 4 : bits >= 2 ? 2 : 1)
-       : part == 1 ? (bits == 3 || bits == 5 ? 1 : bits >= 6 ? 2 : 0)
-                   : (bits == 7 ? 1 : 0);
-}
-constexpr int part_above(int bits, int part) {  // bits in parts before this one: also its offset in units of 64 bytes
-  int a = 0; for (int p = 0; p < part; ++p) a += part_width(bits, p); return a;
-}
-
-// The 16 x 4 codes of step 0..7 of a block, parts merged.
-template <class V, int BITS, int STEP> inline typename V::W codes_at(const uint8_t* block) {
-  typename V::W w{};
-  auto part = [&]<int P>() {
-    constexpr int width = part_width(BITS, P);
-    if constexpr (width > 0) {
-      constexpr int fields = 8 / width, above = part_above(BITS, P), below = BITS - above - width;
-      const auto unit = V::load(block + 64 * (above + STEP / fields));
-      if constexpr (width == 8) w = unit;
-      else {
-        const auto f = V::template field<(STEP % fields) * width - below, (((1 << width) - 1) << below)>(unit);
-        w = P == 0 ? f : V::either(w, f);
-      }
-    }
-  };
-  part.template operator()<0>(); part.template operator()<1>(); part.template operator()<2>();
-  return w;
-}
-
-template <class V> inline typename V::F load_scale(const void* p, int64_t i, bool half) {
-  return half ? V::load_h(static_cast<const uint16_t*>(p) + i) : V::load_f(static_cast<const float*>(p) + i);
-}
-
-// Fold one segment of one token into its 16 sums.
-template <class V, int D> inline typename V::F fold(typename V::I a0, typename V::I a1, typename V::I a2, typename V::F sum, typename V::F scale, typename V::F minimum, bool affine, float step, float corr) {
-  typename V::F a;
-  if constexpr (D == 1) a = V::to_float(a0);
-  else if constexpr (D == 2) a = V::to_float(V::shift_add(a0, a1));
-  else a = V::fma1(V::to_float(V::shift_add(a0, a1)), 256.f, V::to_float(a2));
-  if (affine) {
-    if constexpr (D > 1) a = V::axpb(a, step, 0.f);
-    return V::fma1(minimum, corr, V::fma(scale, a, sum));
-  }
-  if constexpr (D == 1) return V::fma(scale, V::plus(a, corr), sum);  // no multiply-add: those units have the dot products to do
-  else return V::fma(scale, V::axpb(a, step, corr), sum);
-}
-
-template <class V> inline void finish(typename V::F sum, float factor, const float* bias, void* y, int64_t at, int64_t count, Type type) {
-  if (count < 16) {
-    float out[16];
-    V::store_f(out, sum);
-    for (int64_t r = 0; r < count; ++r) store_from_float(y, at + r, type, out[r] * factor + (bias ? bias[r] : 0.f));
-    return;
-  }
-  const auto f = V::fma1(sum, factor, bias ? V::load_f(bias) : V::zero_f());
-  if (type == Type::f32) V::store_f(static_cast<float*>(y) + at, f);
-  else if (type == Type::bf16) V::store_bf16(static_cast<uint16_t*>(y) + at, f);
-  else V::store_h(static_cast<uint16_t*>(y) + at, f);
-}
-
-// Where the scales of a segment are: groups of 16 give two segments per block.
-inline int64_t group_of(const Weight& w, const Activations& x, int64_t seg) {
-  return w.group == 0 ? 0 : seg * x.seg / w.group;
-}
-
-// Codes some KB ahead: hardware prefetchers stop at every page, and a tile is about one page long.
-constexpr int64_t kAhead = 1024;
-template <int BITS> inline void fetch_ahead(const uint8_t* block) {
-#pragma GCC unroll 8
-  for (int i = 0; i < BITS; ++i) __builtin_prefetch(block + kAhead + 64 * i);
-}
 
 // Steps FROM .. TO of a block of T tiles, whose codes lie `stride` bytes apart: a broadcast activation serves all of them.
 template <class V, int BITS, int D, int MR, int T, int FROM, int TO>
@@ -170,25 +73,9 @@ void gemv_tile(const Weight& w, const Activations& x, int64_t tile, int64_t m0, 
         dot_steps<V, BITS, D, MR, T, 0, 8>(block + b * 64 * BITS, stride, at, acc);
       }
     }
-#pragma GCC unroll 2
-    for (int t = 0; t < T; ++t) {
-      const int64_t g = ((tile + t) * w.groups + group_of(w, x, s)) * 16;
-      const auto scale = load_scale<V>(w.scale, g, w.half);
-      const auto low = w.minimum ? load_scale<V>(w.minimum, g, w.half) : V::zero_f();
-#pragma GCC unroll 8
-      for (int m = 0; m < MR; ++m) {
-        const size_t i = static_cast<size_t>((m0 + m) * x.segs + s);
-        sum[m][t] = fold<V, D>(acc[m][0][t], acc[m][D > 1 ? 1 : 0][t], acc[m][D - 1][t], sum[m][t], scale, low, w.minimum != nullptr, D > 1 ? x.step[i] : 1.f, x.corr[i]);
-      }
-    }
+    fold_segment<V, D, MR, T>(w, x, s, tile, T, m0, sum, [&](int m, int t) { return joined<V, D>(acc[m][0][t], acc[m][D > 1 ? 1 : 0][t], acc[m][D - 1][t]); });
   }
-#pragma GCC unroll 2
-  for (int t = 0; t < T; ++t) {
-    const int64_t first = (tile + t) * 16, count = std::min<int64_t>(16, w.n - first);
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m)
-      finish<V>(sum[m][t], out_scale ? 2.f * out_scale[m0 + m] : 2.f, bias ? bias + first : nullptr, y, (m0 + m) * w.ldy + w.col + first, count, type);
-  }
+  finish_tiles<V, MR, T>(w, tile, T, m0, sum, 2.f, out_scale, bias, y, type);
 }
 
 template <class V, int BITS, int STEP> inline void unpack_steps(const uint8_t* block, uint8_t* out) {
@@ -233,27 +120,9 @@ void gemm_block(const Weight& w, const Activations& x, const uint8_t* flat, int6
           for (int t = 0; t < T; ++t) acc[m][t][d] = V::template dp<WIDE>(acc[m][t][d], codes[t], p);
         }
     }
-#pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) {
-      if (t >= tiles) break;
-      const int64_t g = ((tile + t) * w.groups + group_of(w, x, s)) * 16;
-      const auto scale = load_scale<V>(w.scale, g, w.half);
-      const auto low = w.minimum ? load_scale<V>(w.minimum, g, w.half) : V::zero_f();
-#pragma GCC unroll 8
-      for (int m = 0; m < MR; ++m) {
-        const size_t i = static_cast<size_t>((m0 + m) * x.segs + s);
-        sum[m][t] = fold<V, D>(acc[m][t][0], acc[m][t][D > 1 ? 1 : 0], acc[m][t][D - 1], sum[m][t], scale, low, w.minimum != nullptr, D > 1 ? x.step[i] : 1.f, x.corr[i]);
-      }
-    }
+    fold_segment<V, D, MR, T>(w, x, s, tile, tiles, m0, sum, [&](int m, int t) { return joined<V, D>(acc[m][t][0], acc[m][t][D > 1 ? 1 : 0], acc[m][t][D - 1]); });
   }
-#pragma GCC unroll 4
-  for (int t = 0; t < T; ++t) {
-    if (t >= tiles) break;
-    const int64_t first = (tile + t) * 16, count = std::min<int64_t>(16, w.n - first);
-#pragma GCC unroll 8
-    for (int m = 0; m < MR; ++m)
-      finish<V>(sum[m][t], out_scale ? 2.f * out_scale[m0 + m] : 2.f, bias ? bias + first : nullptr, y, (m0 + m) * w.ldy + w.col + first, count, type);
-  }
+  finish_tiles<V, MR, T>(w, tile, tiles, m0, sum, 2.f, out_scale, bias, y, type);
 }
 
 // Whether unpacking to bytes beats unpacking in registers: instructions per 64 codes, an unpack being `extract` of them.
@@ -294,7 +163,7 @@ inline void gemv_rows(const Weight& w, const Activations& x, int64_t tile, int64
 }
 
 template <class V, int BITS, int D>
-void multiply_tiles(const Weight& w, const Activations& x, int64_t from, int64_t to, const float* out_scale, const float* bias, void* y, Type type, const Plan& plan) {
+void wide_tiles(const Weight& w, const Activations& x, int64_t from, int64_t to, const float* out_scale, const float* bias, void* y, Type type, const Plan& plan) {
 #if defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
   if constexpr (D == 1 && V::fast_single)
     if (x.m == 1 && single_wanted(BITS, plan)) { gemv_single<V, BITS>(w, x, from, to, out_scale, bias, y, type, plan); return; }
@@ -313,9 +182,7 @@ void multiply_tiles(const Weight& w, const Activations& x, int64_t from, int64_t
   const int64_t steps = w.blocks * 8, side = V::gemm_rows >= 6 && plan.tiles == 4 ? 4 : 2;
   std::vector<uint8_t> flat(static_cast<size_t>(side * steps * 64 + 64));
   uint8_t* aligned = flat.data() + (64 - reinterpret_cast<uintptr_t>(flat.data()) % 64) % 64;
-  // tokens in chunks whose digits stay in the second-level cache while all tiles pass by; unpacking again costs about as much as one token
-  const int64_t held = (plan.chunk ? plan.chunk << 10 : kChunkBytes) / (D * x.stride());
-  const int64_t chunk = std::max<int64_t>(48, held / 24 * 24);
+  const int64_t chunk = chunk_of(plan, D * x.stride());  // unpacking again costs about as much as one token
   for (int64_t m0 = 0; m0 < x.m; m0 += chunk)
     for (int64_t t = from; t < to; t += side) {
       const int tiles = static_cast<int>(std::min<int64_t>(side, to - t));
@@ -324,6 +191,13 @@ void multiply_tiles(const Weight& w, const Activations& x, int64_t from, int64_t
           unpack_steps<V, BITS, 0>(w.codes + ((t + i) * w.blocks + b) * 64 * BITS, aligned + (i * steps + b * 8) * 64);
       gemm_pass<V, BITS == 8, D>(plan, w, x, aligned, t, tiles, m0, std::min(x.m, m0 + chunk), out_scale, bias, y, type);
     }
+}
+
+// Tiles from .. to of w times prepared activations.
+template <class V, int BITS, int D>
+void multiply_tiles(const Weight& w, const Activations& x, int64_t from, int64_t to, const float* out_scale, const float* bias, void* y, Type type, const Plan& plan) {
+  if constexpr (takes_narrow<V>(BITS, D)) narrow_tiles<V, BITS, D>(w, x, from, to, out_scale, bias, y, type, plan);
+  else wide_tiles<V, BITS, D>(w, x, from, to, out_scale, bias, y, type, plan);
 }
 
 }  // namespace effllm

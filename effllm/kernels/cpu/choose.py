@@ -94,11 +94,18 @@ class CpuTuning:
             return "one token of int8 activations is what 'single' takes"
         if path == "single" and (self.isa != "avx512" or "avx512vbmi" not in cpu_flags()):
             return "the processor has no byte permutation across 64 bytes"
+        if path == "unpack" and self._narrow(problem):
+            return "without byte products that accumulate, codes are taken apart in registers for any number of tokens"
         if path == "expand" and (problem.act == "a8" or problem.dtype != torch.bfloat16):
             return "only bf16 activations are multiplied by expanded weights"
         if path == "expand" and (self.isa != "avx512" or "avx512_bf16" not in cpu_flags()):
             return "the processor has no bf16 products"
         return ""
+
+    def _narrow(self, problem: Problem) -> bool:
+        """Whether products are of words or short sums (narrow.h)."""
+        digits = values_of(problem)["digits"]
+        return self.isa == "avx2" and (digits == 2 or (digits == 1 and (problem.bits == 8 or problem.bits <= 5)))
 
     def _fields(self, problem: Problem, path: str) -> list[dict[str, int]]:
         """The further fields of a path, every combination that differs in what runs."""

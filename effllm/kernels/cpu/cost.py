@@ -7,7 +7,7 @@ with a sum in place of the maximum where codes are unpacked first.
 Instructions per 64 codes: extraction (mask, shift, merge of parts) `extract`, one dot product per token and digit; per 16 rows and
 segment a few to fold the sums with scale and offset.
 
-    registers  extracts again for every `rows` tokens
+    registers  extracts again for every `rows` tokens; on AVX2 most products are of words or short sums (narrow.h), and then it is the only path
     single     one token of int8: masks without shifting, sums of each field joined once a segment
     unpack     extracts once for as many tokens as `chunk` holds, writes bytes and reads them for every `rows` tokens, `tiles` side by side
     expand     extracts once for as many tokens as stay in cache, writes bf16, which tokens multiply without further steps
@@ -28,6 +28,8 @@ PATHS = ("registers", "single", "unpack", "expand")
 PAD = 64  # bytes between the digits of two tokens (activation.h)
 
 _DOT = {"avx512": 1.0, "avx2": 6.0, "portable": 24.0}  # instructions of one 16-row x 4-column product
+_WORDS = sympy.Or(sympy.Eq(DIGITS, 2), sympy.And(sympy.Eq(DIGITS, 1), sympy.Eq(BITS, 8)))  # narrow.h
+_SHORT = sympy.And(sympy.Eq(DIGITS, 1), BITS <= 5)
 _WIDTH = {"avx512": 1.0, "avx2": 2.0, "portable": 4.0}  # instructions per operation on 64 bytes
 
 
@@ -49,19 +51,25 @@ def _model(path: str, isa: str) -> Model:
     segment = sympy.Piecewise((least(GROUP, K), sympy.Eq(DIGITS, 1)), (least(GROUP, 32), True))
     fold = N / 16 * K / segment * width
     take = sympy.Piecewise((0.1 * M * K, sympy.Eq(DIGITS, 1)), (1.2 * M * K, True)) * width
+    products = M * DIGITS * dot  # instructions for 64 codes and all tokens
+    if path == "registers" and isa == "avx2":  # two or four products of a token, and as many sums
+        products = sympy.Piecewise((M * 8, _WORDS), (M * 4, _SHORT), (products, True))
     if path == "registers":
         # measured at 16 rows: each activation is broadcast again for every step, 1.6 (two digits: 2.2) instructions a product; from three
         # tokens of two digits on a broadcast serves two tiles
         paired = sympy.And(sympy.Eq(DIGITS, 2), M > 2)
         each = sympy.Piecewise((1, M <= 1), (1.4 if isa == "avx512" else 2.2, paired), (1 + 0.6 * DIGITS, True))
-        instructions = steps * (extract * sympy.ceiling(M / ROWS) + M * DIGITS * dot * each) + fold * (3 + 3 * M) + take
+        if isa == "avx2":  # half of a load for each broadcast; words are widened
+            each = sympy.Piecewise((1.125, sympy.Or(_WORDS, _SHORT)), (each, True))
+            extract += sympy.Piecewise((4, _WORDS), (0, True))
+        instructions = steps * (extract * sympy.ceiling(M / ROWS) + products * each) + fold * (3 + 3 * M) + take
     elif path == "unpack":
         held = most(48, 24 * sympy.floor(CHUNK * 1024 / (DIGITS * (K + PAD)) / 24))  # tokens
         rows = M / sympy.ceiling(M / ROWS)  # the last pass has what is left
         loads = (TILES + rows * DIGITS) / (TILES * rows * DIGITS)  # codes and activations, per product
         each = 0.85 + 0.45 * loads
         # unpacking waits for memory: 12 more than it issues, measured with weights that no cache holds
-        instructions = steps * ((extract + 12 * width) * sympy.ceiling(M / held) + each * M * DIGITS * dot) + fold * (2 + 3 * M) + take
+        instructions = steps * ((extract + 12 * width) * sympy.ceiling(M / held) + each * products) + fold * (2 + 3 * M) + take
     elif path == "single":
         # a part of one bit goes through tables, which costs more than it saves; tiles side by side run out of registers
         masks = 1.2 * PARTS + sympy.Piecewise((4, sympy.Eq(sympy.Mod(BITS, 2), 1)), (0, True))
@@ -79,8 +87,8 @@ def _model(path: str, isa: str) -> Model:
     reading = nbytes / rate + busy if path in ("unpack", "expand") else most(nbytes / rate, busy)
     seconds = reading + CALL + sympy.Piecewise((0, THREADS <= 1), (WAKE, True))
     # the products alone, 64 (expand: 32) multiply-adds an instruction
-    products = M * N * K / 32 if path == "expand" else M * N * K * DIGITS * dot / 64
-    bound = most(nbytes / BANDWIDTH, products / (ISSUE * THREADS))
+    alone = M * N * K / 32 if path == "expand" else steps * products
+    bound = most(nbytes / BANDWIDTH, alone / (ISSUE * THREADS))
     return Model(nbytes, flops, instructions, seconds, bound)
 
 

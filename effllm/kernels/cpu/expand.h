@@ -52,13 +52,7 @@ inline void expanded_block(const Weight& w, const uint16_t* x, int64_t ld, int64
 #pragma GCC unroll 4
       for (int t = 0; t < T; ++t) sum[m][t] = V::dot_pairs(sum[m][t], wide[t], x + m * ld + 2 * c);
   }
-#pragma GCC unroll 4
-  for (int t = 0; t < T; ++t) {
-    if (t >= tiles) break;
-    const int64_t first = (tile + t) * 16, count = std::min<int64_t>(16, w.n - first);
-#pragma GCC unroll 16
-    for (int m = 0; m < MR; ++m) finish<V>(sum[m][t], 1.f, bias ? bias + first : nullptr, y, (m0 + m) * w.ldy + w.col + first, count, type);
-  }
+  finish_tiles<V, MR, T>(w, tile, tiles, m0, sum, 1.f, nullptr, bias, y, type);
 }
 
 template <class V, int MR>

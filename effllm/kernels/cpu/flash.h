@@ -105,7 +105,7 @@ template <class E, Type T, class See> void attend(const Row* row, int64_t rows, 
     E::values(h, s, n, which, score, rows, acc, tile);
   }
   for (int64_t r = 0; r < rows; ++r) {
-    const float unit = sum[r] > 0 ? 1.f / sum[r] : (sum[r] == 0 ? 0.f : sum[r]);
+    const float unit = share_of(sum[r]);
     const float* a = acc + r * width;
     if constexpr (T == Type::bf16) {
       auto* to = static_cast<uint16_t*>(row[r].out);

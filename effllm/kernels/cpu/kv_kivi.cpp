@@ -66,31 +66,22 @@ template <class A, int BITS, int ROWS, int DIGITS>
   constexpr int64_t most = 32767 / (2 * MASK * 128) / F;  // lines between two gatherings
   for (int i = 0; i < ROWS * DIGITS; ++i) acc[i] = A::zero_i();  // in memory, so that the sums of the loop have the registers
   for (int64_t j = 0; j < lines;) {
-    typename A::H sums[ROWS][DIGITS][2];
-    for (auto& row : sums) for (auto& digit : row) digit[0] = digit[1] = A::zero_h();
-    auto step = [&](const typename A::H& a, const typename A::H& b, const int8_t* at) {
-      for (int r = 0; r < ROWS; ++r)
-        for (int d = 0; d < DIGITS; ++d) {
-          const auto four = A::spread(at + (r * DIGITS + d) * stride);
-          sums[r][d][0] = A::add16(sums[r][d][0], a, four);
-          sums[r][d][1] = A::add16(sums[r][d][1], b, four);
-        }
+    typename A::S sums[ROWS * DIGITS];
+    for (auto& sum : sums) sum = A::zero_s();
+    auto step = [&](const typename A::W& w, const int8_t* at) {
+      for (int i = 0; i < ROWS * DIGITS; ++i) sums[i] = A::dp_short(sums[i], w, at + i * stride);
     };
     for (const int64_t end = std::min(lines, j + most); j < end; ++j) {
-      const auto a = A::half(codes + j * 64), b = A::half(codes + j * 64 + 32);
+      const auto w = A::load(codes + j * 64);
       const int8_t* at = x + 4 * F * j;
-      step(A::template half_field<0, MASK>(a), A::template half_field<0, MASK>(b), at);
-      step(A::template half_field<BITS, MASK>(a), A::template half_field<BITS, MASK>(b), at + 4);
+      step(A::template field<0, MASK>(w), at);
+      step(A::template field<BITS, MASK>(w), at + 4);
       if constexpr (F > 2) {
-        step(A::template half_field<2 * BITS, MASK>(a), A::template half_field<2 * BITS, MASK>(b), at + 8);
-        step(A::template half_field<3 * BITS, MASK>(a), A::template half_field<3 * BITS, MASK>(b), at + 12);
+        step(A::template field<2 * BITS, MASK>(w), at + 8);
+        step(A::template field<3 * BITS, MASK>(w), at + 12);
       }
     }
-    for (int r = 0; r < ROWS; ++r)
-      for (int d = 0; d < DIGITS; ++d) {
-        auto& to = acc[r * DIGITS + d];
-        to = {A::gather(to.a, sums[r][d][0]), A::gather(to.b, sums[r][d][1])};
-      }
+    for (int i = 0; i < ROWS * DIGITS; ++i) acc[i] = A::add_short(acc[i], sums[i]);
   }
 }
 
@@ -99,7 +90,7 @@ template <class A, int BITS, int ROWS, int DIGITS, int BLOCKS>
 inline void dots(const uint8_t* codes, int64_t quads, const int8_t* x, int64_t stride, typename A::F (&out)[BLOCKS][ROWS]) {
   const int64_t lines = quads * BITS / 8;
   typename A::I acc[BLOCKS][ROWS][DIGITS];
-  if constexpr (BITS < 8 && requires { typename A::H; }) {
+  if constexpr (BITS < 8 && requires { typename A::S; }) {
     for (int b = 0; b < BLOCKS; ++b) {
       constexpr int AT_ONCE = DIGITS == 2 ? 2 : 1;
       const uint8_t* block = codes + b * lines * 64;

@@ -45,7 +45,7 @@ void fused(const Tensor& x, int64_t m, int64_t k, std::vector<Pair>& pairs, cons
   static thread_local Activations held;
   Activations& input = held;  // the calling thread's, also inside the tasks: a thread-local name there would be the worker's own
   const Weight& w0 = pairs[0].b;
-  input.shape(m, k, w0.blocks * 32, b.group == 16 ? 16 : 32, digits);
+  input.shape<V>(m, k, w0.blocks * 32, b.group == 16 ? 16 : 32, digits, b.bits);
   const float first_factor = b.factor(), second_factor = a.factor();
   torch::stable::parallel_for(0, m, 8, [&](int64_t from, int64_t to) {
     for (int64_t i = from; i < to; ++i) input.take_float(i, x.const_data_ptr(), type, first_factor);
@@ -53,7 +53,7 @@ void fused(const Tensor& x, int64_t m, int64_t k, std::vector<Pair>& pairs, cons
   int64_t first = 0, second = 0;
   double ns = 0;
   for (auto& p : pairs) {
-    p.mid.shape(m, p.rank, p.a.blocks * 32, a.group == 16 ? 16 : 32, digits);
+    p.mid.shape<V>(m, p.rank, p.a.blocks * 32, a.group == 16 ? 16 : 32, digits, a.bits);
     std::fill(p.mid.step.begin(), p.mid.step.end(), 0.f), std::fill(p.mid.corr.begin(), p.mid.corr.end(), 0.f);
     first += p.tasks1 = (p.b.tiles + 1) / 2;
     const int64_t tile_bytes = p.a.blocks * 64 * a.bits, share = (p.a.tiles + 7) / 8;

@@ -40,7 +40,7 @@ struct Codes {  // a factor of `count` blocks with `rows` rows each
   }
   void shape(Activations& a, int64_t m, int digits) const {
     const int64_t kp = block0.blocks * 32;
-    a.shape(m, columns, kp, block0.group == 16 ? 16 : 32, digits);
+    a.shape<V>(m, columns, kp, block0.group == 16 ? 16 : 32, digits, bits);
   }
 };
 

@@ -19,7 +19,7 @@ inline void check_columns(const Weight& w, int64_t k) {
 
 // Digits of m tokens: of int8 codes, or of floats, for weights like w.
 template <class V> void take_codes(Activations& a, const int8_t* x, int64_t m, int64_t k, const Weight& w, double zero, int64_t bits, const Plan& how);
-template <class V> void take_floats(Activations& a, const void* x, int64_t m, int64_t k, const Weight& w, double zero, Type type);
+template <class V> void take_floats(Activations& a, const void* x, int64_t m, int64_t k, const Weight& w, double zero, int64_t bits, Type type);
 
 // Tiles from .. to of w times prepared activations, to y[m * w.ldy + w.col + row]; out_scale are the scales of int8 activations, one a token.
 template <class V> void multiply_range(const Weight& w, int64_t bits, const Activations& x, int64_t from, int64_t to, const float* out_scale, const float* bias, void* y, Type type, const Plan& how);

@@ -9,6 +9,7 @@
 // Bytes     pie_apply: 2 * B * G * T * D * element size. rotated_attention: those of k and v, as without segments.
 // Numerics  fp32, one rounding to the output's dtype; cos 1 and sin 0 give the input back exactly. A query is rotated once per table row
 //           that its keys use, in fp32 and never rounded.
+#include "attend.h"
 #include "offer.h"
 #include "turns.h"
 
@@ -58,6 +59,22 @@ Tensor pie_apply(const Tensor k, std::optional<Tensor> source, const Tensor row,
 }
 
 // The queries of one key head, each rotated back once for every table row in use.
+// Softmax over the masked scores (rows, keys) of one key head, and the weighted sum of its values into out.
+template <Type T>
+void finish(float* scores, const View& v, int64_t b, int64_t hk, int64_t repeat, int64_t queries, int64_t keys, int64_t d, void* out, int64_t heads) {
+  constexpr int64_t size = T == Type::f32 ? 4 : 2;
+  const int64_t rows = repeat * queries;
+  std::vector<float> acc(static_cast<size_t>(rows * d)), line(static_cast<size_t>(d)), total(static_cast<size_t>(rows));
+  for (int64_t r = 0; r < rows; ++r) total[static_cast<size_t>(r)] = effllm::weigh(scores + r * keys, keys);
+  effllm::KeyHead h;
+  h.v = static_cast<const char*>(v.data) + v.at(b, hk, 0) * size, h.v_stride = v.s2 * size, h.d = d;
+  effllm::value_sums_plain<T>(scores, rows, keys, h, keys, acc.data(), line.data());
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t to = ((b * heads + hk * repeat + r / queries) * queries + r % queries) * d;
+    effllm::put_row<T, 0>(acc.data() + r * d, d, effllm::share_of(total[static_cast<size_t>(r)]), static_cast<char*>(out) + to * size);
+  }
+}
+
 template <Type T>
 void one_head(const View& q, const View& k, const View& v, const Mask& mask, const Rows& row, const Turns& turns, int64_t b, int64_t hk, int64_t repeat, int64_t queries, int64_t keys, int64_t d, float scale, void* out, int64_t heads) {
   const int64_t rows = repeat * queries;

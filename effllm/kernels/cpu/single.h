@@ -58,7 +58,7 @@ inline void single_tiles(const Weight& w, const Activations& x, const uint8_t* t
       const __m512i total = acc[t].total();
       const auto scale = load_scale<V>(w.scale, at, HALF);
       const auto low = AFFINE ? load_scale<V>(w.minimum, at, HALF) : V::zero_f();
-      sum[t] = fold<V, 1>(total, total, total, sum[t], scale, low, AFFINE, 1.f, corr);
+      sum[t] = fold<V, 1>(V::to_float(total), sum[t], scale, low, AFFINE, 1.f, corr);
     }
   }
   for (int t = 0; t < TILES; ++t) {

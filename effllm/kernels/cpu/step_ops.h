@@ -389,7 +389,7 @@ inline void prepare(const Operand* v, const int64_t* a, const float* constants, 
   }
   l.x_scales = reinterpret_cast<const float*>(scales.data);
   if (a8) take_codes<V>(l.activations, reinterpret_cast<const int8_t*>(x.data), x.rows(), x.inner(), w, zero, a[1], plan);
-  else take_floats<V>(l.activations, x.data, x.rows(), x.inner(), w, zero, x.type());
+  else take_floats<V>(l.activations, x.data, x.rows(), x.inner(), w, zero, a[1], x.type());
 }
 
 inline void packed(const Operand* v, const int64_t* a, const float* constants, bool a8, int64_t call, int64_t phase, int64_t task, int64_t of) {

@@ -17,6 +17,7 @@ inline uint8_t shift_byte(uint8_t u) { return SHIFT >= 0 ? u >> (SHIFT & 7) : st
 
 struct Portable {
   static constexpr const char* name = "portable";
+  static constexpr bool narrow = false;  // narrow.h
   static constexpr int gemm_rows = 2;
   static constexpr bool fast_single = false;
   static constexpr bool fast_bf16 = false;
@@ -64,6 +65,7 @@ struct Portable {
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 struct Avx2 {
   static constexpr const char* name = "avx2";
+  static constexpr bool narrow = true;  // narrow.h
   static constexpr int gemm_rows = 2;
   static constexpr bool fast_single = false;
   static constexpr bool fast_bf16 = false;
@@ -102,18 +104,27 @@ struct Avx2 {
     r = {dot(r.a, half.a, x), dot(r.b, half.b, x)};
     return {dot(r.a, half.a, x), dot(r.b, half.b, x)};
   }
-  // Half of a W, eight rows, whose products with small codes gather in 16 bits: `add16` takes half the multiplications of `dot`. Between two
-  // calls of `gather` as many additions may lie as 2 * the largest code * 128 fits 32767.
-  using H = __m256i;
-  static H half(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-  template <int SHIFT, int MASK> static H half_field(H u) { return _mm256_and_si256(shifted<SHIFT>(u), _mm256_set1_epi8(static_cast<char>(MASK))); }
-  static H zero_h() { return _mm256_setzero_si256(); }
-  static H spread(const int8_t* p) {
-    int32_t four; std::memcpy(&four, p, 4);
-    return _mm256_set1_epi32(four);
+  // Products without bytes that accumulate (narrow.h): of words, or of bytes into sums of 16 bits.
+  struct S { __m256i a, b; };  // 16 rows x 2 sums of 16 bits
+  static S zero_s() { return {_mm256_setzero_si256(), _mm256_setzero_si256()}; }
+  // The sums are made here: the compiler would keep products of several steps to add them later, and has no registers for them.
+  template <class T> static T now(T sum) { asm("" : "+x"(sum.a), "+x"(sum.b)); return sum; }
+  static W even(const W& w) { const __m256i m = _mm256_set1_epi16(255); return {_mm256_and_si256(w.a, m), _mm256_and_si256(w.b, m)}; }
+  static W odd(const W& w) { return {_mm256_srli_epi16(w.a, 8), _mm256_srli_epi16(w.b, 8)}; }
+  static I dp_words(const I& acc, const W& w, const int16_t* p) {
+    int32_t two; std::memcpy(&two, p, 4);
+    const __m256i x = _mm256_set1_epi32(two);
+    return now(I{_mm256_add_epi32(acc.a, _mm256_madd_epi16(w.a, x)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(w.b, x))});
   }
-  static H add16(H acc, H w, H x) { return _mm256_add_epi16(acc, _mm256_maddubs_epi16(w, x)); }
-  static H gather(H acc, H sums) { return _mm256_add_epi32(acc, _mm256_madd_epi16(sums, _mm256_set1_epi16(1))); }
+  static S dp_short(const S& acc, const W& w, const int8_t* p) {
+    int32_t four; std::memcpy(&four, p, 4);
+    const __m256i x = _mm256_set1_epi32(four);
+    return now(S{_mm256_add_epi16(acc.a, _mm256_maddubs_epi16(w.a, x)), _mm256_add_epi16(acc.b, _mm256_maddubs_epi16(w.b, x))});
+  }
+  static I add_short(const I& acc, const S& s) {
+    const __m256i one = _mm256_set1_epi16(1);
+    return {_mm256_add_epi32(acc.a, _mm256_madd_epi16(s.a, one)), _mm256_add_epi32(acc.b, _mm256_madd_epi16(s.b, one))};
+  }
   static I shift_add(const I& hi, const I& lo) {
     return {_mm256_add_epi32(_mm256_slli_epi32(hi.a, 8), lo.a), _mm256_add_epi32(_mm256_slli_epi32(hi.b, 8), lo.b)};
   }
@@ -159,11 +170,15 @@ struct Avx2 {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(low), _mm256_extracti128_si256(both, 1));
   }
   static void store_f(float* p, const F& f) { _mm256_storeu_ps(p, f.a); _mm256_storeu_ps(p + 8, f.b); }
+  static __m256i rounded(__m256 f) {  // to bf16, in the lower half of each lane
+    const __m256i u = _mm256_castps_si256(f), odd = _mm256_and_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(1));
+    const __m256i near = _mm256_srli_epi32(_mm256_add_epi32(u, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
+    const __m256i nan = _mm256_or_si256(_mm256_srli_epi32(u, 16), _mm256_set1_epi32(0x40));
+    return _mm256_blendv_epi8(near, nan, _mm256_castps_si256(_mm256_cmp_ps(f, f, _CMP_UNORD_Q)));
+  }
   static void store_bf16(uint16_t* p, const F& f) {
-    float v[16];
-    store_f(v, f);
-#pragma omp simd
-    for (int i = 0; i < 16; ++i) p[i] = float_to_bf16(v[i]);
+    const __m256i both = _mm256_packus_epi32(rounded(f.a), rounded(f.b));  // lane by lane
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(both, 0xD8));
   }
   static void store_h(uint16_t* p, const F& f) {
     auto q = reinterpret_cast<__m128i*>(p);
@@ -175,6 +190,7 @@ struct Avx2 {
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 struct Avx512 {
   static constexpr const char* name = "avx512";
+  static constexpr bool narrow = false;  // narrow.h
   static constexpr int gemm_rows = 6;
   static constexpr bool fast_single = true;
 #if defined(__AVX512BF16__)

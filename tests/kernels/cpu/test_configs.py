@@ -57,7 +57,7 @@ def test_every_configuration_is_right(isa: str, bits: int) -> None:
 def test_many_tokens_of_long_rows_take_several_chunks() -> None:
     """K and M so large that the activations of a chunk are fewer than the rows, for each size of chunk."""
     isa = ISAS[0].name
-    problem = Problem("bipolar_linear_a8", 40, 8192, 4, 128, True, "a8", 150, torch.float32)
+    problem = Problem("bipolar_linear_a8", 40, 8192, 6, 128, True, "a8", 150, torch.float32)
     configs = [c for c in CpuTuning(isa).configs(problem) if c["path"] == "unpack" and c["threads"] == 0]
     assert {c["chunk"] for c in configs} == {256, 512}
     found = provider(problem.op, isa)
