@@ -34,7 +34,8 @@ inline std::vector<float> floats_of(const std::optional<torch::stable::Tensor>& 
   const torch::stable::Tensor c = torch::stable::contiguous(*t);
   const Type type = type_of(c.scalar_type());
   f.resize(static_cast<size_t>(expected));
-  for (int64_t i = 0; i < expected; ++i) f[static_cast<size_t>(i)] = load_as_float(c.const_data_ptr(), i, type);
+  const void* from = c.const_data_ptr();  // a call through the ABI, not one an element
+  for (int64_t i = 0; i < expected; ++i) f[static_cast<size_t>(i)] = load_as_float(from, i, type);
   return f;
 }
 

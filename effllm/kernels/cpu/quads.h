@@ -3,8 +3,8 @@
 //
 // turn(a, b, c, d, t)   dword 4 q + i of t[r] holds byte 16 q + 4 r + i of a, b, c, d, in this order
 // high(raw, low)        the sum over high nibbles, times kHigh: from sums over whole bytes and low nibbles, or over high nibbles themselves
-// dot(c, x)             lane l: sum of c[4 l + i] x[4 l + i] of unsigned codes and 64 activations
-// dot(c, x0, x1)        256 dot(c, x0) + dot(c, x1)
+// dot<WIDE>(c, x)       lane l: sum of c[4 l + i] x[4 l + i] of unsigned codes and 64 activations; codes above 15 only where WIDE (or raw)
+// dot<WIDE>(c, x0, x1)  256 dot(c, x0) + dot(c, x1)
 // spread(c, per)        c[0 .. per) over the sixteen lanes, 16 / per lanes each; per is 1, 2 or 4
 #pragma once
 #include <cmath>
@@ -26,12 +26,12 @@ template <> struct Quads<Portable> {
         for (int s = 0; s < 4; ++s) t[r].v[4 * l + s] = from[s]->v[16 * (l / 4) + 4 * r + l % 4];
   }
   static Portable::I high(const Portable::I& sum, const Portable::I&) { return sum; }
-  static Portable::I dot(const W& c, const int8_t* x) {
+  template <bool> static Portable::I dot(const W& c, const int8_t* x) {
     Portable::I s;
     for (int l = 0; l < 16; ++l) s.v[l] = c.v[4 * l] * x[4 * l] + c.v[4 * l + 1] * x[4 * l + 1] + c.v[4 * l + 2] * x[4 * l + 2] + c.v[4 * l + 3] * x[4 * l + 3];
     return s;
   }
-  static Portable::I dot(const W& c, const int8_t* x0, const int8_t* x1) { return Portable::shift_add(dot(c, x0), dot(c, x1)); }
+  template <bool WIDE> static Portable::I dot(const W& c, const int8_t* x0, const int8_t* x1) { return Portable::shift_add(dot<WIDE>(c, x0), dot<WIDE>(c, x1)); }
   static Portable::F spread(const float* c, int64_t per) { Portable::F f; for (int l = 0; l < 16; ++l) f.v[l] = c[l * per / 16]; return f; }
 };
 
@@ -56,8 +56,18 @@ template <> struct Quads<Avx2> {
     const __m256i half = _mm256_madd_epi16(_mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(c, 1), _mm256_set1_epi8(0x40)), v), one);
     return _mm256_add_epi32(low, _mm256_add_epi32(half, half));
   }
-  static Avx2::I dot(const W& c, const int8_t* x) { return {dot_half(c.a, x), dot_half(c.b, x + 32)}; }
-  static Avx2::I dot(const W& c, const int8_t* x0, const int8_t* x1) { return Avx2::shift_add(dot(c, x0), dot(c, x1)); }
+  static __m256i pair_sums(__m256i c, const int8_t* x) { return _mm256_maddubs_epi16(c, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x))); }
+  static __m256i both(__m256i c, const int8_t* x0, const int8_t* x1) {  // of nibbles: the first digit's weight comes with the sum of its pairs
+    return _mm256_add_epi32(_mm256_madd_epi16(pair_sums(c, x0), _mm256_set1_epi16(256)), _mm256_madd_epi16(pair_sums(c, x1), _mm256_set1_epi16(1)));
+  }
+  template <bool WIDE> static Avx2::I dot(const W& c, const int8_t* x) {
+    if constexpr (WIDE) return {dot_half(c.a, x), dot_half(c.b, x + 32)};
+    else return {_mm256_madd_epi16(pair_sums(c.a, x), _mm256_set1_epi16(1)), _mm256_madd_epi16(pair_sums(c.b, x + 32), _mm256_set1_epi16(1))};
+  }
+  template <bool WIDE> static Avx2::I dot(const W& c, const int8_t* x0, const int8_t* x1) {
+    if constexpr (WIDE) return Avx2::shift_add(dot<true>(c, x0), dot<true>(c, x1));
+    else return {both(c.a, x0, x1), both(c.b, x0 + 32, x1 + 32)};
+  }
   static Avx2::F spread(const float* c, int64_t per) {
     if (per == 1) return {_mm256_set1_ps(c[0]), _mm256_set1_ps(c[0])};
     if (per == 2) return {_mm256_set1_ps(c[0]), _mm256_set1_ps(c[1])};
@@ -76,8 +86,8 @@ template <> struct Quads<Avx512> {
     t[0] = _mm512_unpacklo_epi16(ab, cd), t[1] = _mm512_unpackhi_epi16(ab, cd), t[2] = _mm512_unpacklo_epi16(AB, CD), t[3] = _mm512_unpackhi_epi16(AB, CD);
   }
   static __m512i high(__m512i sum, __m512i low) { return _mm512_sub_epi32(sum, low); }
-  static __m512i dot(W c, const int8_t* x) { return _mm512_dpbusd_epi32(_mm512_setzero_si512(), c, _mm512_loadu_si512(x)); }
-  static __m512i dot(W c, const int8_t* x0, const int8_t* x1) { return _mm512_dpbusd_epi32(_mm512_slli_epi32(dot(c, x0), 8), c, _mm512_loadu_si512(x1)); }
+  template <bool> static __m512i dot(W c, const int8_t* x) { return _mm512_dpbusd_epi32(_mm512_setzero_si512(), c, _mm512_loadu_si512(x)); }
+  template <bool WIDE> static __m512i dot(W c, const int8_t* x0, const int8_t* x1) { return _mm512_dpbusd_epi32(_mm512_slli_epi32(dot<WIDE>(c, x0), 8), c, _mm512_loadu_si512(x1)); }
   static __m512 spread(const float* c, int64_t per) {
     if (per == 1) return _mm512_set1_ps(c[0]);
     const __m512i lane = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
@@ -116,6 +126,44 @@ inline bool digits_of_segment(const float* x, int64_t count, int digits, int8_t*
 // The same with the instructions of a class: a segment's few dozen values are otherwise a chain of dependent additions and maxima. Up to 15
 // bytes past the count become zero.
 template <class V> inline bool digits_by(const float* x, int64_t count, int digits, int8_t* const* q, float& step, float& sum) { return digits_of_segment(x, count, digits, q, step, sum); }
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+template <> inline bool digits_by<Avx2>(const float* x, int64_t count, int digits, int8_t* const* q, float& step, float& sum) {
+  __m256 most = _mm256_setzero_ps(), total = most;
+  const __m256 sign = _mm256_set1_ps(-0.f);
+  alignas(32) static constexpr int32_t ones[16] = {-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0};
+  auto at = [&](int64_t c) {
+    return count - c >= 8 ? _mm256_loadu_ps(x + c) : _mm256_maskload_ps(x + c, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(ones + 8 - (count - c))));
+  };
+  for (int64_t c = 0; c < count; c += 8) {
+    const __m256 f = at(c);
+    most = _mm256_max_ps(_mm256_andnot_ps(sign, f), most);  // of a NaN the other operand; the sum is NaN then
+    total = _mm256_add_ps(total, f);
+  }
+  float all[8], sums[8], big = 0;
+  _mm256_storeu_ps(all, most), _mm256_storeu_ps(sums, total);
+  for (int i = 0; i < 8; ++i) big = all[i] > big ? all[i] : big;
+  sum = ((sums[0] + sums[4]) + (sums[1] + sums[5])) + ((sums[2] + sums[6]) + (sums[3] + sums[7]));
+  step = big / (digits == 2 ? 127.f * 256.f : 127.f * 65536.f);
+  if (!(std::fabs(sum) <= 3.4e38f) || !(big <= 3.4e38f)) return false;
+  const float inverse = step > 1e-37f ? 1.f / step : 0.f;
+  if (inverse == 0.f) step = 0.f;
+  for (int64_t c = 0; c < count; c += 8) {
+    __m256i rest = _mm256_cvtps_epi32(_mm256_mul_ps(at(c), _mm256_set1_ps(inverse)));
+    auto store = [&](__m256i v, int8_t* to) {  // eight small integers as bytes
+      const __m128i w = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(w, w));
+    };
+    for (int d = digits - 1; d > 0; --d) {
+      const __m256i up = _mm256_srai_epi32(_mm256_add_epi32(rest, _mm256_set1_epi32(128)), 8);
+      store(_mm256_sub_epi32(rest, _mm256_slli_epi32(up, 8)), q[d] + c);
+      rest = up;
+    }
+    store(rest, q[0] + c);
+  }
+  return true;
+}
+#endif
 
 #if defined(__AVX512VNNI__) && defined(__AVX512BW__) && defined(__AVX512VL__)
 template <> inline bool digits_by<Avx512>(const float* x, int64_t count, int digits, int8_t* const* q, float& step, float& sum) {

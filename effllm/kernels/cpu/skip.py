@@ -28,6 +28,7 @@ OPERATIONS: dict[str, tuple[str, str, tuple[int, ...]]] = {
     "sparse_bipolar_linear": ("skip_input_codes", "input_major", (2048, 512, 4096)),
     "sparse_up_bipolar_linear": ("skip_output_codes", "row_major", (128, 32)),
 }
+WHOLE = {("sparse_bipolar_linear", "avx2"): 4096}  # where threads share channels and not outputs: a channel's codes are read in one go
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _VALUES = {"float32", "bfloat16", "float16"}
 
@@ -96,7 +97,7 @@ class SkipTuning:
 
     def first(self, problem: Problem) -> Config:
         """Threads by the kernel, the default block."""
-        return {"threads": 0, "block": OPERATIONS[problem.op][2][0]}
+        return {"threads": 0, "block": WHOLE.get((problem.op, self.isa), OPERATIONS[problem.op][2][0])}
 
 
 def _provider(op: str, isa: Isa, rank: int, ensure: Callable[[Isa], None]) -> Provider:
