@@ -88,9 +88,10 @@ def recover(
     fp32 masters either way. checkpoint: a directory for the state, written every `every` steps and at the end; resume=True goes on
     from it bit for bit (a closed-form fit is made again first). The same arguments give the same result on one machine with the same number of threads.
 
-    Raises RecoveryError (E-REC-NOTHING, E-REC-TEACHER, E-REC-NAN, E-REC-RESUME, E-REC-OUTPUT), CalibrationError (E-CAL-SHORT,
+    Raises RecoveryError (E-REC-NOTHING, E-REC-TEACHER, E-REC-NAN, E-REC-RESUME, E-REC-OUTPUT, E-REC-REFIT), CalibrationError (E-CAL-SHORT,
     E-CAL-FORM), CheckpointError and OptionError. After E-REC-NAN the model has values whose loss and gradients were finite, at most
-    20 steps old; after any other error those of the last step. Adapters are merged in both cases.
+    20 steps old; after any other error those of the last step. Adapters are merged in both cases, and a closed-form fit
+    stays as far as it came.
     """
     _check(steps, batch, accumulate, _LR if lr is None else lr, warmup, perturbation, precision, every)
     if resume and checkpoint is None:
