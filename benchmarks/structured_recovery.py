@@ -1,11 +1,12 @@
 """Perplexity of the demo model under structured recipes, before and after recovery steps, through effllm.compress and effllm.recover.
 
     python benchmarks/structured_recovery.py [--rows whitened,monarch,...] [--ratios 0.9,0.8] [--steps 300] [--batch 3] [--calibration 16] [--windows 16]
-                                             [--length 256] [--texts WHEEL] [--targets DIR] [--table]
+                                             [--refit 0] [--length 256] [--texts WHEEL] [--targets DIR] [--table]
 
 Calibration (windows of 512 tokens) and recovery (`batch` windows of `length` tokens a step, each read once) use even articles, evaluation odd
 ones; heads and embeddings stay dense. The teacher's answers are computed once for all rows and kept in DIR where one is given. Rows are
-written to benchmarks/results/structured-recovery.json as they come, first without recovery; --steps 0 leaves it there. Rows that are there
+written to benchmarks/results/structured-recovery.json as they come, first without recovery; --steps 0 leaves it there. --refit N fits low-rank
+factors in closed form on N windows, evenly spaced over the calibration text, before the steps, and scores that alone too. Rows that are there
 already are not measured again. --table prints what is there and measures nothing.
 """
 
@@ -28,6 +29,8 @@ from effllm.errors import CheckpointError
 from effllm.hf import texts
 from effllm.hf.demo import load_demo
 from effllm.hf.evaluate import perplexity
+from effllm.recovery.pivoted import plain_forms
+from effllm.recovery.refit import refit
 from effllm.recovery.targets import Targets, cache_targets, load_targets
 
 RESULTS = Path(__file__).parent / "results" / "structured-recovery.json"
@@ -79,6 +82,8 @@ class Run:
         self.calibration = spread[:: len(spread) // args.calibration][: args.calibration]
         self.training = texts.windows(tokenizer, everything.text, args.length, max(1, args.steps * args.batch))
         self.windows = texts.windows(tokenizer, evaluation.text, 512, args.windows)
+        whole = texts.windows(tokenizer, everything.text, args.length)
+        self.fitting = whole[:: max(1, len(whole) // max(1, args.refit))][: args.refit]
         self.base = perplexity(self.dense, self.windows)
         self.text = evaluation.name
         self._targets: Targets | None = None
@@ -109,6 +114,9 @@ class Run:
         found["calibration_tokens"] = self.calibration.numel()
         keep(found)
         print(f"{recipe}: {before:.2f} ({before / self.base:.4g}x), {found['stored']:.4f} stored, {packed:.0f} s", flush=True)
+        if args.refit:
+            found |= self._refit(model, recipe, before)
+            keep(found)
         if not args.steps:
             return
         done = effllm.recover(model, self.targets(), self.training, args.steps, batch=args.batch, lr=args.lr, progress=self._progress(start + packed))
@@ -118,6 +126,16 @@ class Run:
         found["recover_s"] = done.seconds
         keep(found)
         print(f"{recipe}: after {args.steps} steps {after:.2f} ({after / self.base:.4g}x), {left:.2f} of the log gap left, {done.seconds:.0f} s", flush=True)
+
+    def _refit(self, model: torch.nn.Module, recipe: str, before: float) -> Row:
+        start = time.process_time()
+        with plain_forms(model):
+            refit(model, self.dense, list(self.fitting.split(1)), progress=self._progress(time.perf_counter()))
+        seconds, after = time.process_time() - start, perplexity(model, self.windows)
+        left = math.log(after / self.base) / math.log(before / self.base)
+        tokens = self.fitting.numel()
+        print(f"{recipe}: closed form on {tokens} tokens {after:.2f} ({after / self.base:.4g}x), {left:.2f} left, {seconds:.0f} s of CPU", flush=True)
+        return {"refit_tokens": tokens, "refitted": after / self.base, "refit_gap_left": left, "refit_cpu_s": seconds}
 
     @staticmethod
     def _progress(start: float) -> Callable[[int, int, str], None]:
@@ -160,6 +178,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--lr", type=float, help="default: that of recover")
     parser.add_argument("--batch", type=int, default=3, help="windows of a step")
+    parser.add_argument("--refit", type=int, default=0, help="windows of the closed-form fit")
     parser.add_argument("--length", type=int, default=256, help="tokens of a recovery window")
     parser.add_argument("--calibration", type=int, default=16)
     parser.add_argument("--windows", type=int, default=16)
@@ -174,7 +193,8 @@ def main() -> None:
     for row in (name.strip() for name in args.rows.split(";")):
         for share in (float(s) for s in args.ratios.split(",")):
             known = next((r for r in stored() if (r["row"], r["share"]) == (row, share)), None)
-            if known is not None and known.get("tokens", 0) >= args.steps * args.batch * args.length:
+            wanted = {"tokens": args.steps * args.batch * args.length, "refit_tokens": args.refit * args.length}
+            if known is not None and all(known.get(key, 0) >= count for key, count in wanted.items()):
                 continue
             run = run or Run(args)
             run.measure(row, share)

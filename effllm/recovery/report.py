@@ -11,7 +11,8 @@ from typing import Any
 class RecoveryReport:
     """`history`: per step total, kl, lm, features (unweighted, before the step), the gradient's norm in units of the parameters'
     sizes, and the learning rate. `seconds` and `tokens` are of this call; a resumed run counts from where it went on. `ranks`:
-    ranks left of each low-rank weight where they were pruned."""
+    ranks left of each low-rank weight where they were pruned. `refit`: by low-rank weight, the share of its output's residual (squared)
+    that the closed-form fit explained."""
 
     what: str
     trained: int
@@ -25,6 +26,7 @@ class RecoveryReport:
     tokens: int = 0
     resumed_from: int = 0
     ranks: dict[str, int] = field(default_factory=dict)
+    refit: dict[str, float] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -56,6 +58,8 @@ class RecoveryReport:
             before, after = self.mean(loss, -few), self.mean(loss, few)
             if before == before:
                 lines.append(f"{loss}: {before:.4f} (first {few} steps) -> {after:.4f} (last {few})")
+        if self.refit:
+            lines.append(f"closed form: {len(self.refit)} weights, {sum(self.refit.values()) / len(self.refit):.1%} of a residual explained on average")
         if self.ranks:
             lines.append("ranks left: " + ", ".join(f"{n} {r}" for n, r in self.ranks.items()))
         return "\n".join(lines + self.notes)

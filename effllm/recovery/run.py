@@ -22,8 +22,9 @@ from effllm.recovery.loss import Weights
 from effllm.recovery.optimizer import Masters
 from effllm.recovery.ordered import Ordered
 from effllm.recovery.pivoted import plain_forms, quantized
+from effllm.recovery.refit import refit as closed_form
 from effllm.recovery.report import RecoveryReport
-from effllm.recovery.select import Selection, frozen_except, selected
+from effllm.recovery.select import Selection, frozen_except, pairs, selected
 from effllm.recovery.targets import Targets, asker
 from effllm.recovery.trainer import Regularisers, Trainer
 from effllm.recovery.truncation import Truncation
@@ -56,6 +57,7 @@ def recover(
     truncation: Truncation | None = None,
     ordered: Ordered | None = None,
     perturbation: float = 0.0,
+    refit: int = 0,
     precision: str = "auto",
     seed: int = 0,
     checkpoint: str | Path | None = None,
@@ -79,14 +81,17 @@ def recover(
     The report notes when the loss rose. loss: weights kl, lm, features and temperature, see `Weights`; features: number of blocks whose outputs are matched,
     evenly spaced, None for all. truncation (TRP), ordered (Maestro's ordered dropout) and perturbation (noise on the trained
     tensors, relative to their size, as PELA's regularisation) are options of the low-rank trainer.
+    refit: number of items of the data, evenly spaced, on which the left factors of low-rank weights are fitted to the teacher in closed
+    form before the first step, see `effllm.recovery.refit`; 0 for none. It asks the teacher itself, not answers of `cache_targets`.
 
     precision: "fp32", "bf16" (autocast) or "auto": bf16 where the processor multiplies it in hardware. A model in bf16 is trained in bf16 with
     fp32 masters either way. checkpoint: a directory for the state, written every `every` steps and at the end; resume=True goes on
-    from it bit for bit. The same arguments give the same result on one machine with the same number of threads.
+    from it bit for bit (a closed-form fit is made again first). The same arguments give the same result on one machine with the same number of threads.
 
-    Raises RecoveryError (E-REC-NOTHING, E-REC-TEACHER, E-REC-NAN, E-REC-RESUME, E-REC-OUTPUT), CalibrationError (E-CAL-SHORT,
+    Raises RecoveryError (E-REC-NOTHING, E-REC-TEACHER, E-REC-NAN, E-REC-RESUME, E-REC-OUTPUT, E-REC-REFIT), CalibrationError (E-CAL-SHORT,
     E-CAL-FORM), CheckpointError and OptionError. After E-REC-NAN the model has values whose loss and gradients were finite, at most
-    20 steps old; after any other error those of the last step. Adapters are merged in both cases.
+    20 steps old; after any other error those of the last step. Adapters are merged in both cases, and a closed-form fit
+    stays as far as it came.
     """
     _check(steps, batch, accumulate, _LR if lr is None else lr, warmup, perturbation, precision, every)
     if resume and checkpoint is None:
@@ -95,6 +100,7 @@ def recover(
     weights = loss if isinstance(loss, Weights) else _weights(loss)
     items = read(data, batch, accumulate)
     first = items.join(items.micro(0, seed))
+    fitted = _refit(model, teacher, items, refit, progress)
     pruned = truncation is not None or ordered is not None
     with plain_forms(model) if pruned else nullcontext():
         with _evaluating(model), _graph(model) as freeze:
@@ -113,9 +119,12 @@ def recover(
                 options: dict[str, Any] = {"what": what, "steps": steps, "accumulate": accumulate, "lr": lr, "warmup": warmup, "betas": betas}
                 options |= {"decay": decay, "clip": clip, "loss": weights, "adapter": adapter}
                 options |= {"truncation": truncation, "ordered": ordered, "perturbation": perturbation}
+                if refit:  # absent otherwise: states of older releases have no such setting
+                    options |= {"refit": refit}
                 settings = _settings(items, body, **options, precision=kind, seed=seed)
                 trainer = Trainer(body, ask, items, masters, weights, regularisers, kind, seed, accumulate)
                 report = RecoveryReport(selection.what, selection.count, selection.share, str(selection), steps, kind, body.head_name, body.features)
+                report.refit = fitted
                 folder = None if checkpoint is None else Path(checkpoint)
                 if resume and folder is not None and folder.exists():
                     report.resumed_from, report.history = state.load(folder, masters, regularisers.generator, settings)
@@ -132,13 +141,28 @@ def recover(
                     adapters.remove(model, merge=True)
         # only now: parameters that are cut get what requires_grad the old ones had at first
         report.ranks = regularisers.finish(masters)
-    held = quantized(model) if pruned else []
+    held = quantized(model) if pruned or refit else []
     if held:
-        report.notes.append(f"{len(held)} low-rank weights hold integer codes, which have no gradient: not trained and not pruned ({held[0]}, ...)")
+        none = f"not trained and not {'pruned' if pruned else 'fitted'}"
+        report.notes.append(f"{len(held)} low-rank weights hold integer codes, which have no gradient: {none} ({held[0]}, ...)")
     report.seconds = time.perf_counter() - start
     if report.rose:
         report.notes.append(f"the loss rose while it was trained: use a smaller lr than {lr:g}, or more tokens a step (batch, accumulate)")
     return report
+
+
+def _refit(model: nn.Module, teacher: nn.Module | Targets, items: Data, count: int, progress: Progress | None) -> dict[str, float]:
+    """The closed-form fit on `count` items, evenly spaced."""
+    if not count:
+        return {}
+    if not 0 < count <= len(items.items):
+        raise OptionError("E-OPT-RECOVER", f"refit={count} of {len(items.items)} items", "give 0, or a number of items that the data has")
+    if isinstance(teacher, Targets):
+        raise OptionError("E-OPT-RECOVER", "refit with a teacher's cached answers, which leave out its linears", "give the dense model itself, or refit=0")
+    with plain_forms(model), _evaluating(model), _evaluating(teacher):
+        if not pairs(model):
+            raise RecoveryError("E-REC-PAIR", "refit works on floating-point low-rank weights, and the model has none", "leave it out: refit=0")
+        return closed_form(model, teacher, [items.items[i * len(items.items) // count] for i in range(count)], progress=progress)
 
 
 def _check(steps: int, batch: int, accumulate: int, lr: float, warmup: float, perturbation: float, precision: str, every: int) -> None:
