@@ -1,4 +1,4 @@
-"""Products of many tokens: multiply-adds a second of the packed kernels alone, and of torch's bf16 product on the same shape, interleaved.
+"""Products of many tokens: multiply-adds a second of the packed kernels alone, and of torch's products on the same shape, interleaved.
 
     python -m benchmarks.many_tokens [--threads 2] [--tokens 512] [--rounds 15]
 
@@ -66,10 +66,12 @@ def main() -> None:
             calls.append(call)
         dense = torch.randn(n, k).to(BF16)
         calls.append(lambda x=x, dense=dense: torch.nn.functional.linear(x, dense))  # type: ignore[misc]
+        wide, plain = x.float(), dense.float()
+        calls.append(lambda x=wide, dense=plain: torch.nn.functional.linear(x, dense))  # type: ignore[misc]
         with torch.inference_mode():
             times = interleaved(calls, args.rounds)
         work = n * k * args.tokens / 1e9
-        rows.append({"shape": f"{n}x{k}"} | {f"{name}_gmac_s": work / t for name, t in zip((*WEIGHTS, "torch_bf16"), times, strict=True)})
+        rows.append({"shape": f"{n}x{k}"} | {f"{name}_gmac_s": work / t for name, t in zip((*WEIGHTS, "torch_bf16", "torch_fp32"), times, strict=True)})
     save(f"many-tokens-{args.threads}t", rows, tokens=args.tokens, kernel=kernel)
 
 
