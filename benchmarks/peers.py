@@ -1,13 +1,14 @@
 """Decoding and prompts of whole models beside other engines: the same demo model, the same threads, turn by turn.
 
     python benchmarks/peers.py --gguf FOLDER [--recipes w4,w4a8,w8,w8a8] [--files smol-Q4_0-pure,smol-Q4_0,smol-Q8_0] [--openvino smol-Q8_0]
-        [--torchao int8,int4] [--torch inductor-bf16-freezing] [--rounds 5] [--threads 2] [--batch 4] [--out peers]
+        [--onnx int4] [--torchao int8,int4] [--torch inductor-bf16-freezing] [--rounds 5] [--threads 2] [--batch 4] [--out peers]
 
 Every engine has a process of its own, so that no pool of threads is in another's way; the one that is asked works, the others wait.
-FOLDER holds GGUF files of the demo model; what is missing among --files is quantized there from the shipped one (llama_cpp's own quantizer).
+FOLDER holds GGUF files of the demo model; what is missing among --files is quantized there from the shipped one (llama_cpp's own quantizer). What ONNX
+Runtime GenAI reads (--onnx: int4, int8 or fp32, the head as well) is made there, too, by its own model builder, which needs onnx, onnx-ir and onnxscript.
 Decode: 64 tokens behind a prompt of 32. Prefill: 512 tokens, last logits only (--prefill 0 leaves it out). Batch: tokens of all sequences a
-second, by `effllm.generate(.., compile=True)`, over those of one. Engines that are not installed (llama_cpp, openvino_genai, torchao) are left
-out, and the output says so. Results go to benchmarks/results/OUT.json.
+second, by `effllm.generate(.., compile=True)`, over those of one. Engines that are not installed (llama_cpp, openvino_genai, onnxruntime_genai,
+torchao) are left out, and the output says so. Results go to benchmarks/results/OUT.json.
 """
 
 from __future__ import annotations
@@ -113,6 +114,47 @@ def openvino(path: Path, threads: int) -> tuple[Timed, Timed]:
     return lambda: run(1000, PROMPT, TOKENS).get_tpot().mean * TOKENS / 1e3, lambda: run(1000, 512, 1).get_ttft().mean / 1e3
 
 
+def exported(folder: Path, kind: str) -> Path:
+    """A folder for ONNX Runtime GenAI, built from the demo model where it is missing."""
+    path = folder / f"smol-onnx-{kind}"
+    if not (path / "genai_config.json").exists():
+        with tempfile.TemporaryDirectory() as source:
+            for part in load_demo(torch.float32):
+                part.save_pretrained(source)
+            builder = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", kind, "-e", "cpu", "-c", f"{source}/cache"]
+            subprocess.run([*builder, "-m", source, "-i", source, "-o", str(path)], stdout=subprocess.DEVNULL, check=True)
+    return path
+
+
+def onnx(path: Path, threads: int) -> tuple[Timed, Timed]:
+    """The same of ONNX Runtime GenAI; threads by its configuration."""
+    import onnxruntime_genai as lib
+
+    config = lib.Config(str(path))
+    config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": threads, "inter_op_num_threads": 1}}}}))
+    model = lib.Model(config)
+
+    def start(count: int, new: int) -> tuple[Any, float]:
+        settings = lib.GeneratorParams(model)
+        settings.set_search_options(do_sample=False, max_length=count + new + 1, min_length=count + new)
+        made = lib.Generator(model, settings)
+        ids = np.arange(1000, 1000 + count, dtype=np.int32)[None]
+        began = time.perf_counter()
+        made.append_tokens(ids)
+        made.generate_next_token()
+        return made, time.perf_counter() - began
+
+    def decode() -> float:
+        made, _ = start(PROMPT, TOKENS + 1)
+        began = time.perf_counter()
+        for _ in range(TOKENS):
+            made.generate_next_token()
+        return time.perf_counter() - began
+
+    start(512, 1)
+    return decode, lambda: start(512, 1)[1]
+
+
 def torchao(kind: str, dense: Any) -> variants.Variant:
     """Weights by torchao (int8, int8-dynamic, int4 in groups of 64) under Inductor with freezing and max-autotune; the head stays bf16."""
     import torchao.quantization as ao
@@ -174,6 +216,11 @@ def made(spec: str, args: argparse.Namespace) -> tuple[dict[str, tuple[Timed, in
         decode, prefill = (llama if kind == "llama.cpp" else openvino)(path, args.threads)
         decode()
         return {"decode": (decode, TOKENS), "prefill": (prefill, 512)}, path.stat().st_size
+    if kind == "ONNX":
+        folder = exported(args.gguf, name)
+        decode, prefill = onnx(folder, args.threads)
+        decode()
+        return {"decode": (decode, TOKENS), "prefill": (prefill, 512)}, sum(p.stat().st_size for p in folder.glob("model.onnx*"))
     dense, _ = load_demo()
     shape = variants.Shape(PROMPT, TOKENS)
     if kind == "effllm":
@@ -233,6 +280,7 @@ def main() -> None:
     parser.add_argument("--recipes", default="w4,w4a8,w8")
     parser.add_argument("--files", default="smol-Q4_0-pure,smol-Q4_0,smol-Q4_1,smol-Q8_0")
     parser.add_argument("--openvino", default="")
+    parser.add_argument("--onnx", default="")
     parser.add_argument("--torchao", default="")
     parser.add_argument("--torch", default="")
     parser.add_argument("--out", default="peers")
@@ -247,7 +295,7 @@ def main() -> None:
         return
     asked = {"effllm": args.recipes, "torch": args.torch, "torchao": args.torchao}
     if args.gguf:
-        asked |= {"llama.cpp": args.files, "OpenVINO": args.openvino}
+        asked |= {"llama.cpp": args.files, "OpenVINO": args.openvino, "ONNX": args.onnx}
     engines = [e for e in (Engine(f"{kind} {name}") for kind, names in asked.items() for name in re.split(r",(?![^(]*[)])", names) if name) if e.calls]
     rates: dict[str, dict[str, list[float]]] = {e.name: {} for e in engines}
     for _ in range(args.rounds):

@@ -42,6 +42,12 @@ def distance(a: Tensor, b: Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+def one_layer(model: Any) -> None:
+    """Leave the first layer only: Dynamo takes half the time, and the second would be the same to it."""
+    del model.model.layers[1:]
+    model.config.num_hidden_layers = 1
+
+
 def multiplied_out(model: Any) -> Any:
     """The same model with dense linears that hold the stored values."""
     plain = copy.deepcopy(model)
@@ -67,8 +73,9 @@ def test_packed_model_is_its_stored_values_saved_and_compiled(recipe: str, subje
     effllm.save(model, tmp_path / "m")
     assert torch.equal(logits(effllm.load(tmp_path / "m"), ids), y)
     torch._dynamo.reset()
+    one_layer(model)
     compiled = torch.compile(model, backend="effllm", options={"inner": "eager", "recipe": "dense"})
-    assert distance(logits(compiled, ids), y) < 1e-5
+    assert distance(logits(compiled, ids), logits(model, ids)) < 1e-5
 
 
 @pytest.mark.parametrize("recipe", ["svd(ratio=0.8)", "svd(ratio=0.8, pivoted=false)"])

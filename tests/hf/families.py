@@ -50,3 +50,12 @@ def tiny(family: str, dtype: torch.dtype = torch.float32) -> Any:
     """A family's model: two layers, hidden 64 or 72, the same weights every time."""
     torch.manual_seed(0)
     return FAMILIES[family]().to(dtype).eval()
+
+
+def shallow(family: str, dtype: torch.dtype = torch.float32) -> Any:
+    """The same with its first layer only: Dynamo takes half the time, for tests in which a second layer would only be compiled to the same."""
+    model = tiny(family, dtype)
+    inner = model.base_model
+    del (inner.h if hasattr(inner, "h") else inner.layers)[1:]
+    model.config.num_hidden_layers = 1
+    return model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import weakref
@@ -215,7 +216,7 @@ print(json.dumps({"grown": rss() - before, "packed": sum(w.nbytes for w in packe
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("how", "sizes", "few", "many"),
-    [("data-free", {"hidden_size": 1024, "intermediate_size": 2048}, 1, 4), ("calibrated", {"hidden_size": 512, "intermediate_size": 768}, 4, 10)],
+    [("data-free", {"hidden_size": 512, "intermediate_size": 1024}, 1, 4), ("calibrated", {"hidden_size": 256, "intermediate_size": 384}, 2, 8)],
 )
 def test_peak_memory_of_the_process(tmp_path: Path, how: str, sizes: dict[str, int], few: int, many: int) -> None:
     """Behind a model of the same sizes with few layers, which brings what is loaded once and the solver's temporaries, one with many layers adds its packed
@@ -230,11 +231,13 @@ def test_peak_memory_of_the_process(tmp_path: Path, how: str, sizes: dict[str, i
         model.save_pretrained(tmp_path / name, max_shard_size="50MB")
     dense = sum(p.numel() * p.element_size() for p in model.parameters())
     del model
-    slack = 16 * 2**20  # the allocator's own
+    slack = 6 * 2**20  # the allocator's own
+    # without it glibc learns from large blocks that are freed to keep such blocks, up to 32 MB of them
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
     command = [sys.executable, "-c", PEAK, str(tmp_path / "few"), str(tmp_path / "many"), how]
     found = {"grown": dense, "packed": 0}
-    for _ in range(3):  # a peak is up to 15 MB higher in some runs, for reasons of the allocator's: what counts is the least
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    for _ in range(3):  # a peak is higher in some runs, for reasons of the allocator's: what counts is the least
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
         found = min(found, json.loads(done.stdout.splitlines()[-1]), key=lambda f: f["grown"])
         if found["grown"] <= found["packed"] + slack:
             break

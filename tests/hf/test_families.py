@@ -28,7 +28,7 @@ from effllm.runtime import dense
 from effllm.runtime.formats import bipolar
 from effllm.runtime.packed import PackedWeight
 from effllm.solvers import solve
-from tests.hf.families import FAMILIES, VOCAB, tiny
+from tests.hf.families import FAMILIES, VOCAB, shallow, tiny
 from tests.models import relative
 
 # one grid for all: under offset=auto siblings of random weights differ by chance
@@ -169,6 +169,8 @@ def test_what_is_rewritten(family: str) -> None:
 
 @pytest.mark.parametrize("family", DECODERS)
 def test_no_recompile_that_torch_alone_would_not_make(family: str) -> None:
+    if len(compiled(family).reports) == 2:  # one for the prompt and one for steps: there cannot be fewer
+        return
     graphs: list[Any] = []
 
     def plain(gm: Any, _: Any) -> Any:
@@ -182,9 +184,7 @@ def test_no_recompile_that_torch_alone_would_not_make(family: str) -> None:
 @pytest.mark.slow
 def test_the_bench_decodes_a_window_through_inductor() -> None:
     # Dynamo must be free to make the window's fill level symbolic, or every step is a new graph and the limit is an error
-    model = tiny("mistral")
-    del model.model.layers[1:]  # the second would compile to the same
-    model.config.num_hidden_layers = 1
+    model = shallow("mistral")
     compress(model, "w4")
     runner = variants.packed("w4", model, variants.Shape(prompt=PROMPT, tokens=STEPS, prefill=12), compile_prefill=False).runner
     _, outs = runner.decode(runner.start(ids_of(PROMPT)), PROMPT, STEPS)

@@ -19,7 +19,7 @@ from effllm.hf.speculative import Statistics
 from effllm.runtime.packed import packed_weights
 from effllm.runtime.speculation.head import AcceptanceHead
 from effllm.runtime.speculation.settings import Speculation
-from tests.hf.families import tiny
+from tests.hf.families import shallow, tiny
 from tests.hf.test_static_decoding import FREE, Counting, prompts_of, theirs
 from tests.hf.tiny import tiny_llama, tiny_tokenizer
 from tests.runtime.speculation.chi import LIMIT, deviation
@@ -62,7 +62,7 @@ def test_trees_with_the_eager_attention() -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_compiled_greedy_tokens(shape: str) -> None:
-    model, prompts, count = tiny("llama"), prompts_of(), Counting()
+    model, prompts, count = shallow("llama"), prompts_of(), Counting()
     want, draft = [theirs(model, p) for p in prompts], near(model)
     assert ids_of(model, prompts, draft=draft, speculative=shape, compile=count, **FREE) == want
     graphs = count.graphs
@@ -158,7 +158,7 @@ def test_ends_penalties_and_texts() -> None:
 
 
 def test_where_positions_end() -> None:
-    model = tiny("gpt2")  # 128 learned positions: one more is an error
+    model = shallow("gpt2")  # 128 learned positions: one more is an error
     draft, g, compiled = near(model), torch.Generator().manual_seed(3), Counting()
     for length in (120, 126, 127, 128):
         prompt = torch.randint(3, 60, (length,), generator=g)
@@ -275,11 +275,22 @@ def test_other_limits() -> None:
     assert effllm.generate(model, [[5]], draft=model, max_new_tokens=0)[0].tolist() == [5] and effllm.generate(model, [], draft=model) == []
 
 
-@pytest.mark.parametrize("shape", ["chain(tokens=2)", "chain(tokens=6, stop=0.5)", "constant(branching=2x1)", "beam(width=2, depth=2)"])
-def test_through_the_backend(shape: str) -> None:
-    """Its passes make one program of steps of one and of several rows; Inductor would add nothing but time."""
+@pytest.fixture(scope="module")
+def packed() -> tuple[Any, list[Tensor], list[list[int]]]:
+    """A packed model, prompts and its tokens. Shapes share the model, and with it the graph of the draft."""
     model, prompts = tiny_llama(torch.float32), prompts_of((5, 9))
     effllm.compress(model, "w8")
-    want = ids_of(model, prompts, **FREE)
-    assert ids_of(model, prompts, compile={"inner": "eager"}, **FREE) == want  # two rows, padded on the left
+    return model, prompts, ids_of(model, prompts, **FREE)
+
+
+def test_two_rows_through_the_backend(packed: tuple[Any, list[Tensor], list[list[int]]]) -> None:
+    """Padded on the left."""
+    model, prompts, want = packed
+    assert ids_of(model, prompts, compile={"inner": "eager"}, **FREE) == want
+
+
+@pytest.mark.parametrize("shape", ["chain(tokens=2)", "chain(tokens=6, stop=0.5)", "constant(branching=2x1)", "beam(width=2, depth=2)"])
+def test_through_the_backend(packed: tuple[Any, list[Tensor], list[list[int]]], shape: str) -> None:
+    """Its passes make one program of steps of one and of several rows; Inductor would add nothing but time."""
+    model, prompts, want = packed
     assert ids_of(model, prompts, draft=4, speculative=shape, compile={"inner": "eager"}, **FREE) == want
