@@ -8,8 +8,9 @@
 // Bytes     the codes of channels that are read, and by input all scales.
 // Order     by input: a task is a block of outputs with fp32 sums in cache; segments in order; four channels that are read are turned into
 //           bytes of one output each and multiplied at once, with all sums of 64 bytes of codes in registers over a segment; lines of
-//           a later segment are prefetched meanwhile. by output: a task is a range of rows,
-//           some of those that are read taken together, front to back, and the next ones prefetched.
+//           a later segment are prefetched meanwhile. 4-bit codes on AVX2 go by pairs of channels (pairs.h), and a task is a part of the channels,
+//           added up in order at the end. by output: a task is a range of rows, some of those that are read taken together, front to back, and
+//           the next ones prefetched.
 // Numerics  the rounding of activations, 2^-16 of a segment's largest (fp32: 2^-24), is below that of bf16 (fp32) products; deterministic.
 // Many rows the weight expanded to x's dtype, then PyTorch's own product.
 #include "offer.h"
