@@ -51,7 +51,8 @@ def plain_forms(model: nn.Module) -> Iterator[int]:
     for module in found:
         old = module.packed()
         new = unfolded(old)
-        module.hold(new)
+        # a copy: what is held may be changed in place, and both old and new must stay what they are
+        module.hold(Packed(new.format, new.version, new.shape, {k: t.clone() for k, t in new.tensors.items()}, new.attrs))
         kept.append((module, old, new))
     try:
         yield len(found)

@@ -118,7 +118,7 @@ PACKED = ("svd(rank=18)", "svd(rank=12, pivoted=false)", "lost(ratio=0.8, densit
 
 @pytest.mark.parametrize("recipe", PACKED)
 def test_packed_weights_keep_their_form(recipe: str) -> None:
-    teacher, ids, unseen = dense(), windows(96), windows(seed=9)  # 24 windows are 16 tokens a rank: not enough to gain
+    teacher, ids, unseen = dense(), windows(96), windows(seed=9)
     model = copy.deepcopy(teacher)
     effllm.compress(model, recipe, ids)
     model.head, own = copy.deepcopy(teacher.head), {n: m for n, m in model.layers.named_modules() if isinstance(m, PackedLinear)}
