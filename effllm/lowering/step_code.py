@@ -24,7 +24,7 @@ from effllm.lowering.step_parts import CODE as CONSTANTS
 CODES = (
     "copy", "binary", "unary", "norm", "glu", "rotate", "write", "packed", "packed_a8", "quantize", "attend", "dense", "rows", "packed_rows", "largest", "call",
 )  # fmt: skip
-BINARY = ("add", "sub", "mul", "div", "le", "lt", "ge", "gt", "eq", "ne", "and", "or")  # from "le" on the result is bool
+BINARY = ("add", "sub", "mul", "div", "above", "le", "lt", "ge", "gt", "eq", "ne", "and", "or")  # from "le" on the result is bool
 UNARY = ("silu", "gelu", "gelu_tanh", "relu", "sigmoid", "tanh", "neg", "cos", "sin")
 _ALIGN = 64
 

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from effllm import compat
 from effllm.autotune import use
 from effllm.lowering.bipolar_linear import layout_of, plain, provider
-from effllm.lowering.op import OPS
+from effllm.lowering.op import OPS, rows_of
 from effllm.lowering.step_code import BINARY, DIMS, KINDS, UNARY, Value
 from effllm.lowering.step_parts import RANGE, WORKSPACE
 from effllm.passes.match import arguments, cast, name, writes
@@ -357,6 +357,17 @@ def _rotate(e: Emitter, node: fx.Node) -> None:
     e.builder.emit("rotate", [e.produce(node), turned, *angles, None], (bool(interleaved), False))
 
 
+def _sparsify(e: Emitter, node: fx.Node) -> None:
+    x, threshold, limit = arguments(node)
+    value, bound = e.value(x), e.value(threshold)
+    rows = rows_of(compat.example_value(x))
+    made = e.produce(node)
+    if rows is None or 0 <= limit < rows:  # many rows are dense
+        e.builder.emit("copy", [made, value])
+    else:
+        e.builder.emit("binary", [made, value, bound.like(bound.meta.expand(made.meta.shape))], (BINARY.index("above"),))
+
+
 def _quantize(e: Emitter, node: fx.Node) -> None:
     x = e.contiguous(arguments(node)[0])
     pair = tuple(e.builder.produce(v.shape, v.dtype) for v in compat.example_value(node))
@@ -431,7 +442,7 @@ def _attend(e: Emitter, node: fx.Node) -> None:
 
 
 _OURS: dict[str, _Handler] = {
-    "rms_norm": _rms_norm, "glu": _glu, "rotate": _rotate, "quantize_activation": _quantize, "decode_attention": _attend,
+    "rms_norm": _rms_norm, "glu": _glu, "rotate": _rotate, "quantize_activation": _quantize, "sparsify": _sparsify, "decode_attention": _attend,
     "prompt_attention": _attend, "bipolar_embedding": _packed_embedding, **dict.fromkeys(PACKED, _packed),
 }  # fmt: skip
 _PLAIN: dict[str, _Handler] = {

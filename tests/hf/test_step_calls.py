@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import effllm
+from effllm.autotune import skip_gain
 from effllm.errors import EffllmError
 from effllm.hf.static import StaticRunner
 from effllm.lowering.op import OPS
@@ -101,3 +102,15 @@ def test_threads_do_not_change_the_result():
 def test_errors_of_bad_options_are_ours():
     with pytest.raises(EffllmError):
         StaticRunner(tiny("llama"), None, length=64, prefill_length=8, kv="kivi(bits=5)")
+
+
+@pytest.mark.parametrize("recipe", ["act:teal(sparsity=0.5, allocation=uniform)", "w4+act:chess(sparsity=0.5)"])
+def test_thresholded_linears(recipe, monkeypatch):
+    monkeypatch.setattr(skip_gain, "slower", lambda *args, **kw: None, raising=False)
+    model = tiny("llama", torch.float32)
+    effllm.compress(model, recipe, calibration=torch.randint(3, VOCAB, (64, 256), generator=torch.Generator().manual_seed(1)))
+    got, report, _ = steps(model, "auto")
+    assert decision(report).action == "applied", decision(report)
+    want, plain, _ = steps(copy.deepcopy(model), "off")
+    assert decision(plain).action == "kept"
+    assert float((got.float() - want.float()).norm() / want.float().norm()) < 1e-3

@@ -51,6 +51,38 @@ def test_unary(isa, dtype, op):
 
 
 @pytest.mark.parametrize("isa", AVAILABLE, ids=lambda i: i.name)
+@pytest.mark.parametrize("count", [1, 40])
+def test_above_a_threshold(isa, count):
+    x = torch.randn(3, 40, generator=torch.Generator().manual_seed(0))
+    bound = torch.rand(count, generator=torch.Generator().manual_seed(1))
+    x[0, 3], x[1, 5] = float("nan"), -float(bound[5 % count])  # what equals its threshold goes
+
+    def build(b, v):
+        y = b.produce(x.shape, x.dtype)
+        b.emit("binary", [y, v[0], v[1].like(v[1].meta.expand(x.shape))], (BINARY.index("above"),))
+        return [y]
+
+    (y,), _ = run(isa, build, [x, bound], [x, bound])
+    assert torch.allclose(y, torch.where(x.abs() <= bound, 0.0, x), equal_nan=True, atol=0, rtol=0)
+    assert y[0, 3].isnan() and y[1, 5] == 0
+
+
+@pytest.mark.parametrize("isa", AVAILABLE, ids=lambda i: i.name)
+@pytest.mark.parametrize("count", [5, 576])
+def test_rows_of_one_element_are_a_permutation(isa, count):
+    x = torch.randn(2, count, generator=torch.Generator().manual_seed(0)).bfloat16()
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(1))
+
+    def build(b, v):
+        y = b.produce(x.shape, x.dtype)
+        b.emit("write", [y.like(y.meta.unsqueeze(-1)), v[1], v[0].like(v[0].meta.unsqueeze(-1))], (False,))
+        return [y]
+
+    (y,), _ = run(isa, build, [x, order], [x, order])
+    assert torch.equal(y, torch.empty_like(x).index_copy(-1, order, x))
+
+
+@pytest.mark.parametrize("isa", AVAILABLE, ids=lambda i: i.name)
 @pytest.mark.parametrize("op", ("add", "sub", "mul", "div"))
 def test_binary_broadcasts_and_counts(isa, op):
     torch.manual_seed(0)

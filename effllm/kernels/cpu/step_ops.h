@@ -11,7 +11,7 @@ namespace effllm::step {
 
 using V = EFFLLM_ISA;
 
-enum class Binary : int64_t { add, sub, mul, div, le, lt, ge, gt, eq, ne, both, either };
+enum class Binary : int64_t { add, sub, mul, div, above, le, lt, ge, gt, eq, ne, both, either };
 enum class Unary : int64_t { silu, gelu, gelu_tanh, relu, sigmoid, tanh, neg, cos, sin };
 
 struct Lines {  // room of one thread
@@ -112,6 +112,9 @@ inline void binary(const Operand& to, const Operand& x, const Operand& y, int64_
     else if (kind == Binary::mul)
 #pragma omp simd
       for (int64_t i = 0; i < n; ++i) rc[i] = a[i] * b[i];
+    else if (kind == Binary::above)  // x, or 0 where it is at most a threshold; NaN stays
+#pragma omp simd
+      for (int64_t i = 0; i < n; ++i) rc[i] = std::fabs(a[i]) <= b[i] ? 0.f : a[i];
     else for (int64_t i = 0; i < n; ++i) rc[i] = apply(kind, a[i], b[i]);
     narrowed(to, to.row(r) + p.col0, n, rc);
   }
