@@ -12,6 +12,7 @@
 
 namespace {
 
+using effllm::sum16;
 using effllm::Type;
 using effllm::kv::Tensor;
 
