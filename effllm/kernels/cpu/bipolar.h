@@ -176,7 +176,8 @@ void wide_tiles(const Weight& w, const Activations& x, int64_t from, int64_t to,
     if constexpr (V::gemm_rows >= 6 && D == 2)  // eight rows of digits: their broadcasts are worth sharing, and two tiles fill 32 registers
       if (x.m > 2)
         for (; t + 2 <= to; t += 2) gemv_rows<V, BITS, D, 4, 2>(w, x, t, 0, out_scale, bias, y, type);
-    for (; t < to; ++t) gemv_rows<V, BITS, D, 4, 1>(w, x, t, 0, out_scale, bias, y, type);
+    constexpr int tokens = V::narrow && D == 3 ? 2 : 4;  // three digits of four tokens are more sums than 16 registers hold
+    for (; t < to; ++t) gemv_rows<V, BITS, D, tokens, 1>(w, x, t, 0, out_scale, bias, y, type);
     return;
   }
   const int64_t steps = w.blocks * 8, side = V::gemm_rows >= 6 && plan.tiles == 4 ? 4 : 2;

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from pathlib import Path
 from effllm.errors import KernelError
 
 _INCLUDE = re.compile(r'^\s*#\s*include\s+"([^"/]+)"', re.MULTILINE)
+_FEW = 2  # so many units read the headers by themselves in the time that sharing them takes
 
 
 def closure(unit: Path) -> list[Path]:
@@ -37,17 +39,24 @@ def key(unit: Path, settings: str) -> str:
 def compile_all(command: list[str], units: list[Path], settings: str, directory: Path) -> list[Path]:
     """The objects of the units, in order; those not in directory are compiled, one process per processor. Raises KernelError, OSError."""
     directory.mkdir(parents=True, exist_ok=True)
-    with ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
-        # the largest first: the last one to end is waited for
-        order = sorted(units, key=lambda u: -sum(p.stat().st_size for p in closure(u)))
-        made = dict(zip(order, pool.map(lambda unit: _object(command, unit, directory / f"{unit.stem}-{key(unit, settings)}.o"), order), strict=True))
-    return [made[unit] for unit in units]
+    target = {unit: directory / f"{unit.stem}-{key(unit, settings)}.o" for unit in units}
+    # the largest first: the last one to end is waited for
+    todo = sorted((u for u in units if not target[u].exists()), key=lambda u: -sum(p.stat().st_size for p in closure(u)))
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max_workers=len(os.sched_getaffinity(0))) as pool:
+        shared = _prelude(command, todo, Path(folder))
+        list(pool.map(lambda unit: run([*command, *shared, "-c", str(unit)], target[unit], unit.name), todo))
+    return [target[unit] for unit in units]
 
 
-def _object(command: list[str], unit: Path, target: Path) -> Path:
-    if not target.exists():
-        run([*command, "-c", str(unit)], target, unit.name)
-    return target
+def _prelude(command: list[str], todo: list[Path], folder: Path) -> list[str]:
+    """Arguments that let the units share one reading of the headers from outside: that is a third of the time of building them all."""
+    source = todo[0].parent / "prelude.h" if todo else None
+    if len(todo) <= _FEW or source is None or not source.exists():
+        return []
+    header = folder / source.name
+    shutil.copy(source, header)
+    run([*command, "-x", "c++-header", str(header)], header.with_name(f"{header.name}.gch"), source.name)  # clang looks for this name too
+    return ["-include", str(header)]
 
 
 def run(command: list[str], target: Path, what: str) -> None:
