@@ -141,6 +141,7 @@ def _note_inference(gm: fx.GraphModule, report: Report) -> None:
 def effllm(gm: fx.GraphModule, example_inputs: Sequence[Any], *, options: dict[str, Any] | None = None, mode: str | None = None) -> Callable[..., Any]:
     """Compile a Dynamo graph. The incoming graph is never changed."""
     chosen = Options.parse(options, mode)
+    compat.numbers_as_constants(gm)
     start = time.perf_counter()
     done = rewrite(gm, chosen)
     if chosen.autotune is not None:

@@ -199,6 +199,37 @@ def can_outline() -> bool:
     return hasattr(torch.ops.higher_order, "invoke_subgraph") and tuple(int(x) for x in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
+def numbers_as_constants(gm: fx.GraphModule) -> None:
+    """Have Dynamo trace again with those numbers as constants that it made symbolic and that an op takes as they are (an attention scale).
+
+    Dynamo does so to a number that differed from one model to the next of the same class. Arithmetic on tensors takes symbolic numbers; other ops
+    do not, and Inductor asks for the same, but only of graphs that it was given whole. Raises what Dynamo restarts from.
+    """
+    from torch._dynamo.exc import TensorifyScalarRestartAnalysis
+    from torch._dynamo.symbolic_convert import TensorifyState
+
+    wanted = set()
+    for node in gm.graph.nodes:
+        memo = getattr(example_value(node), "item_memo", None)
+        name = getattr(getattr(getattr(memo, "node", None), "_expr", None), "name", "") if isinstance(memo, torch.SymFloat) else ""
+        items = [u for u in node.users if u.target == "item"]
+        if name.startswith("zf") and len(items) == len(node.users) and any(map(_needs_number, items)) and not TensorifyState.should_specialize(name):
+            wanted.add(name)
+    if wanted:
+        for name in sorted(wanted):
+            TensorifyState.specialize(name)
+        raise TensorifyScalarRestartAnalysis
+
+
+def _needs_number(node: fx.Node) -> bool:
+    """Whether a symbolic number, or one that is computed of it, is an argument of an op that is no arithmetic."""
+    for user in node.users:
+        arithmetic = getattr(user.target, "__module__", "") == "_operator"
+        if not arithmetic or (isinstance(example_value(user), torch.SymFloat) and _needs_number(user)):
+            return True
+    return False
+
+
 def is_mutation(target: Any) -> bool:
     """Whether a call target is an op that writes to its arguments, by its schema."""
     op = target.default if isinstance(target, torch._ops.OpOverloadPacket) and "default" in target.overloads() else target

@@ -38,7 +38,7 @@ DTYPES: dict[str, torch.dtype] = {
     "C64": torch.complex64,
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
-_MAPPED = 32 << 20  # bytes of a file to read before it is mapped anew: pages that were read count as this process's memory until then
+_MAPPED = 8 << 20  # bytes of a file to read before it is mapped anew: pages that were read count as this process's memory until then
 DAMAGED = "copy the checkpoint again, or write it again with effllm.save"
 _LENGTH = 8  # bytes of the header length at the start of a safetensors file
 
