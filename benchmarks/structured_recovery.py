@@ -4,9 +4,9 @@
                                              [--refit 0] [--length 256] [--texts WHEEL] [--targets DIR] [--table]
 
 Calibration (windows of 512 tokens) and recovery (`batch` windows of `length` tokens a step, each read once) use even articles, evaluation odd
-ones; heads and embeddings stay dense. The teacher's answers are computed once for all rows and kept in DIR where one is given. Rows are
+ones; heads and embeddings stay dense. Both are spread evenly over their text. The teacher's answers are computed once for all rows and kept in DIR where one is given. Rows are
 written to benchmarks/results/structured-recovery.json as they come, first without recovery; --steps 0 leaves it there. --refit N fits low-rank
-factors in closed form on N windows, evenly spaced over the calibration text, before the steps, and scores that alone too. Rows that are there
+factors in closed form on N windows before the steps, and scores that alone too. Rows that are there
 already are not measured again. --table prints what is there and measures nothing.
 """
 
@@ -70,6 +70,11 @@ def keep(new: Row) -> None:
         RESULTS.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1) + "\n")
 
 
+def _spread(windows: torch.Tensor, count: int) -> torch.Tensor:
+    """So many of them, evenly spaced; all where there are no more."""
+    return windows[:: max(1, len(windows) // max(1, count))][:count]
+
+
 class Run:
     """The texts, the dense model and its answers; measures one row after another."""
 
@@ -78,12 +83,10 @@ class Run:
         self.dense, tokenizer = load_demo(torch.bfloat16)
         everything = texts.calibration_text(args.texts)
         evaluation = texts.evaluation_text(args.texts)
-        spread = texts.windows(tokenizer, everything.text, 512)
-        self.calibration = spread[:: len(spread) // args.calibration][: args.calibration]
-        self.training = texts.windows(tokenizer, everything.text, args.length, max(1, args.steps * args.batch))
+        self.calibration = _spread(texts.windows(tokenizer, everything.text, 512), args.calibration)
         self.windows = texts.windows(tokenizer, evaluation.text, 512, args.windows)
         whole = texts.windows(tokenizer, everything.text, args.length)
-        self.fitting = whole[:: max(1, len(whole) // max(1, args.refit))][: args.refit]
+        self.training, self.fitting = _spread(whole, max(1, args.steps * args.batch)), _spread(whole, args.refit)
         self.base = perplexity(self.dense, self.windows)
         self.text = evaluation.name
         self._targets: Targets | None = None
