@@ -1,4 +1,4 @@
-"""Cost of the CPU kernels that skip channels (skip.cpp, skip_codes.cpp), one model per instruction set and kind of weight.
+"""Cost of the CPU kernels that skip channels (skip.cpp, skip_codes_input.cpp, skip_codes_output.cpp), one model per instruction set and kind of weight.
 
     T = max(bytes / bandwidth(t), instructions / (issue t)) + lists + call + wake [t > 1],    bandwidth(t) = min(t single, bandwidth)
 

@@ -1,8 +1,8 @@
 // Step programs: a whole graph of few tokens in one call, without returning to the caller between its operations.
 //
 // A program is a list of instructions over views of tensors (step.h), made by lowering/step_code.py from a graph that passes have rewritten.
-// Every instruction is cut into tasks; all tasks of all instructions run in one parallel region, in order, each instruction starting when
-// the one before it is done (phases.h). Decoding one token of a small model is thirty times a dozen operations of some microseconds: what a
+// Every instruction is cut into tasks; the tasks of neighbouring instructions run in one parallel region, in order, each instruction starting when
+// the one before it is done (phases.h). A call (calls.h) runs between two regions, with threads of its own. Decoding one token of a small model is thirty times a dozen operations of some microseconds: what a
 // call, an allocation and a hand-over to other threads cost each would be more than the work.
 //
 // Numerics  every instruction computes in fp32 and rounds once to what it writes.
