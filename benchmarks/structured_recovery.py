@@ -4,10 +4,11 @@
                                              [--refit 0] [--length 256] [--texts WHEEL] [--targets DIR] [--table]
 
 Calibration (windows of 512 tokens) and recovery (`batch` windows of `length` tokens a step, each read once) use even articles, evaluation odd
-ones; heads and embeddings stay dense. Both are spread evenly over their text. The teacher's answers are computed once for all rows and kept in DIR where one is given. Rows are
-written to benchmarks/results/structured-recovery.json as they come, first without recovery; --steps 0 leaves it there. --refit N fits low-rank
-factors in closed form on N windows before the steps, and scores that alone too. Rows that are there
-already are not measured again. --table prints what is there and measures nothing.
+ones; heads and embeddings stay dense. Both are spread evenly over their text. Models are bf16, or fp32 where the processor has no bf16 products. The
+teacher's answers are computed once for all rows and kept in DIR where one is given. Rows are written to
+benchmarks/results/structured-recovery.json as they come, first without recovery; --steps 0 leaves it there. --refit N fits low-rank factors in closed
+form on N windows before the steps, and scores that alone too. Rows that are there already are not measured again. --table prints what is there and
+measures nothing.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from typing import Any
 import torch
 
 import effllm
+from effllm import compat
 from effllm.autotune.machine import describe
 from effllm.errors import CheckpointError
 from effllm.hf import texts
@@ -34,6 +36,7 @@ from effllm.recovery.refit import refit
 from effllm.recovery.targets import Targets, cache_targets, load_targets
 
 RESULTS = Path(__file__).parent / "results" / "structured-recovery.json"
+DTYPE = torch.bfloat16 if compat.fast_bf16(torch.device("cpu")) else torch.float32  # bf16 would take eight times as long
 Row = dict[str, Any]
 PLAIN = "allocation=uniform, pivoted=false"
 ROWS: dict[str, str] = {  # recipes without their ratio, as published unless named otherwise
@@ -80,7 +83,7 @@ class Run:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
-        self.dense, tokenizer = load_demo(torch.bfloat16)
+        self.dense, tokenizer = load_demo(DTYPE)
         everything = texts.calibration_text(args.texts)
         evaluation = texts.evaluation_text(args.texts)
         self.calibration = _spread(texts.windows(tokenizer, everything.text, 512), args.calibration)
@@ -105,14 +108,15 @@ class Run:
     def measure(self, row: str, share: float) -> None:
         """Compress, score, recover, score; stored after both scores."""
         recipe, args = recipe_of(row, share), self.args
-        model, _ = load_demo(torch.bfloat16)
+        model, _ = load_demo(DTYPE)
         start = time.perf_counter()
         report = effllm.compress(model, recipe, None if row == "svd" or "project" in recipe else self.calibration)
         packed = time.perf_counter() - start
         before = perplexity(model, self.windows)
         covered = [d for d in report.decisions if d.bytes_before]
         sizes = [sum(getattr(d, f"bytes_{when}") for d in covered if ".layers." in d.module) for when in ("before", "after")]
-        found: Row = {"row": row, "share": share, "recipe": recipe, "text": self.text, "dense": self.base, "perplexity": before, "ratio": before / self.base}
+        found: Row = {"row": row, "share": share, "recipe": recipe, "text": self.text, "dtype": str(DTYPE).removeprefix("torch.")}
+        found |= {"dense": self.base, "perplexity": before, "ratio": before / self.base}
         found |= {"stored": sizes[1] / max(1, sizes[0]), "bytes_saved": sizes[0] - sizes[1], "compress_s": packed}
         found["calibration_tokens"] = self.calibration.numel()
         keep(found)

@@ -143,6 +143,21 @@ def module_paths(node: fx.Node) -> list[str]:
     return [_dotted(path) for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
 
 
+def fast_bf16(device: torch.device) -> bool:
+    """Whether a device multiplies bf16 matrices in hardware. Where a CPU does not, torch's bf16 products take several times its fp32 ones."""
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported())
+    return device.type == "cuda" and torch.cuda.is_bf16_supported()
+
+
+def slow_dtype(module: torch.nn.Module) -> str:
+    """What to tell one who runs a bf16 model where that is slow, else nothing."""
+    p = next((p for p in module.parameters() if p.is_floating_point() and p.dim() > 1), None)
+    if p is None or p.dtype is not torch.bfloat16 or fast_bf16(p.device):
+        return ""
+    return f"this {p.device.type} has no bf16 products, which take several times as long as fp32 ones here: give it model.float() where there is room"
+
+
 def example_value(node: Any) -> Any:
     """The fake value of a node in a Dynamo graph; arguments of nodes are typed as anything, so this is too."""
     return node.meta.get("example_value")

@@ -220,6 +220,7 @@ def compress(model: Any, recipe: Any = "w8", calibration: Any = None, *, strict:
             check(site.matrix, site.params)
         except EffllmError as error:
             raise type(error)(error.code, f"{site.name}: {error.cause}", error.next_step) from None
+    slow = compat.slow_dtype(model) if data is not None else ""
     swap = Swap(model)
     report = PassReport("compress", kept)
     try:
@@ -234,7 +235,7 @@ def compress(model: Any, recipe: Any = "w8", calibration: Any = None, *, strict:
     if sites or parsed.act is not None:
         model.requires_grad_(False)
     record(model, parsed.name)
-    return Report(parsed.name, passes)
+    return Report(parsed.name, passes, notes=[slow] if slow else [])
 
 
 def _calibration(recipe: Recipe, given: Any) -> tuple[Any, Any]:

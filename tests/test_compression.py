@@ -180,6 +180,13 @@ def test_bad_weight_in_the_last_layer_changes_nothing(value: float, calibration:
     assert snapshot(model) == before
 
 
+def test_calibrating_where_the_dtype_is_slow_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    for fast, calibration, noted in ((False, IDS, True), (False, None, False), (True, IDS, False)):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
+        report = compress(Tied().bfloat16().eval(), "w4", calibration)
+        assert ("no bf16 products" in str(report)) is noted
+
+
 @pytest.mark.parametrize("calibration", [None, IDS])
 def test_interruption_changes_nothing(calibration: Tensor | None) -> None:
     model = tied().train()

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from effllm import compat
 from effllm.errors import OptionError, RecoveryError
 from effllm.recovery import adapters, state
 from effllm.recovery.adapters import Adapter
@@ -145,6 +146,8 @@ def recover(
     if held:
         none = f"not trained and not {'pruned' if pruned else 'fitted'}"
         report.notes.append(f"{len(held)} low-rank weights hold integer codes, which have no gradient: {none} ({held[0]}, ...)")
+    if slow := compat.slow_dtype(model):
+        report.notes.append(slow)
     report.seconds = time.perf_counter() - start
     if report.rose:
         report.notes.append(f"the loss rose while it was trained: use a smaller lr than {lr:g}, or more tokens a step (batch, accumulate)")
@@ -213,9 +216,7 @@ def _precision(wanted: str, model: nn.Module) -> str:
         return f"{str(next(iter(own))).removeprefix('torch.')} model, fp32 masters"
     if wanted != "auto":
         return wanted
-    device = next(model.parameters()).device
-    fast = torch.cpu._is_avx512_bf16_supported() if device.type == "cpu" else device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return "bf16" if fast else "fp32"
+    return "bf16" if compat.fast_bf16(next(model.parameters()).device) else "fp32"
 
 
 def _settings(items: Data, body: Body, **options: Any) -> dict[str, Any]:
