@@ -60,6 +60,11 @@ def recipe_of(row: str, ratio: float) -> str:
     return f"{name}(ratio={ratio:g}{', ' if rest != ')' else ''}{rest}"
 
 
+def label(row: str, refit: int) -> str:
+    """What a row is stored as: with a closed-form fit it is another one."""
+    return f"{row}, refit" if refit else row
+
+
 def stored() -> list[Row]:
     """The rows measured so far."""
     return json.loads(RESULTS.read_text())["rows"] if RESULTS.is_file() else []
@@ -106,7 +111,7 @@ class Run:
         return self._targets
 
     def measure(self, row: str, share: float) -> None:
-        """Compress, score, recover, score; stored after both scores."""
+        """Compress, score, recover, score; stored after each score."""
         recipe, args = recipe_of(row, share), self.args
         model, _ = load_demo(DTYPE)
         start = time.perf_counter()
@@ -115,7 +120,7 @@ class Run:
         before = perplexity(model, self.windows)
         covered = [d for d in report.decisions if d.bytes_before]
         sizes = [sum(getattr(d, f"bytes_{when}") for d in covered if ".layers." in d.module) for when in ("before", "after")]
-        found: Row = {"row": row, "share": share, "recipe": recipe, "text": self.text, "dtype": str(DTYPE).removeprefix("torch.")}
+        found: Row = {"row": label(row, args.refit), "share": share, "recipe": recipe, "text": self.text, "dtype": str(DTYPE).removeprefix("torch.")}
         found |= {"dense": self.base, "perplexity": before, "ratio": before / self.base}
         found |= {"stored": sizes[1] / max(1, sizes[0]), "bytes_saved": sizes[0] - sizes[1], "compress_s": packed}
         found["calibration_tokens"] = self.calibration.numel()
@@ -162,11 +167,11 @@ def table() -> str:
     shares = sorted({r["share"] for r in stored()}, reverse=True)
     head = [f"{1 - s:.0%} removed{after}" for s in shares for after in ("", f", {_steps(s)} steps")]
     lines = ["| row | " + " | ".join(head) + " |", "|---" * (len(head) + 1) + "|"]
-    for row in ROWS:
+    for row in (label(name, fitted) for name in ROWS for fitted in (0, 1)):
         cells = []
         for share in shares:
             found = next((r for r in stored() if (r["row"], r["share"]) == (row, share)), None)
-            cells += ["" if found is None else times(found["ratio"])]
+            cells += ["" if found is None else times(found.get("refitted", found["ratio"]))]
             cells += ["" if found is None or "recovered" not in found else f"{times(found['recovered'])} ({found['gap_left']:.2f})"]
         if any(cells):
             lines.append(f"| {row} | " + " | ".join(cells) + " |")
@@ -199,7 +204,7 @@ def main() -> None:
     run: Run | None = None
     for row in (name.strip() for name in args.rows.split(";")):
         for share in (float(s) for s in args.ratios.split(",")):
-            known = next((r for r in stored() if (r["row"], r["share"]) == (row, share)), None)
+            known = next((r for r in stored() if (r["row"], r["share"]) == (label(row, args.refit), share)), None)
             wanted = {"tokens": args.steps * args.batch * args.length, "refit_tokens": args.refit * args.length}
             if known is not None and all(known.get(key, 0) >= count for key, count in wanted.items()):
                 continue
