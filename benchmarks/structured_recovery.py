@@ -74,8 +74,8 @@ def keep(new: Row) -> None:
     """Put a row in the place of the older one of its settings; several runs may write at once."""
     with RESULTS.with_suffix(".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        rows = [r for r in stored() if (r["row"], r["share"]) != (new["row"], new["share"])] + [new]
-        RESULTS.write_text(json.dumps({"machine": describe(), "rows": rows}, indent=1) + "\n")
+        rows = [r for r in stored() if (r["row"], r["share"]) != (new["row"], new["share"])] + [new | {"machine": describe()}]
+        RESULTS.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 def _spread(windows: torch.Tensor, count: int) -> torch.Tensor:
