@@ -40,6 +40,13 @@ def test_built_once_and_kept(quick: Path) -> None:
     assert sorted(p.name.split("-")[0] for p in (cache / "objects").iterdir()) == sorted(Path(u).stem for u in build.UNITS)
 
 
+def test_a_compiler_that_cannot_share_headers_builds_without(quick: Path) -> None:
+    cxx = Path(build.compiler())
+    cxx.write_text(cxx.read_text().replace("#!/bin/sh\n", '#!/bin/sh\ncase "$*" in *c++-header*) exit 1;; *-include*) exit 2;; esac\n'))
+    assert build.build(PORTABLE, quick / "cache").exists()
+    assert (quick / "calls").read_text().count("run") == len(build.UNITS) + 1
+
+
 def test_only_what_changed_is_compiled(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = quick / "sources"
     folder.mkdir()
