@@ -32,7 +32,7 @@ LAYERS: dict[str, tuple[str, ...]] = {
     "effllm.runtime.edit": (*_BASE, "effllm.runtime.rotary", "effllm.runtime.edit"),
     "effllm.solvers": (*_DATA, "effllm.solvers", "effllm.runtime.dense"),
     "effllm.sparse_training": (*_BASE, "effllm.solvers.nm", "effllm.sparse_training"),
-    "effllm.recovery": (*_DATA, "effllm.recovery", "effllm.solvers", "effllm.runtime.dense", "effllm.runtime.atomic"),
+    "effllm.recovery": (*_DATA, "effllm.recovery", "effllm.solvers", "effllm.runtime.dense", "effllm.runtime.atomic", "effllm.compat"),
     "effllm.runtime.caches": (*_DATA, "effllm.runtime.caches", "effllm.lowering", "effllm.solvers.kv"),
     "effllm.lowering": (*_DATA, "effllm.runtime.caches", "effllm.runtime.rotary", "effllm.lowering", "effllm.compat", "effllm.kernels", "effllm.autotune"),
     "effllm.runtime.host": (),

@@ -102,7 +102,7 @@ def test_a_recipe_that_packs_in_blocks_without_calibration_loads_the_whole_model
     compress(model, recipe, WINDOWS)
     packed, report = compress(tmp_path, recipe, WINDOWS)
     assert same(packed, model)
-    assert "loaded whole" in report.notes[0] and "v_proj" in report.notes[0]
+    assert any("loaded whole" in note and "v_proj" in note for note in report.notes)
 
 
 class Leaky(nn.Module):
