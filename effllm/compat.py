@@ -10,6 +10,7 @@ import functools
 import hashlib
 import importlib.metadata
 import os
+import platform
 import re
 import shutil
 import sys
@@ -150,12 +151,17 @@ def fast_bf16(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_bf16_supported()
 
 
-def slow_dtype(module: torch.nn.Module) -> str:
-    """What to tell one who runs a bf16 model where that is slow, else nothing."""
-    p = next((p for p in module.parameters() if p.is_floating_point() and p.dim() > 1), None)
-    if p is None or p.dtype is not torch.bfloat16 or fast_bf16(p.device):
+def slow_dtype(dtype: torch.dtype, device: torch.device) -> str:
+    """What to tell one who multiplies matrices of this dtype where that is known to be slow, else nothing. Known of x86 processors alone."""
+    if dtype is not torch.bfloat16 or device.type != "cpu" or platform.machine() not in ("x86_64", "AMD64") or fast_bf16(device):
         return ""
-    return f"this {p.device.type} has no bf16 products, which take several times as long as fp32 ones here: give it model.float() where there is room"
+    return "this processor has no bf16 products, which take several times as long as fp32 ones here: give model.float() where there is room"
+
+
+def slow_model(module: torch.nn.Module) -> str:
+    """The same of a model, by its first matrix."""
+    p = next((p for p in module.parameters() if p.is_floating_point() and p.dim() > 1), None)
+    return "" if p is None else slow_dtype(p.dtype, p.device)
 
 
 def example_value(node: Any) -> Any:

@@ -220,7 +220,7 @@ def compress(model: Any, recipe: Any = "w8", calibration: Any = None, *, strict:
             check(site.matrix, site.params)
         except EffllmError as error:
             raise type(error)(error.code, f"{site.name}: {error.cause}", error.next_step) from None
-    slow = compat.slow_dtype(model) if data is not None else ""
+    slow = compat.slow_model(model) if data is not None else ""
     swap = Swap(model)
     report = PassReport("compress", kept)
     try:

@@ -224,10 +224,11 @@ def test_transformers_reads_the_mark_of_a_compile_config() -> None:
 
 def test_slow_dtypes_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compat.fast_bf16(torch.device("cpu")) == torch.cpu._is_avx512_bf16_supported()
-    for fast in (True, False):
+    for fast, machine in ((True, "x86_64"), (False, "x86_64"), (False, "aarch64")):
         monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda fast=fast: fast)
-        assert bool(compat.slow_dtype(nn.Linear(4, 4).bfloat16())) is not fast
-        assert compat.slow_dtype(nn.Linear(4, 4)) == compat.slow_dtype(nn.LayerNorm(4).bfloat16()) == compat.slow_dtype(nn.Module()) == ""
+        monkeypatch.setattr("platform.machine", lambda machine=machine: machine)
+        assert bool(compat.slow_model(nn.Linear(4, 4).bfloat16())) is (not fast and machine == "x86_64")
+        assert compat.slow_model(nn.Linear(4, 4)) == compat.slow_model(nn.LayerNorm(4).bfloat16()) == compat.slow_model(nn.Module()) == ""
 
 
 def test_cache_artifacts_of_our_own_kind(monkeypatch: pytest.MonkeyPatch) -> None:

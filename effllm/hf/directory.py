@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from effllm import compat
 from effllm.compression import Progress, Site, Swap, decision, one_thread, plan, require
 from effllm.errors import CheckpointError, EffllmError
 from effllm.hf.skeleton import empty_model
@@ -110,6 +111,8 @@ def compress_directory(directory: Path, recipe: Recipe, calibration: Any, *, str
         if reason:
             return _whole(model, reader, source, dtype, recipe, calibration, reason, strict=strict, progress=progress)
         notes.append("calibrated block by block: the dense model was never in memory as a whole")
+        if slow := compat.slow_dtype(dtype, torch.device("cpu")):
+            notes.append(slow)
         left = [s for s in sites if s.name not in covered]
     for site in sorted(left, key=lambda s: s.kind != "linear"):
         tied = swap.shared(site) is not None
@@ -143,7 +146,7 @@ def _whole(
 
     fill(model, reader, source, dtype)
     report = compress(model, recipe, calibration, strict=strict, progress=progress)
-    report.notes.append(f"the dense model was loaded whole: {reason}")
+    report.notes.insert(0, f"the dense model was loaded whole: {reason}")
     return model, report
 
 

@@ -146,7 +146,7 @@ def recover(
     if held:
         none = f"not trained and not {'pruned' if pruned else 'fitted'}"
         report.notes.append(f"{len(held)} low-rank weights hold integer codes, which have no gradient: {none} ({held[0]}, ...)")
-    if slow := compat.slow_dtype(model):
+    if slow := compat.slow_model(model):
         report.notes.append(slow)
     report.seconds = time.perf_counter() - start
     if report.rose:

@@ -49,7 +49,7 @@ def compile_all(command: list[str], units: list[Path], settings: str, directory:
 
 
 def _prelude(command: list[str], todo: list[Path], folder: Path) -> list[str]:
-    """Arguments that let the units share one reading of the headers from outside: that is a third of the time of building them all."""
+    """Arguments that let the units share one reading of the headers from outside, a sixth of the time of building them all on two cores."""
     source = todo[0].parent / "prelude.h" if todo else None
     if len(todo) <= _FEW or source is None or not source.exists():
         return []
