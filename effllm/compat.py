@@ -202,8 +202,22 @@ def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], mode: str |
     with warnings.catch_warnings(), config.patch(cache_key_tag=f"{config.cache_key_tag} effllm {lowering_hash()}".lstrip()):
         # fp16 scales beside bf16 activations are meant: the gather widens both to fp32
         warnings.filterwarnings("ignore", "bf16 and fp16 are mixed")
-        compiled: Any = compile_fx(gm, list(example_inputs), config_patches=patches or None)
+        compiled: Any = compile_fx(gm, [_with_number(x) for x in example_inputs], config_patches=patches or None)
     return cast(Callable[..., Any], compiled)
+
+
+def _with_number(value: Any) -> Any:
+    """A fake scalar that stands for a symbolic number, in the mode that compilers use.
+
+    Dynamo gives backends a fresh mode, torch's compiler moves the fakes of the graph's own mode there, and forgets which number they hold.
+    """
+    context, memo = torch._guards.TracingContext.try_get(), getattr(value, "item_memo", None)
+    mode = None if context is None else context.fake_mode
+    if memo is None or mode is None or value.fake_mode is mode:
+        return value
+    moved = mode.from_tensor(value)
+    moved.item_memo = memo
+    return moved
 
 
 @functools.cache

@@ -68,6 +68,26 @@ def test_models_of_one_class_that_differ_by_a_number(inner: str) -> None:
             assert 0 < relative(got, model(x)) < 0.02, scale
 
 
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_a_number_that_changes_with_each_call_makes_one_more_graph(inner: str) -> None:
+    # Dynamo makes it symbolic at the second value; a compiler that cannot take it asks for one graph a value, up to the limit, and then for none
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(32, 32)
+
+        def forward(self, x: torch.Tensor, number: float) -> torch.Tensor:
+            return torch.softmax(self.linear(x) / number, -1)
+
+    model, x, graphs = Scaled().eval().requires_grad_(False), torch.randn(3, 32), len(backend.reports)
+    call = torch.compile(model, backend="effllm", options={"inner": inner})
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for number in (0.5, 0.7, 1.1, 1.7):
+            assert 0 < relative(call(x, number), model(x, number)) < 0.01, number
+    assert len(backend.reports) == graphs + 2
+
+
 def test_incoming_graph_is_not_changed() -> None:
     seen: list[tuple[str, str]] = []
 

@@ -15,8 +15,8 @@ from effllm import compat
 from effllm.autotune import use
 from effllm.lowering.bipolar_linear import plain
 from effllm.lowering.op import OPS
-from effllm.passes.base import Context, call, is_op, replace
-from effllm.passes.manager import differs
+from effllm.passes.base import Context, call, is_op
+from effllm.passes.siblings import other_dtype, split
 from effllm.report import Decision, PassReport
 
 _ROWS = 16  # outputs of a weight must fill whole tiles
@@ -39,7 +39,7 @@ class MergeLinear:
             if a8 or is_op(node, "bipolar_linear"):
                 head = 2 if a8 else 1
                 minimum, bias, n = node.args[head + 2], node.args[head + 3], node.args[head + 4]
-                reason = _obstacle(bias, n, node.args[-1], a8)
+                reason = other_dtype(node, bias) or _obstacle(n, node.args[-1], a8)
                 if reason:
                     report.decisions.append(Decision(node.name, compat.module_of(node)[0], "kept", "not-mergeable", reason))
                     continue
@@ -63,9 +63,7 @@ def _single(node: fx.Node, a8: bool, groups: dict[tuple[Any, ...], list[fx.Node]
     return Decision(node.name, module, "kept", "unlike", reason)
 
 
-def _obstacle(bias: Any, n: Any, kernel: Any, a8: bool) -> str:
-    if bias is not None:
-        return "it has a bias"
+def _obstacle(n: Any, kernel: Any, a8: bool) -> str:
     if n % _ROWS:
         return f"{n} outputs do not fill tiles of {_ROWS}"
     many = "bipolar_linear_a8_many" if a8 else "bipolar_linear_many"
@@ -78,21 +76,11 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node], a8: bool, context: Context) ->
     lists = [[n.args[head + i] for n in nodes] for i in range(3)]
     if lists[2][0] is None:
         lists[2] = []
-    sizes = [int(n.args[head + 4]) for n in nodes]  # type: ignore[arg-type]
     op = torch.ops.effllm.bipolar_linear_a8_many.default if a8 else torch.ops.effllm.bipolar_linear_many.default
     names = [compat.module_of(n)[0] for n in nodes]
     with graph.inserting_before(first):
         merged = call(graph, op, (*first.args[:head], *lists, *first.args[head + 5 :]), first)
-    at = 0
-    for node, size in zip(nodes, sizes, strict=True):
-        with graph.inserting_before(node):
-            view = call(graph, torch.narrow, (merged, -1, at, size), node)
-            part = view
-            if differs(compat.example_value(node), compat.example_value(view)):  # several rows: a linear's output is contiguous; fuses into its consumers
-                part = call(graph, torch.Tensor.contiguous, (view,), node)
-        at += size
-        replace(context, node, part)
-    context.changed.append(merged)
+    split(graph, context, merged, nodes, lambda node: node.args[head + 3])
     config, note = _found("bipolar_linear_a8_many" if a8 else "bipolar_linear_many", merged)
     reason = "; ".join(filter(None, (f"{len(nodes)} linears in one call", note)))
     return Decision(merged.name, ", ".join(names), "applied", "merged", reason, kernel=plain(str(first.args[-1])), config=config)

@@ -1,8 +1,7 @@
 """Sibling low-rank linears (q, k, v; gate, up) in one call: their first stages read the same x, so they run as one.
 
 Dense factors may be plain or have pivoted rows, all alike; bipolar factors must fill whole tiles. What the linears had in common decides,
-as in merge_linear; outputs lie side by side and are split by views. A bias (Qwen2's q, k, v) is added to its own view behind the call, where
-Inductor fuses it into what reads the view.
+as in merge_linear; outputs lie side by side and are split by views.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from torch import fx
 from effllm import compat
 from effllm.lowering.bipolar_linear import plain
 from effllm.lowering.op import OPS
-from effllm.passes.base import Context, call, is_op, replace
-from effllm.passes.manager import differs
+from effllm.passes.base import Context, call, is_op
+from effllm.passes.siblings import other_dtype, split
 from effllm.report import Decision, PassReport
 
 _ROWS = 16  # rows of a tile
@@ -68,24 +67,17 @@ def _obstacle(node: fx.Node) -> str:
     if plain(str(a[-1])) not in OPS[many].providers:
         return f"kernel {plain(str(a[-1]))!r} takes one weight at a time"
     if _dense(node):
-        return _other_dtype(node) or ("it has input channels of its own" if a[3] is not None else "")
+        return other_dtype(node, _bias(node)) or ("it has input channels of its own" if a[3] is not None else "")
     pivots, _, n, rank = a[7:11]
     if pivots is not None:
         return "its rows are pivoted, which takes two calls"
-    if _other_dtype(node):
-        return _other_dtype(node)
+    if reason := other_dtype(node, _bias(node)):
+        return reason
     return "" if int(n) % _ROWS == 0 and int(rank) % _ROWS == 0 else f"{n} outputs and rank {rank} do not fill tiles of {_ROWS}"  # type: ignore[arg-type]
 
 
 def _bias(node: fx.Node) -> Any:
     return node.args[5] if _dense(node) else node.args[8]
-
-
-def _other_dtype(node: fx.Node) -> str:
-    """Why the bias cannot be added behind the call; empty where it can or there is none."""
-    bias = _bias(node)
-    mine, own = compat.example_value(node).dtype, None if bias is None else compat.example_value(bias).dtype
-    return "" if own in (None, mine) else f"its bias is {own} beside outputs of {mine}"
 
 
 def _merge(graph: fx.Graph, nodes: list[fx.Node], context: Context) -> Decision:
@@ -101,15 +93,5 @@ def _merge(graph: fx.Graph, nodes: list[fx.Node], context: Context) -> Decision:
     names = [compat.module_of(n)[0] for n in nodes]
     with graph.inserting_before(first):
         merged = call(graph, op, args, first)
-    at = 0
-    for node in nodes:
-        size = int(compat.example_value(node).shape[-1])
-        with graph.inserting_before(node):
-            view = call(graph, torch.narrow, (merged, -1, at, size), node)
-            part = view if _bias(node) is None else call(graph, torch.add, (view, _bias(node)), node)
-            if differs(compat.example_value(node), compat.example_value(part)):
-                part = call(graph, torch.Tensor.contiguous, (part,), node)
-        at += size
-        replace(context, node, part)
-    context.changed.append(merged)
+    split(graph, context, merged, nodes, _bias)
     return Decision(merged.name, ", ".join(names), "applied", "merged", f"{len(nodes)} low-rank linears in one call", kernel=plain(str(first.args[-1])))

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from effllm import compat
@@ -27,6 +28,8 @@ def in_parts(gm: fx.GraphModule, compile: Compile) -> Callable[..., Any]:
     before = [n for n in nodes[:at] if n.op not in ("placeholder", "get_attr") and not compat.is_log(n)]
     items = [n for n in nodes[at + 1 : -1] if n.op == "call_function" and n.args and n.args[0] is call]  # in the order of the program's outputs
     behind = [n for n in nodes[at + 1 : -1] if n.op != "get_attr" and n not in items]
+    late = _late_numbers(before, behind)
+    before, behind = [n for n in before if n not in late], [*late, *behind]
     later = {call, *behind, output}
     made = [n for n in before if any(u in later for u in n.users)]
     front = _part(gm, before, inputs, made)
@@ -37,6 +40,15 @@ def in_parts(gm: fx.GraphModule, compile: Compile) -> Callable[..., Any]:
     program = gm.get_submodule(str(call.target))
     assert isinstance(program, StepProgram)
     return Parts(_ready(front, inputs, before, compile), program, needed, _ready(back, known, behind, compile), len(inputs))
+
+
+def _late_numbers(before: list[fx.Node], behind: list[fx.Node]) -> list[fx.Node]:
+    """Symbolic numbers (a temperature) that only the back reads, in order: a compiler takes no such number from another part, but the tensor behind it."""
+    late: list[fx.Node] = []
+    for node in reversed(before):
+        if isinstance(compat.example_value(node), torch.SymFloat) and all(u in behind or u in late for u in node.users):
+            late.insert(0, node)
+    return late
 
 
 @dataclass(frozen=True)

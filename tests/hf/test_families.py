@@ -121,23 +121,23 @@ GOLDEN = {
     # rewritten weights, embeddings and head among them
     # |   parameters of other ops: stacked experts
     # |   |  merged groups: (q, k, v) and (gate, up)
-    # |   |  |  not mergeable: a bias, or outputs that fill no tiles
+    # |   |  |  not mergeable: outputs that fill no tiles
     # |   |  |  |   alone with their activation
     # |   |  |  |   |  quantizations that w4a8 shares
     # |   |  |  |   |  |  attention calls of decode that the kernel takes
     # |   |  |  |   |  |  |  graphs: prefill, decode, and with a window decode once it is full
     "llama": (16, 0, 4, 1, 4, 6, 2, 2),
-    "qwen2": (16, 0, 2, 7, 4, 6, 2, 2),  # q, k, v have biases
+    "qwen2": (16, 0, 4, 1, 4, 6, 2, 2),  # q, k, v have biases
     "qwen3": (16, 0, 4, 1, 4, 6, 2, 2),
     "mistral": (16, 0, 2, 5, 4, 6, 2, 3),  # gate and up have 100 outputs
     "gemma2": (16, 0, 4, 1, 4, 6, 0, 3),  # soft-capped scores: transformers calls no attention op
     "gemma3": (16, 0, 4, 1, 4, 6, 2, 3),
     "phi3": (10, 0, 0, 1, 8, 0, 2, 2),  # one matrix for q, k, v and one for gate, up
-    "phi": (14, 0, 0, 13, 0, 6, 2, 2),  # attention and MLP read the same norm
-    "gpt2": (11, 0, 0, 9, 0, 0, 2, 2),  # Conv1D, one matrix for q, k, v
-    "gpt_neox": (10, 0, 0, 9, 0, 0, 2, 2),
+    "phi": (14, 0, 2, 1, 4, 6, 2, 2),  # attention and MLP read the same norm
+    "gpt2": (11, 0, 0, 7, 2, 0, 2, 2),  # Conv1D, one matrix for q, k, v
+    "gpt_neox": (10, 0, 0, 1, 8, 0, 2, 2),
     "mixtral": (12, 4, 2, 3, 2, 4, 2, 2),  # routers are rewritten, experts are not
-    "qwen2_moe": (20, 4, 2, 11, 4, 8, 2, 2),
+    "qwen2_moe": (20, 4, 4, 5, 4, 8, 2, 2),
 }
 
 

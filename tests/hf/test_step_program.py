@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import effllm
+from effllm import backend
 from effllm.hf.static import StaticRunner
 from tests.hf.families import VOCAB, tiny
 
@@ -77,6 +78,28 @@ def test_nine_tokens_at_once_are_one_call(recipe):
         outs.append(StaticRunner(model, wrap, length=32, prefill_length=9).prefill(ids)[0])
         assert decision(effllm.last_report()).action == ("applied" if step == "auto" else "kept")
     assert torch.allclose(outs[0], outs[1], atol=2e-4 * float(outs[1].abs().max()))
+
+
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_a_temperature_that_changes_with_each_step_makes_one_more_graph(inner):
+    model = tiny("llama")
+    torch._dynamo.reset()
+    runner, other = (StaticRunner(model, None, length=32, prefill_length=9) for _ in range(2))
+    for each in (runner, other):
+        each.start(torch.randint(3, VOCAB, (1, 9), generator=torch.Generator().manual_seed(0)))
+    eager, graphs = runner._decode, len(backend.reports)
+
+    def sample(model, token, position, cache, temperature):
+        return torch.softmax(eager(model, token, position, cache) / temperature, -1)
+
+    call = torch.compile(sample, fullgraph=True, backend="effllm", options={"recipe": "dense", "inner": inner})
+    with torch.no_grad():
+        for i, temperature in enumerate((0.3, 0.6, 0.9, 1.4)):
+            token, position = torch.tensor([[5 + i]]), torch.tensor([[9 + i]])
+            got = call(model, token, position, runner._cache, temperature)
+            want = torch.softmax(other.decode_step(token, position) / temperature, -1)
+            assert torch.allclose(got, want, atol=1e-4)
+    assert decision(effllm.last_report()).action == "applied" and len(backend.reports) == graphs + 2
 
 
 def test_several_rows_of_a_batch_and_threads():

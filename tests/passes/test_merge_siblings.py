@@ -1,4 +1,4 @@
-"""Siblings in one call: with and without biases, in every form of the factors; what stays apart, and why."""
+"""Siblings in one call: with and without biases, packed and in every form of low-rank factors; what stays apart, and why."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Siblings(nn.Module):
 def merged(model: nn.Module, recipe: str, x: Tensor) -> list[Decision]:
     with torch.no_grad():
         report = effllm.explain(model, (x,), recipe, max_slowdown=1e9)
-    return [d for p in report.passes if p.name == "merge_lowrank" for d in p.decisions]
+    return [d for p in report.passes if p.name in ("merge_linear", "merge_lowrank") for d in p.decisions]
 
 
 def far(found: Any, wanted: Any) -> float:
@@ -39,12 +39,15 @@ def far(found: Any, wanted: Any) -> float:
 
 
 @pytest.mark.parametrize("biased", ["", "qkv", "k"])
-@pytest.mark.parametrize("recipe", ["svd(rank=16)", "svd(rank=17, pivoted=false)", "svd(rank=16, pivoted=false, bits=6)"])
+@pytest.mark.parametrize(
+    "recipe",
+    ["svd(rank=16)", "svd(rank=17, pivoted=false)", "svd(rank=16, pivoted=false, bits=6)", "w4(offset=none)", "w4a8(offset=integer)", "w8(offset=affine)"],
+)
 @pytest.mark.parametrize("rows", [1, 5])
 def test_siblings_run_in_one_call_and_mean_the_same(recipe: str, biased: str, rows: int) -> None:
     model, x = Siblings(biased), torch.randn(rows, 64)
     found = merged(model, recipe, x)
-    assert [d.action for d in found] == ["applied"] and found[0].reason.startswith("3 low-rank"), found
+    assert [d.action for d in found] == ["applied"] and found[0].reason.startswith(("3 low-rank", "3 linears")), found
     torch._dynamo.reset()
     with torch.no_grad():
         got = torch.compile(model, backend="effllm", options={"inner": "eager", "recipe": recipe, "max_slowdown": 1e9})(x)
@@ -56,11 +59,12 @@ def test_siblings_run_in_one_call_and_mean_the_same(recipe: str, biased: str, ro
         assert far([y - (0 if m.bias is None else m.bias) for y, m in zip(got, (model.q, model.k, model.v), strict=True)], wanted) > 0.1
 
 
-def test_bf16_rounds_the_bias_like_plain_torch() -> None:
+@pytest.mark.parametrize("recipe", ["svd(rank=24, pivoted=false)", "w4(offset=none)"])
+def test_bf16_rounds_the_bias_like_plain_torch(recipe: str) -> None:
     model, x = Siblings("qkv", torch.bfloat16), torch.randn(3, 64).bfloat16()
     torch._dynamo.reset()
     packed = copy.deepcopy(model)
-    effllm.compress(packed, "svd(rank=24, pivoted=false)")
+    effllm.compress(packed, recipe)
     dense = [m.weight.dense(torch.float64) @ x.double().T for m in (packed.q, packed.k, packed.v)]
     exact = [y.T + m.bias.double() for y, m in zip(dense, (model.q, model.k, model.v), strict=True)]
     with torch.no_grad():
@@ -69,7 +73,8 @@ def test_bf16_rounds_the_bias_like_plain_torch() -> None:
     assert far(got, exact) <= 2 * far(apart, exact) + 2**-9
 
 
-def test_what_stays_apart_says_why() -> None:
+@pytest.mark.parametrize("recipe", ["svd(rank=16)", "w4(offset=none)"])
+def test_what_stays_apart_says_why(recipe: str) -> None:
     mixed, x = Siblings("qk"), torch.randn(2, 64).bfloat16()
     mixed.to(torch.bfloat16).k.bias.data = mixed.k.bias.data.float()
 
@@ -77,7 +82,7 @@ def test_what_stays_apart_says_why() -> None:
         def __init__(self) -> None:
             super().__init__()
             self.inner = mixed
-            effllm.compress(self.inner, "svd(rank=16)")
+            effllm.compress(self.inner, recipe)
 
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
             y: tuple[Tensor, Tensor, Tensor] = self.inner(x)
