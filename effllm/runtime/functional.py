@@ -1,4 +1,4 @@
-"""What torch functions do with a packed weight: `F.linear(x, m.weight)`, `x @ m.weight.T`, `F.embedding(ids, m.weight)`.
+"""What torch functions do with a packed weight: `F.linear(x, m.weight)`, `x @ m.weight.T`, `m.weight @ x`, `F.embedding(ids, m.weight)`.
 
 Code that reads a module's weight instead of calling the module (a tied head written by hand, a loss over the vocabulary) gets the
 right product through the packed kernels; the dense weight is not made. Every other function is refused with what to do instead.
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from effllm.runtime.packed import PackedWeight
 
 _MATMUL = (torch.matmul, torch.Tensor.matmul, torch.Tensor.__matmul__, torch.mm, torch.Tensor.mm)
-_STEP = "call the module itself, use F.linear, F.embedding or x @ weight.T, or take weight.dense() and pay for a dense copy"
+_STEP = "call the module itself, use F.linear, F.embedding, x @ weight.T or weight @ x, or take weight.dense() and pay for a dense copy"
 
 
 class PackedUseError(WeightError, AttributeError):
@@ -84,6 +84,8 @@ def dispatch(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor
         return _embedding(*args, **kwargs)
     if func in _MATMUL and len(args) == 2 and not kwargs and isinstance(args[1], Transposed):
         return _linear(args[0], args[1].T)
+    if func in _MATMUL and len(args) == 2 and not kwargs and hasattr(args[0], "linear"):
+        return left(*args)
     name = getattr(func, "__name__", str(func))
     raise refused(name)
 
@@ -96,6 +98,13 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Tensor:
         raise WeightError("E-WGT-SHAPE", cause, f"its last dimension must be {weight.shape[1]}")
     y: Tensor = weight.linear(input, bias)
     return y
+
+
+def left(weight: Any, input: Any) -> Tensor:
+    """weight (N, K) @ input (K,) or (..., K, T): the linear of the input's columns (Mamba's step sizes)."""
+    if not isinstance(input, Tensor) or not hasattr(weight, "linear"):
+        raise refused("a product with a packed input")
+    return _linear(input, weight) if input.dim() == 1 else _linear(input.mT, weight).mT
 
 
 def _embedding(

@@ -150,6 +150,10 @@ class PackedWeight(functional.Refusing, nn.Module):
         """The transposed weight, for `x @ weight.T`."""
         return functional.Transposed(self)
 
+    def __matmul__(self, other: Any) -> Tensor:
+        """weight @ x for x (K,) or (..., K, T). Dynamo swaps the sides of this operator and breaks the graph; `torch.matmul` stays in one."""
+        return functional.left(self, other)
+
     def __getitem__(self, ids: Any) -> Tensor:
         """Rows by an integer tensor, as from an embedding; other indices need the dense weight."""
         if isinstance(ids, Tensor) and not ids.is_floating_point() and ids.dtype != torch.bool:
