@@ -4,12 +4,14 @@
 
 One query per head over `--layers` caches in turn, so that no cache stays in the processor's from call to call. Each variant is compared with
 attention over its own decompressed keys and values in fp32 before it is timed. `gb_s` counts the bytes a call has to read. Results go to
-benchmarks/results/kv_attention.json, one entry per shape and thread count. A method is one entry of METHODS in kv_quality.py.
+benchmarks/results/kv_attention.json, one entry per shape and thread count. A method is one entry of METHODS in kv_quality.py; where optimum-quanto is
+installed, transformers' 2- and 4-bit caches are compared, too.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import statistics
 import time
@@ -20,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks import torch_caches
 from benchmarks.kv_quality import METHODS
 from effllm.autotune.machine import describe, measure_bandwidth
 from effllm.lowering import providers
@@ -60,13 +63,13 @@ def compressed(spec: str, q: Tensor, states: list[tuple[Tensor, Tensor]]) -> Var
     return [lambda layer=layer: layer.attend(q) for layer in layers], want, layers[0].pages.numel() + layers[0].ring.numel() * 2
 
 
-def transformers_fp8(q: Tensor, states: list[tuple[Tensor, Tensor]]) -> Variant:
-    """transformers' own fp8 layer, which restores all tokens at every step; its 2- and 4-bit layers need packages that may not be installed."""
+def transformers_cache(name: str, q: Tensor, states: list[tuple[Tensor, Tensor]]) -> Variant:
+    """A layer of transformers' QuantizedCache, which restores all tokens at every step, and torch's attention."""
     from transformers.cache_utils import Fp8QuantizedLayer
 
-    attend, calls, want = torch.nn.functional.scaled_dot_product_attention, [], []
+    attend, calls, want, size = torch.nn.functional.scaled_dot_product_attention, [], [], 0
     for k, v in states:
-        layer = Fp8QuantizedLayer()
+        layer = Fp8QuantizedLayer() if name == "transformers-fp8" else torch_caches.quanto_layer(int(name[-1]))
         layer.update(k[:, :, :-1], v[:, :, :-1])
         state = dict(vars(layer))
 
@@ -75,11 +78,11 @@ def transformers_fp8(q: Tensor, states: list[tuple[Tensor, Tensor]]) -> Variant:
             keys, values = layer.update(k, v)
             return attend(q, keys, values, enable_gqa=True)
 
-        vars(layer).update(state)
+        size = 2 * k.numel() if name == "transformers-fp8" else torch_caches.packed_bytes(layer)
         keys, values = layer.update(k[:, :, -1:], v[:, :, -1:])
         want.append(attend(q.float(), keys.float(), values.float(), enable_gqa=True))
         calls.append(call)
-    return calls, want, 2 * states[0][0].numel()
+    return calls, want, size
 
 
 def measure(variants: dict[str, Variant], rounds: int) -> dict[str, list[float]]:
@@ -104,8 +107,9 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
     only = [n for n in a.only.split(",") if n]
     variants = {name: dense(name, q, states) for name in DENSE}
     variants |= {name: compressed(m.spec, q, states) for name, m in METHODS.items() if m.make is None and name != "dense" and (not only or name in only)}
-    if not only or "transformers-fp8" in only:
-        variants["transformers-fp8"] = transformers_fp8(q, states)
+    quanto = importlib.util.find_spec("optimum.quanto") is not None if importlib.util.find_spec("optimum") else False
+    own = ("transformers-fp8", "transformers-quanto-4", "transformers-quanto-2") if quanto else ("transformers-fp8",)
+    variants |= {name: transformers_cache(name, q, states) for name in own if not only or name in only}
     errors = {}
     for name, (calls, want, _) in variants.items():
         errors[name] = max(float((call().float() - w).norm() / w.norm()) for call, w in zip(calls, want, strict=True))
@@ -138,7 +142,7 @@ def main() -> None:
     a.out.write_text(json.dumps({"machine": describe(), "runs": runs}, indent=1) + "\n")
     for r in found["rows"]:
         times = f"{r['ms']:.3f} ms ({r['low_ms']:.3f} to {r['high_ms']:.3f})  {r['times_sdpa']:.2f}x"
-        print(f"{r['variant']:14} {times}  {r['gb_s']:.1f} GB/s  error {r['error']:.1e}")
+        print(f"{r['variant']:21} {times}  {r['gb_s']:.1f} GB/s  error {r['error']:.1e}")
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
 """Decoding behind long contexts, compressed caches beside a dense one, weights equal: rate, bytes per token, memory (see docs/kv-caches.md).
 
     python -m benchmarks.kv_context [--contexts 1024,4096,16384,32768] [--caches dense,kivi-4,mustafar-70] [--layers 16] [--tokens 8] [--rounds 5]
+        [--base dense]
 
 A Llama of the shape of a 1B model with random weights at 4 bits and 8-bit activations, compiled by effllm. Layers differ in memory and not in value:
 one is packed and copied. Caches are filled with random keys and values, so no prompt is read. `dense` is a static cache with effllm's own decode
-kernel, which reads only what the mask shows; torch's attention is far slower (benchmarks/kv_attention.py). One graph per cache serves all contexts.
+kernel, which reads only what the mask shows. One graph per cache serves all contexts. `torch-static` is the same compiled step with torch's attention
+in place of that kernel, `torch-dynamic` and `quanto-4`, `quanto-2` (these need optimum-quanto) the same packed model, not compiled, with transformers'
+own growing caches and torch's attention: in `benchmarks.torch_caches`. `--base` names the cache that ratios are over.
 `cache_bytes` are those of the tokens held, `predicted` the formula with the dense window. `peak_bytes` is what the process grew by while it decoded.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import statistics
@@ -23,6 +27,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import effllm
+from benchmarks import torch_caches
 from benchmarks.kv_quality import METHODS
 from effllm.autotune.machine import describe
 from effllm.hf import variants
@@ -76,6 +81,8 @@ def fill(variant: Variant, tokens: int) -> None:
 
 def behind(variant: Variant, tokens: int) -> int:
     """Let the cache end after so many tokens, fewer where pages begin elsewhere; the tokens that it holds."""
+    if isinstance(variant.runner, torch_caches.Growing):
+        return variant.runner.behind(tokens)
     cache = variant.runner._cache
     if not isinstance(cache, CompressedCache):
         for layer in cache.layers:
@@ -90,6 +97,8 @@ def behind(variant: Variant, tokens: int) -> int:
 
 def held_bytes(variant: Variant, tokens: int) -> tuple[float, float]:
     """Bytes of the cache's tensors that hold the tokens, and what the formula says."""
+    if isinstance(variant.runner, torch_caches.Growing):
+        return variant.runner.cache_bytes, variant.runner.cache_bytes
     cache, layers = variant.runner._cache, len(variant.runner._cache.layers)
     if not isinstance(cache, CompressedCache):
         size = variant.runner.cache_bytes * tokens / variant.runner.length
@@ -106,11 +115,16 @@ def build(names: list[str], layers: int, longest: int) -> list[Variant]:
     model, shape = llama(layers), Shape(prompt=longest, tokens=256, prefill=64)
     made = []
     for name in names:
-        v = variants.packed("w4a8", model, shape, compile_prefill=False, kv=None if name == "dense" else METHODS[name].spec)
-        v.name = name
-        fill(v, longest)
+        if name in torch_caches.GROWING:
+            v = Variant(name, None, model, torch_caches.Growing(name, model, longest))
+        else:
+            kv = None if name in ("dense", "torch-static") else METHODS[name].spec
+            v = variants.packed("w4a8", model, shape, compile_prefill=False, kv=kv)
+            v.name = name
+            fill(v, longest)
         start = time.perf_counter()
-        decode(v, behind(v, 1024), 2)
+        with torch_caches.torch_attention() if name == "torch-static" else contextlib.nullcontext():
+            decode(v, behind(v, 1024), 2)
         v.notes.append(f"compiled in {time.perf_counter() - start:.0f} s")
         print(name, v.notes[-1], flush=True)
         made.append(v)
@@ -136,7 +150,7 @@ def resident(field: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def measure(made: list[Variant], contexts: list[int], tokens: int, rounds: int) -> list[dict[str, Any]]:
+def measure(made: list[Variant], contexts: list[int], tokens: int, rounds: int, base: str) -> list[dict[str, Any]]:
     """One row per context and cache; caches take turns."""
     rows = []
     for context in contexts:
@@ -147,13 +161,13 @@ def measure(made: list[Variant], contexts: list[int], tokens: int, rounds: int) 
                 at, before = behind(v, context), resident("VmRSS")
                 times[v.name].append(decode(v, at, tokens) / tokens)
                 grown[v.name] = max(grown[v.name], resident("VmRSS") - before)
-        base = statistics.median(times["dense"][1:]) if "dense" in times else None
+        over = statistics.median(times[base][1:])
         for v in made:
             taken, held = times[v.name][1:], behind(v, context)
             t, (size, predicted) = statistics.median(taken), held_bytes(v, held)
             row = {"context": held, "cache": v.name, "ms": 1e3 * t, "low_ms": 1e3 * min(taken), "high_ms": 1e3 * max(taken), "tok_s": 1 / t}
-            ratio = None if base is None else base / t
-            rows.append(row | {"times_dense": ratio, "bytes_per_token": size / held, "predicted": predicted / held, "peak_bytes": grown[v.name]})
+            row |= {"base": base, "times_base": over / t, "bytes_per_token": size / held, "predicted": predicted / held}
+            rows.append(row | {"peak_bytes": grown[v.name]})
     return rows
 
 
@@ -162,20 +176,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", default="1024,4096,16384,32768")
     parser.add_argument("--caches", default="dense,kivi-4,mustafar-70")
+    parser.add_argument("--base", default="dense")
+    parser.add_argument("--out", type=Path, default=RESULTS)
     for name, default in (("layers", 16), ("tokens", 8), ("rounds", 5), ("threads", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     contexts = [int(c) for c in args.contexts.split(",")]
-    store(measure(build(args.caches.split(","), args.layers, max(contexts)), contexts, args.tokens, args.rounds), args.layers, args.threads)
+    caches = args.caches.split(",")
+    if args.base not in caches:
+        parser.error(f"--base {args.base} is not among --caches {args.caches}")
+    rows = measure(build(caches, args.layers, max(contexts)), contexts, args.tokens, args.rounds, args.base)
+    store(rows, args.layers, args.threads, args.out)
 
 
-def store(rows: list[dict[str, Any]], layers: int, threads: int) -> None:
-    """To RESULTS and the screen."""
-    RESULTS.write_text(json.dumps({"machine": describe(), "layers": layers, "threads": threads, "rows": rows}, indent=1) + "\n")
+def store(rows: list[dict[str, Any]], layers: int, threads: int, out: Path) -> None:
+    """To a file and the screen."""
+    out.write_text(json.dumps({"machine": describe(), "layers": layers, "threads": threads, "rows": rows}, indent=1) + "\n")
     for r in rows:
-        times = "" if r["times_dense"] is None else f"{r['times_dense']:.2f} times dense"
-        print(f"{r['context']:6} {r['cache']:12} {r['ms']:.1f} ms ({r['low_ms']:.1f} to {r['high_ms']:.1f})  {times}  {r['bytes_per_token']:.0f} bytes a token")
+        times = f"{r['times_base']:.2f} times {r['base']}"
+        print(f"{r['context']:6} {r['cache']:14} {r['ms']:.1f} ms ({r['low_ms']:.1f} to {r['high_ms']:.1f})  {times}  {r['bytes_per_token']:.0f} bytes a token")
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from benchmarks import kv_calibrated
+from benchmarks import kv_calibrated, torch_caches
 from effllm.autotune.machine import describe
 from effllm.hf import texts
 from effllm.hf.cache import CompressedCache
@@ -44,7 +44,7 @@ class Method:
     tables, permuted weights. A model of its own reads the prompt itself."""
 
     spec: str
-    make: Callable[[Any, int], tuple[Any, CompressedCache]] | None = None
+    make: Callable[[Any, int], tuple[Any, Any]] | None = None
 
 
 METHODS: dict[str, Method] = {
@@ -67,12 +67,14 @@ METHODS: dict[str, Method] = {
     "bfp-8": Method("bfp(bits=8,vbits=8)"),
     "bfp-4": Method("bfp(bits=4,vbits=4)"),
     "bfp-4-g16": Method("bfp(bits=4,vbits=4,block=16)"),
+    "quanto-4": Method("quanto(bits=4)", lambda model, _: (model, torch_caches.quanto_cache(model, 4))),
+    "quanto-2": Method("quanto(bits=2)", lambda model, _: (model, torch_caches.quanto_cache(model, 2))),
 }
 
 
-def fill(cache: CompressedCache, prompt: DynamicCache) -> None:
+def fill(cache: Any, prompt: DynamicCache) -> None:
     """Put a dense cache's keys and values into an empty one."""
-    for own, dense in zip(cache.compressed, prompt.layers, strict=True):
+    for own, dense in zip(cache.compressed if isinstance(cache, CompressedCache) else cache.layers, prompt.layers, strict=True):
         own.update(dense.keys, dense.values)
 
 
@@ -122,6 +124,8 @@ def about(name: str, config: Any, text: str, dtype: str) -> dict[str, Any]:
     """What a row is of, and its sizes."""
     heads, dim = config.num_key_value_heads, config.hidden_size // config.num_attention_heads
     spec = METHODS[name].spec
+    if spec.startswith("quanto"):
+        return {"spec": spec, "text": text, "dtype": dtype} | torch_caches.quanto_sizes(int(name[-1]), heads, dim)
     size = kv_calibrated.evicting_sizes(spec, heads, dim) if spec.startswith("ems") else sizes(spec, heads, dim, torch.bfloat16)
     return {"spec": spec if spec.startswith("ems") else parse(spec).spec, "text": text, "dtype": dtype} | size
 
@@ -178,7 +182,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     METHODS.update(kv_calibrated.methods(args.texts, args.basis, Method))
-    names = [n for n in args.only.split(",") if n] or list(METHODS)
+    # transformers' own layers are run by name alone: optimum-quanto is not part of the set-up
+    names = [n for n in args.only.split(",") if n] or [n for n in METHODS if not n.startswith("quanto")]
     rows = run(names, args.texts, args.windows, args.dtype, args.out)
     for r in (rows[n] for n in names if n in rows):
         sizes = f"{r['bytes']:.0f} bytes, {r['share']:.1%} of 16 bits, {r['total_share_4k']:.1%} with the window at 4k"
