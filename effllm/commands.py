@@ -62,6 +62,7 @@ def evaluate(
     from effllm.compression import compress as run
     from effllm.hf import models, size, subject
     from effllm.hf.evaluate import score
+    from effllm.hf.scoring import for_scoring
 
     given = models.is_packed(model)
     if given and recipe is not None:
@@ -86,11 +87,15 @@ def evaluate(
             packed = copy.deepcopy(dense)
             run(packed, parsed, calibration=_calibration(calibrate, tokenizer, model))
         steps = iter(range(len(scored)))
-        both = {"packed": packed} | ({} if dense is None else {"dense": dense})
-        found = score(both, dense, scored, lambda: show("scoring", 0.3 + 0.7 * (next(steps) + 1) / len(scored)), parsed.kv, prompt_tokens if parsed.kv else 0)
+        both, scored_as = {"packed": packed} | ({} if dense is None else {"dense": dense}), None
+        if parsed.kv is None:  # a cache stores scales and recent tokens in the model's dtype, which is part of what is scored
+            both, scored_as = for_scoring(both)
+        prompt = prompt_tokens if parsed.kv else 0
+        found = score(both, both.get("dense"), scored, lambda: show("scoring", 0.3 + 0.7 * (next(steps) + 1) / len(scored)), parsed.kv, prompt)
     figures: dict[str, Any] = {"perplexity": None, "kl": None, "top1_agreement": None, "tokens": None} | found["packed"]
     figures |= {"weight_bytes": size.weight_size(packed).read, "recipe": name}
     figures |= {} if parsed.kv is None else {"kv": parsed.kv, "prompt_tokens": prompt_tokens}
+    figures |= {} if scored_as is None else {"scored": scored_as}
     if dense is None:
         return figures | {"comparison": subject.ALONE}
     return figures | {

@@ -62,6 +62,11 @@ def peak_rss() -> int:
     return _kib("/proc/self/status", "VmHWM")
 
 
+def available_memory() -> int:
+    """Bytes of memory that can be had without swapping (0 where /proc is missing)."""
+    return _kib("/proc/meminfo", "MemAvailable")
+
+
 def reset_peak_rss() -> bool:
     """Start a new peak at the present resident set; False where the kernel does not allow it, or takes the request and ignores it."""
     try:

@@ -54,14 +54,17 @@ class Packing:
 
 
 def pack(recipe: str, windows: int, out: Path) -> None:
-    """Compress the demo model with calibration and save it."""
+    """Compress the demo model with calibration and save it, in bf16. Calibrated in fp32 where the processor has no products of 16 bits."""
+    from effllm import compat
     from effllm.compression import compress
     from effllm.hf import models, texts
     from effllm.runtime.checkpoint import save
 
     model, tokenizer = models.resolve("demo")
+    dtype = model.dtype
+    model = model.float() if compat.slow_model(model) else model
     compress(model, recipe, calibration=texts.windows(tokenizer, texts.calibration_text().text, 512, windows))
-    save(model, out)
+    save(model.to(dtype), out)
 
 
 if __name__ == "__main__":

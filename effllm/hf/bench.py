@@ -15,6 +15,7 @@ from effllm.hf import evaluate, measure, texts, variants
 from effllm.hf.background import Packing
 from effllm.hf.measure import Times, spread
 from effllm.hf.models import chat_ids
+from effllm.hf.scoring import for_scoring
 from effllm.hf.size import weight_size
 from effllm.hf.variants import Shape, Variant
 
@@ -76,7 +77,7 @@ def run(dense: Any, tokenizer: Any, plan: Plan, progress: Progress = _silent) ->
     turns = iter(range(plan.rounds * count))
     times = measure.measure(built, ids, plan.shape, plan.rounds, lambda: progress("timing", 0.7 + 0.1 * next(turns) / (plan.rounds * count)))
     others = load.cores()
-    quality = _quality(built, dense, plan, progress)
+    quality, scored_as = _quality(built, dense, plan, progress)
     progress("generating", 0.98)
     rows = [_row(v, times[v.name], errors[v.name], quality.get(v.name, {}), roof, tokenizer, plan) for v in built]
     for v, row in zip(built, rows, strict=True):
@@ -84,6 +85,7 @@ def run(dense: Any, tokenizer: Any, plan: Plan, progress: Progress = _silent) ->
     about = machine.describe() | {"read_bandwidth_gb_s": roof, "other_cores_busy": others}
     progress("done", 1.0)
     settings = _settings(plan) | {"peak_rss": PEAK if all(r["peak_rss_bytes"] is not None for r in rows) else NO_PEAK}
+    settings |= {"scored": scored_as} if scored_as else {}
     return {"machine": about, "rows": rows, "settings": settings}
 
 
@@ -100,16 +102,18 @@ def _build(name: str, dense: Any, plan: Plan) -> Variant:
     return variants.recipe(name, dense, plan.shape, calibration, compile_prefill=plan.compile_prefill)
 
 
-def _quality(built: list[Variant], dense: Any, plan: Plan, progress: Progress) -> dict[str, dict[str, float]]:
+def _quality(built: list[Variant], dense: Any, plan: Plan, progress: Progress) -> tuple[dict[str, dict[str, float]], str | None]:
+    """Figures by variant, and what was scored where it was not the models themselves."""
     if plan.windows is None:
-        return {}
+        return {}, None
     # baselines hold the dense weights, in whatever dtype: they share its figures
     windows = plan.windows
     distinct = {v.name: v.model for v in built if v.recipe is not None}
     steps = iter(range(len(windows)))
     shared = {} if dense is None else {"": dense}
-    found = evaluate.score({**shared, **distinct}, dense, windows, lambda: progress("scoring text", 0.8 + 0.18 * next(steps) / len(windows)))
-    return {v.name: found[v.name if v.name in distinct else ""] for v in built}
+    models, why = for_scoring({**shared, **distinct})
+    found = evaluate.score(models, models.get(""), windows, lambda: progress("scoring text", 0.8 + 0.18 * next(steps) / len(windows)))
+    return {v.name: found[v.name if v.name in distinct else ""] for v in built}, why
 
 
 def _row(v: Variant, times: Times, error: float, quality: dict[str, float], roof: float, tokenizer: Any, plan: Plan) -> dict[str, Any]:
