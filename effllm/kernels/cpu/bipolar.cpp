@@ -2,6 +2,7 @@
 // the builder (build.py). Threads are PyTorch's own.
 #include "bipolar.h"
 #include "expand.h"
+#include "expand_fp32.h"
 #include "offer.h"
 #include "packed.h"
 #include "single.h"
@@ -110,6 +111,27 @@ void run_expanded(const Tensor& x, const std::vector<Weight>& weights, int64_t b
 }
 #endif
 
+using Wide = void (*)(const Weight&, const float*, int64_t, int64_t, float, int64_t, int64_t, const float*, void*);
+template <class U> void run_wide(const Tensor& x, int64_t m, int64_t k, const std::vector<Weight>& weights, int64_t bits, float zero, const float* bias, void* y, int64_t threads) {
+  if constexpr (U::narrow) {
+    static constexpr Wide table[8] = {effllm::multiply_wide<U, 1>, effllm::multiply_wide<U, 2>, effllm::multiply_wide<U, 3>, effllm::multiply_wide<U, 4>,
+                                      effllm::multiply_wide<U, 5>, effllm::multiply_wide<U, 6>, effllm::multiply_wide<U, 7>, effllm::multiply_wide<U, 8>};
+    STD_TORCH_CHECK(bits >= 1 && bits <= 8, "effllm: bits must be 1 to 8");
+    const auto* rows = static_cast<const float*>(x.const_data_ptr());
+    int64_t tiles = 0;
+    for (const auto& w : weights) tiles += w.tiles;
+    const int64_t each = threads > 0 ? (tiles + threads - 1) / threads : grain(tiles, weights[0].blocks, bits, m, 3);
+    torch::stable::parallel_for(0, tiles, each, [&](int64_t from, int64_t to) {
+      int64_t first = 0;
+      for (const auto& w : weights) {
+        const int64_t a = std::max(from, first), b = std::min(to, first + w.tiles);
+        if (a < b) table[bits - 1](w, rows, m, k, zero, a - first, b - first, bias ? bias + w.col : nullptr, y);
+        first += w.tiles;
+      }
+    });
+  }
+}
+
 // One or several weights that share x: y holds their outputs side by side.
 Tensor multiply(const Tensor& x_in, const float* xs, const std::vector<Tensor>& codes, const std::vector<Tensor>& scale, const std::vector<const void*>& minimum,
                 const std::optional<Tensor>& bias, const std::vector<int64_t>& n, int64_t bits, int64_t group, double zero, ScalarType dtype, const Plan& how) {
@@ -127,12 +149,14 @@ Tensor multiply(const Tensor& x_in, const float* xs, const std::vector<Tensor>& 
   Tensor y = result(x, total, dtype);
   if (m == 0 || total == 0) return y;
   const std::vector<float> b = effllm::floats_of(bias, total);
+  if (!xs && effllm::expands<V>(how, m, type_of(x.scalar_type()))) {
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
-  if (V::fast_bf16 && !xs && how.expand_from > 0 && m >= how.expand_from && x.scalar_type() == ScalarType::BFloat16) {
     run_expanded(torch::stable::view(x, {m, k}), weights, bits, static_cast<float>(zero), bias ? b.data() : nullptr, y.mutable_data_ptr(), how.threads);
+#else
+    run_wide<V>(x, m, k, weights, bits, static_cast<float>(zero), bias ? b.data() : nullptr, y.mutable_data_ptr(), how.threads);
+#endif
     return y;
   }
-#endif
   static thread_local Activations a;  // keeps its buffers between calls
   if (xs) prepare_int8(a, static_cast<const int8_t*>(x.const_data_ptr()), m, k, weights[0], zero, bits, how);
   else prepare_float(a, x.const_data_ptr(), m, k, weights[0], zero, bits, type_of(x.scalar_type()));

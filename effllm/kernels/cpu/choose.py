@@ -96,11 +96,17 @@ class CpuTuning:
             return "the processor has no byte permutation across 64 bytes"
         if path == "unpack" and self._narrow(problem):
             return "without byte products that accumulate, codes are taken apart in registers for any number of tokens"
-        if path == "expand" and (problem.act == "a8" or problem.dtype != torch.bfloat16):
+        return self._not_expanded(problem) if path == "expand" else ""
+
+    def _not_expanded(self, problem: Problem) -> str:
+        """Why weights are not expanded for a problem: to bf16 (expand.h), or to fp32 where no products of bytes accumulate (expand_fp32.h)."""
+        if problem.act == "a8":
+            return "int8 activations are multiplied by codes"
+        if self.isa == "avx2":
+            return "" if problem.dtype == torch.float32 else "16-bit activations are as fast as two digits, whose codes need not be expanded"
+        if problem.dtype != torch.bfloat16:
             return "only bf16 activations are multiplied by expanded weights"
-        if path == "expand" and (self.isa != "avx512" or "avx512_bf16" not in cpu_flags()):
-            return "the processor has no bf16 products"
-        return ""
+        return "" if self.isa == "avx512" and "avx512_bf16" in cpu_flags() else "the processor has no bf16 products"
 
     def _narrow(self, problem: Problem) -> bool:
         """Whether products are of words or short sums (narrow.h)."""

@@ -10,7 +10,7 @@ segment a few to fold the sums with scale and offset.
     registers  extracts again for every `rows` tokens; on AVX2 most products are of words or short sums (narrow.h), and then it is the only path
     single     one token of int8: masks without shifting, sums of each field joined once a segment
     unpack     extracts once for as many tokens as `chunk` holds, writes bytes and reads them for every `rows` tokens, `tiles` side by side
-    expand     extracts once for as many tokens as stay in cache, writes bf16, which tokens multiply without further steps
+    expand     extracts once for as many tokens as stay in cache, writes bf16 (on AVX2 fp32), which tokens multiply without further steps
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ def _model(path: str, isa: str) -> Model:
     fold = N / 16 * K / segment * width
     take = sympy.Piecewise((0.1 * M * K, sympy.Eq(DIGITS, 1)), (1.2 * M * K, True)) * width
     products = M * DIGITS * dot  # instructions for 64 codes and all tokens
+    if isa == "avx2":  # three digits: fitted to 16 to 512 tokens
+        products = sympy.Piecewise((M * (13 if path == "registers" else 9.6), sympy.Eq(DIGITS, 3)), (products, True))
     if path == "registers" and isa == "avx2":  # two or four products of a token, and as many sums
         products = sympy.Piecewise((M * 8, _WORDS), (M * 4, _SHORT), (products, True))
     if path == "registers":
@@ -60,7 +62,7 @@ def _model(path: str, isa: str) -> Model:
         paired = sympy.And(sympy.Eq(DIGITS, 2), M > 2)
         each = sympy.Piecewise((1, M <= 1), (1.4 if isa == "avx512" else 2.2, paired), (1 + 0.6 * DIGITS, True))
         if isa == "avx2":  # half of a load for each broadcast; words are widened
-            each = sympy.Piecewise((1.125, sympy.Or(_WORDS, _SHORT)), (each, True))
+            each = sympy.Piecewise((1.125, sympy.Or(_WORDS, _SHORT, sympy.Eq(DIGITS, 3))), (each, True))
             extract += sympy.Piecewise((4, _WORDS), (0, True))
         instructions = steps * (extract * sympy.ceiling(M / ROWS) + products * each) + fold * (3 + 3 * M) + take
     elif path == "unpack":
@@ -74,6 +76,9 @@ def _model(path: str, isa: str) -> Model:
         # a part of one bit goes through tables, which costs more than it saves; tiles side by side run out of registers
         masks = 1.2 * PARTS + sympy.Piecewise((4, sympy.Eq(sympy.Mod(BITS, 2), 1)), (0, True))
         instructions = (steps * (masks + 1) + fold * (6 + 4 * PARTS)) * sympy.Piecewise((1, TILES <= 1), (1.3, True)) + take
+    elif isa == "avx2":
+        held = most(96, 6 * sympy.floor(512 * 1024 / (4 * K) / 6))
+        instructions = steps * ((extract + 60) * sympy.ceiling(M / held) + 5.4 * M)
     else:
         held = most(56, 14 * sympy.floor(512 * 1024 / (2 * K) / 14))
         rows = least(M, 14)
@@ -86,8 +91,8 @@ def _model(path: str, isa: str) -> Model:
     # one path reads while it multiplies, the others unpack first
     reading = nbytes / rate + busy if path in ("unpack", "expand") else most(nbytes / rate, busy)
     seconds = reading + CALL + sympy.Piecewise((0, THREADS <= 1), (WAKE, True))
-    # the products alone, 64 (expand: 32) multiply-adds an instruction
-    alone = M * N * K / 32 if path == "expand" else steps * products
+    # the products alone, 64 (expand: 32, or what AVX2 was measured to do) multiply-adds an instruction
+    alone = steps * M * (5.4 if isa == "avx2" else 2) if path == "expand" else steps * products
     bound = most(nbytes / BANDWIDTH, alone / (ISSUE * THREADS))
     return Model(nbytes, flops, instructions, seconds, bound)
 

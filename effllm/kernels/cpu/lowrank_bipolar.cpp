@@ -5,6 +5,7 @@
 // Bytes     both factors' codes and scales once.
 // Numerics  the intermediate as int8 digits, two for 16-bit x and three for fp32: its rounding, 2^-16 (2^-24) of a segment's maximum, is far below
 //           that of bf16 (fp32). From `expand_from` rows on two linears of bipolar.cpp with the intermediate in x's dtype.
+#include "expand_fp32.h"
 #include "offer.h"
 #include "packed.h"
 #include "phases.h"
@@ -135,7 +136,7 @@ Tensor lowrank_bipolar(const Tensor x_in, std::vector<Tensor> a_codes, std::vect
   if (m == 0 || total == 0) return effllm::result(x_in, total, x_in.scalar_type());
   const Tensor x = torch::stable::view(x_in.is_contiguous() ? x_in : torch::stable::contiguous(x_in), {m, k});
   const Plan how{threads, unpack_from, expand_from, 0, 0, 0};
-  if (V::fast_bf16 && expand_from > 0 && m >= expand_from && x.scalar_type() == torch::headeronly::ScalarType::BFloat16) {
+  if (effllm::expands<V>(how, m, effllm::type_of(x.scalar_type()))) {
     std::vector<int64_t> shape;
     for (int64_t i = 0; i + 1 < x_in.dim(); ++i) shape.push_back(x_in.size(i));
     shape.push_back(total);

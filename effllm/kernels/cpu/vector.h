@@ -129,6 +129,10 @@ struct Avx2 {
     return {_mm256_add_epi32(_mm256_slli_epi32(hi.a, 8), lo.a), _mm256_add_epi32(_mm256_slli_epi32(hi.b, 8), lo.b)};
   }
   static F to_float(const I& v) { return {_mm256_cvtepi32_ps(v.a), _mm256_cvtepi32_ps(v.b)}; }
+  template <int C> static F column(const W& w) {
+    const __m256i byte = _mm256_set1_epi32(255);
+    return to_float(I{_mm256_and_si256(_mm256_srli_epi32(w.a, 8 * C), byte), _mm256_and_si256(_mm256_srli_epi32(w.b, 8 * C), byte)});
+  }
   static F fma(const F& x, const F& y, const F& z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
   static F fma1(const F& x, float y, const F& z) {
     const __m256 b = _mm256_set1_ps(y); return {_mm256_fmadd_ps(x.a, b, z.a), _mm256_fmadd_ps(x.b, b, z.b)};

@@ -67,16 +67,29 @@ def test_many_tokens_of_long_rows_take_several_chunks() -> None:
         assert measure.verify(found, problem, config, made, expected).status == "ok", config
 
 
+@pytest.mark.parametrize(("isa", "dtype"), [("avx512", torch.bfloat16), ("avx2", torch.float32)])
 @pytest.mark.parametrize("k", [1024, 96, 33, 4096])  # rows a power of two apart and odd ones are copied; of the last, not all tokens stay in cache
 @pytest.mark.parametrize(("n", "bits", "affine"), [(40, 3, True), (16, 8, False), (65, 4, False)])
-def test_expanded_weights_times_many_tokens(k: int, n: int, bits: int, affine: bool) -> None:
-    problem = Problem("bipolar_linear", n, k, bits, 32, affine, "a16", 131, torch.bfloat16)
+def test_expanded_weights_times_many_tokens(isa: str, dtype: torch.dtype, k: int, n: int, bits: int, affine: bool) -> None:
+    problem = Problem("bipolar_linear", n, k, bits, 32, affine, "a16", 131, dtype)
     config = {"path": "expand", "threads": 2}
-    if not CpuTuning("avx512").legal(problem, config):
+    if not CpuTuning(isa).legal(problem, config):
         pytest.skip("no bf16 products here")
-    found = provider(problem.op, "avx512")
+    found = provider(problem.op, isa)
     made = inputs.make(problem, found.layout, copies=1)
     assert measure.verify(found, problem, config, made, made.expected()).status == "ok"
+
+
+def test_avx2_expands_weights_for_prompts_of_fp32_alone() -> None:
+    fp32 = Problem("bipolar_linear", 4096, 4096, 4, 32, False, "a16", 512, torch.float32)
+    tuning = CpuTuning("avx2")
+    assert tuning.first(fp32)["path"] == "expand"
+    assert tuning.first(fp32.at(1))["path"] != "expand"
+    assert 1 < arguments(fp32.at(None), None, "avx2")["expand_from"] <= 32
+    bf16 = Problem("bipolar_linear", 4096, 4096, 4, 32, False, "a16", 512, torch.bfloat16)
+    verdict = tuning.legal(bf16, {"path": "expand", "threads": 0})
+    assert not verdict and "16-bit activations" in verdict.reason
+    assert arguments(bf16.at(None), None, "avx2")["expand_from"] == 0
 
 
 @pytest.mark.parametrize("isa", [i.name for i in build.ISAS])
@@ -98,7 +111,7 @@ def test_legal_is_what_configs_yields_and_prices_are_positive(isa: str) -> None:
         ({"path": "unpack", "threads": 0, "rows": 4, "tiles": 2}, "takes rows, tiles, chunk, the configuration has rows, tiles"),
         ({"path": "unpack", "threads": 0, "rows": 5, "tiles": 2, "chunk": 256}, "has no pass of"),
         ({"path": "registers", "threads": 0, "rows": True}, "has no pass of"),
-        ({"path": "expand", "threads": 0}, "only bf16"),
+        ({"path": "expand", "threads": 0}, "int8 activations"),
         ({"path": "single", "threads": 0, "tiles": 1}, "one token"),
         ({"path": "registers", "threads": 999, "rows": 4}, "no configuration"),
         ({"path": "magic", "threads": 0}, "no configuration"),
