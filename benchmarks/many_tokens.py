@@ -3,8 +3,8 @@
     python -m benchmarks.many_tokens [--threads 2] [--tokens 512] [--rounds 15]
 
 The shapes are a layer of the demo model's once q, k, v and gate, up are merged, and one large square; weights in groups of 32 without minimum.
-`w4a8` and `w8a8` get activations that are quantized already, as several linears behind one norm do; `w4` and `w8` get bf16. Every product is
-checked against fp64 on the same rounded operands before it is timed.
+`w4a8` and `w8a8` get activations that are quantized already, as several linears behind one norm do; `w4` and `w8` get bf16, `w4_fp32` and `w8_fp32`
+fp32. Every product is checked against fp64 on the same rounded operands before it is timed.
 """
 
 from __future__ import annotations
@@ -24,21 +24,24 @@ from effllm.runtime.formats import bipolar
 from effllm.runtime.layouts import tile16
 
 SHAPES = ((960, 576), (3072, 576), (576, 1536), (4096, 4096))
-WEIGHTS = {"w4a8": (4, "a8"), "w8a8": (8, "a8"), "w4": (4, "a16"), "w8": (8, "a16")}
+BF16, FP32 = torch.bfloat16, torch.float32
+WEIGHTS = {  # bits, activations, dtype of what they are given in
+    "w4a8": (4, "a8", BF16), "w8a8": (8, "a8", BF16), "w4": (4, "a16", BF16), "w8": (8, "a16", BF16), "w4_fp32": (4, "a16", FP32), "w8_fp32": (8, "a16", FP32),
+}  # fmt: skip
 GROUP = 32
-BF16 = torch.bfloat16
 # both round the result to bf16 (2^-9 at most); expanded weights are rounded to bf16 as well, each independently of the others
 CLOSE = 2.0**-8
 
 
 def product(name: str, n: int, k: int, x: Tensor) -> tuple[Callable[[], Tensor], Tensor, str]:
     """A call of the kernel, what it should give (fp64), and the kernel's name."""
-    bits, act = WEIGHTS[name]
+    bits, act, dtype = WEIGHTS[name]
+    x = x.to(dtype)
     stored = packed(n, k, bits, GROUP, 0)
     zero = bipolar.zero_point(bits, "symmetric")
     u, s, _ = tile16.rows(stored["codes"], stored["scale"], None, None, n=n, bits=bits, group=GROUP)
     w = bipolar.dequantize(u, s, None, zero, GROUP).double()
-    problem = Problem("bipolar_linear_a8" if act == "a8" else "bipolar_linear", n, k, bits, GROUP, False, act, x.shape[0], BF16)
+    problem = Problem("bipolar_linear_a8" if act == "a8" else "bipolar_linear", n, k, bits, GROUP, False, act, x.shape[0], dtype)
     provider, _ = providers.select(problem)
     about = (stored["codes"], stored["scale"], None, None, n, bits, GROUP, zero)
     if act == "a8":
