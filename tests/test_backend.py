@@ -79,13 +79,13 @@ def test_a_number_that_changes_with_each_call_makes_one_more_graph(inner: str) -
         def forward(self, x: torch.Tensor, number: float) -> torch.Tensor:
             return torch.softmax(self.linear(x) / number, -1)
 
-    model, x, graphs = Scaled().eval().requires_grad_(False), torch.randn(3, 32), len(backend.reports)
+    model, x, before = Scaled().eval().requires_grad_(False), torch.randn(3, 32), list(backend.reports)  # the newest 64
     call = torch.compile(model, backend="effllm", options={"inner": inner})
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("error")
         for number in (0.5, 0.7, 1.1, 1.7):
             assert 0 < relative(call(x, number), model(x, number)) < 0.01, number
-    assert len(backend.reports) == graphs + 2
+    assert sum(all(r is not b for b in before) for r in backend.reports) == 2
 
 
 def test_incoming_graph_is_not_changed() -> None:

@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from effllm.cli import app
 from effllm.hf import evaluate, models, texts
+from effllm.hf.scoring import for_scoring
 from effllm.runtime.checkpoint import load
 from effllm.runtime.recorded import recipe_of
 from tests.hf.tiny import tiny_dir, tiny_text
@@ -51,7 +52,8 @@ def without(place: Path, folder: Path, *names: str) -> Path:
 def test_eval_alone_gives_the_perplexity_and_says_what_is_missing(place: Path) -> None:
     found, output = result_of(place, "eval", place / "packed", "--text", place / "text.txt", "--png", place / "alone.png")
     windows = texts.windows(models.tokenizer_of(place / "packed"), tiny_text(1100))
-    assert found["perplexity"] == pytest.approx(evaluate.perplexity(load(place / "packed"), windows))
+    scored, why = for_scoring({"": load(place / "packed")})
+    assert found["perplexity"] == pytest.approx(evaluate.perplexity(scored[""], windows)) and found.get("scored") == why
     assert found["kl"] is None and found["top1_agreement"] is None and found["tokens"] == 2 * 511
     assert found["recipe"] == "w4" and "dense_perplexity" not in found
     assert "--reference" in found["comparison"] and "--reference" in output

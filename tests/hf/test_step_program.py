@@ -87,7 +87,7 @@ def test_a_temperature_that_changes_with_each_step_makes_one_more_graph(inner):
     runner, other = (StaticRunner(model, None, length=32, prefill_length=9) for _ in range(2))
     for each in (runner, other):
         each.start(torch.randint(3, VOCAB, (1, 9), generator=torch.Generator().manual_seed(0)))
-    eager, graphs = runner._decode, len(backend.reports)
+    eager, before = runner._decode, list(backend.reports)  # the newest 64, which may be all there is room for
 
     def sample(model, token, position, cache, temperature):
         return torch.softmax(eager(model, token, position, cache) / temperature, -1)
@@ -99,7 +99,8 @@ def test_a_temperature_that_changes_with_each_step_makes_one_more_graph(inner):
             got = call(model, token, position, runner._cache, temperature)
             want = torch.softmax(other.decode_step(token, position) / temperature, -1)
             assert torch.allclose(got, want, atol=1e-4)
-    assert decision(effllm.last_report()).action == "applied" and len(backend.reports) == graphs + 2
+    assert decision(effllm.last_report()).action == "applied"
+    assert sum(all(r is not b for b in before) for r in backend.reports) == 2
 
 
 def test_several_rows_of_a_batch_and_threads():
