@@ -11,7 +11,6 @@ installed, transformers' 2- and 4-bit caches are compared, too.
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import statistics
 import time
@@ -21,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.utils import is_optimum_quanto_available
 
 from benchmarks import torch_caches
 from benchmarks.kv_quality import METHODS
@@ -107,9 +107,9 @@ def run(a: argparse.Namespace) -> dict[str, Any]:
     only = [n for n in a.only.split(",") if n]
     variants = {name: dense(name, q, states) for name in DENSE}
     variants |= {name: compressed(m.spec, q, states) for name, m in METHODS.items() if m.make is None and name != "dense" and (not only or name in only)}
-    quanto = importlib.util.find_spec("optimum.quanto") is not None if importlib.util.find_spec("optimum") else False
-    own = ("transformers-fp8", "transformers-quanto-4", "transformers-quanto-2") if quanto else ("transformers-fp8",)
-    variants |= {name: transformers_cache(name, q, states) for name in own if not only or name in only}
+    own = ("transformers-fp8", "transformers-quanto-4", "transformers-quanto-2")  # those that are named and not installed raise ImportError
+    present = own if is_optimum_quanto_available() else own[:1]
+    variants |= {name: transformers_cache(name, q, states) for name in (present if not only else own) if not only or name in only}
     errors = {}
     for name, (calls, want, _) in variants.items():
         errors[name] = max(float((call().float() - w).norm() / w.norm()) for call, w in zip(calls, want, strict=True))

@@ -35,7 +35,7 @@ def quanto_layer(bits: int) -> Any:
 
 
 def quantized(keys: Tensor, values: Tensor, bits: int) -> Any:
-    """A layer that holds keys and values (B, G, T, D), of which the last residual tokens would be exact; here all are packed, as after a prompt."""
+    """A layer that holds keys and values (B, G, T, D), all of them packed, as after a prompt."""
     layer = quanto_layer(bits)
     layer.update(keys, values)
     return layer

@@ -33,12 +33,11 @@ class StaticRunner:
         self.model = model
         self.device = next(t.device for t in (*model.parameters(), *model.buffers()))
         self.length, self.prefill_length, self.kv = length, prefill_length, kv
-        self.compiles_prefill = compile is not None and compile_prefill
         self._cache = _cache(model, length, self.device, kv)
         self._prefill_cache = _cache(model, prefill_length, self.device, kv)
         self._read: tuple[Tensor, Tensor, list[dict[str, Tensor]]] | None = None  # last prompt, its logits, and the state behind it
         # one code object per graph: Dynamo keeps compiled graphs per code object, and variants must not see each other's
-        self._prefill = compile(_fresh(_step)) if compile is not None and compile_prefill else _fresh(_step)
+        self._prefill = _fresh(_step) if compile is None or not compile_prefill else compile(_fresh(_step))
         self._decode = _fresh(_step) if compile is None else compile(_fresh(_step))
         # caches whose update is nothing but tensor operations; others count in Python, which a replay would miss
         self._simple = all(type(layer) in (StaticLayer, CompressedLayer) for layer in self._cache.layers)

@@ -3,8 +3,7 @@
 // Maths     W[n, k] = 2 scale (u - zero), or 2 scale u + minimum, in fp32.
 // Layout    a tile of 16 rows as [k][16] floats, kColumns of them at a time, in a thread's own memory; x is read in place.
 // Bytes     the packed weight once for every chunk of tokens, its expanded columns from the first-level cache for every six tokens.
-// Work      8 multiply-adds an instruction, where three digits take half as long again and fold their sums. Two digits, of 16-bit activations, are
-//           as fast as this in narrow.h.
+// Work      8 multiply-adds an instruction; three digits take about twice as long. Two digits, of 16-bit activations, are as fast in narrow.h.
 // Numerics  sums fp32 over all columns.
 #pragma once
 #include "bipolar.h"

@@ -30,8 +30,8 @@ ROWS = 4  # that share a list
 KINDS = ("values", "codes", "products")
 
 _WIDTH = {"avx512": 1.0, "avx2": 2.0, "portable": 5.0}  # instructions per operation on 64 bytes
-# as above for codes. On AVX2 fitted to whole steps of a 1B shape, where merged dense linears are bound by arithmetic (0.66x of them at half of the
-# channels): kernels alone, of one large matrix in slow memory, do better (1.04 to 1.36x)
+# as above for codes. On AVX2 so that half of the channels counts as a loss (0.9), as it was in whole steps: about 0.66 there, where dense siblings are
+# one call and bound by arithmetic; kernels alone, of one large matrix in slow memory, reached 1.04 to 1.36
 _CODES = _WIDTH | {"avx2": 4.2}
 _LIST = {"avx512": 1.5, "avx2": 8.0, "portable": 8.0}  # instructions per channel and row
 
